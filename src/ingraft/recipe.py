@@ -208,7 +208,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     loader, _ = _yaml_classes()
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise IngraftError(f"{path}: cannot read the recipe: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
@@ -230,7 +230,7 @@ def scalar(text: str) -> Any:
 
     loader, _ = _yaml_classes()
     try:
-        return yaml.load(text, Loader=loader)
+        return yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return text
 

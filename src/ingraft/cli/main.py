@@ -1,0 +1,132 @@
+"""Entry point of `ingraft`: finds the verb, runs it, and turns whatever happens into a message and an exit code.
+
+Two promises are kept here. `ingraft --help` answers at once: a verb's module is imported only when that verb is used, and this file imports
+nothing outside the standard library before `main` runs. And Ctrl-C never shows a traceback, wherever it lands: the handler notes the signal
+before it raises, because libraries that are interrupted while being imported may turn the exception into another one.
+
+Exit codes: 0 done, 1 a defect of ours, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import click
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that `with` blocks and `finally` clauses run before the process ends."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the words after `ingraft`; the process's own by default.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> NoReturn:
+        del frame
+        received.append(number)
+        if number == signal.SIGTERM:
+            raise Terminated
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _run(args)
+    except BrokenPipeError:
+        # The reader of our output has gone (`ingraft methods | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        for number in before:  # from here on a second Ctrl-C ends the process at once
+            signal.signal(number, signal.SIG_DFL)
+        if debug and not isinstance(error, SystemExit):
+            import traceback
+
+            traceback.print_exc()
+        return _exit_code(error, received, debug=debug)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(args: list[str]) -> int:
+    # What libraries would print in the middle of our output; `setdefault`, because a person may have asked for it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.showwarning = _show_warning
+    from ingraft.cli.verbs import cli
+
+    result = cli.main(args=args, prog_name="ingraft", standalone_mode=False)
+    return result if isinstance(result, int) else 0
+
+
+def _exit_code(error: BaseException, received: list[int], *, debug: bool) -> int:
+    from click import Abort, ClickException
+
+    from ingraft.errors import IngraftError
+
+    if signal.SIGTERM in received or isinstance(error, Terminated):
+        _complain("stopped by SIGTERM.")
+        return 143
+    if signal.SIGINT in received or isinstance(error, KeyboardInterrupt | Abort):
+        _complain(f"interrupted. {error}" if isinstance(error, KeyboardInterrupt) and str(error) else "interrupted.")
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, IngraftError):
+        _complain(*error.problems)
+        return 2
+    if isinstance(error, ClickException):
+        _complain(*_usage(error))
+        return 2
+    _complain(
+        f"a defect of ours: {type(error).__name__}: {error}",
+        "nothing of yours is the cause as far as we know." + ("" if debug else " Run again with --debug for the traceback to report."),
+    )
+    return 1
+
+
+def _usage(error: click.ClickException) -> list[str]:
+    lines = error.format_message().splitlines()
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        lines.append(f"`{context.command_path} --help` explains every option.")
+    return lines
+
+
+def _complain(*problems: str) -> None:
+    sys.stdout.flush()
+    for problem in problems:
+        print(f"ingraft: {problem}", file=sys.stderr)  # noqa: T201
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line a warning: where in which library it was raised helps no user of a command."""
+    del category, filename, lineno, line
+    print(f"note: {message}", file=file or sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Options that come from the recipe's dataclasses, and a click command that forgives spellings and reports all that it cannot read.
+
+A verb names the recipe keys it uses; their options, help and defaults are generated, so a new key needs no line here. Values travel as
+text and are checked with the whole recipe, where every problem is reported at once, instead of by click, which would stop at the first.
+
+Accepted spellings: `--learning-rate` and `--learning_rate`; `--data.max-length 512`; `--data FILE` for `--data.train FILE`;
+`--method-config.r 16` for any key of the method; `--packing`, `--packing true` and `--no-packing` for a yes-or-no key.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, Field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+
+from ingraft.errors import nearest
+from ingraft.recipe import recipe_fields
+
+Decorated = Callable[..., Any]
+
+
+class VerbCommand(click.Command):
+    """A command that normalises option names first, and names every unknown option, with the nearest known one, in one error."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._normalised(ctx, args))
+
+    def _normalised(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {name: option for option in self.get_params(ctx) if isinstance(option, click.Option) for name in option.opts}
+        out: list[str] = []
+        unknown: list[str] = []
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                out += [word, *words]
+                break
+            if not word.startswith("--"):
+                out.append(word)
+                continue
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            if name.startswith("--method-config.") and "--method-config" in known:
+                key = word.partition("=")[0][len("--method-config.") :].replace("-", "_")
+                text = value if equals else next(words, None)
+                if text is None:
+                    raise click.UsageError(f"Option {word!r} requires a value.", ctx)
+                out += ["--method-config", f"{key}={text}"]
+                continue
+            positive = "--" + name.removeprefix("--no-")
+            if name not in known and name.startswith("--no-") and _is_switch(known.get(positive)):
+                out.append(f"{positive}=false")
+                continue
+            if name not in known:
+                hint = nearest(name, [*known, "--method-config.r"] if "--method-config" in known else known, count=1)
+                unknown.append(f"there is no option {word.partition('=')[0]}{hint}.")
+                continue
+            out.append(name + equals + value)
+            option = known[name]
+            if not equals and not option.is_flag and not _is_switch(option):
+                out += _values(words, option.nargs)
+        if unknown:
+            raise click.UsageError("\n".join(unknown), ctx)
+        return out
+
+
+def _values(words: Iterator[str], count: int) -> list[str]:
+    return [word for _, word in zip(range(count), words, strict=False)]
+
+
+def _is_switch(option: click.Option | None) -> bool:
+    """Whether the option may stand alone: a flag, or a yes-or-no recipe key."""
+    return option is not None and (option.is_flag or option.flag_value == "true")
+
+
+def recipe_options(*keys: str) -> Callable[[Decorated], Decorated]:
+    """Options for the recipe keys named (`"data"` means all of data.*), or for all of them if none is named.
+
+    They arrive in the function as keyword arguments `recipe__KEY`; `given` turns those into overrides for `load_recipe`.
+    """
+
+    def decorate(function: Decorated) -> Decorated:
+        wanted = [entry for entry in recipe_fields() if not keys or entry[0] in keys or entry[0].split(".")[0] in keys]
+        for key, kind, item in reversed(wanted):
+            function = _option(key, kind, item)(function)
+        return function
+
+    return decorate
+
+
+def _option(key: str, kind: Any, item: Field[Any]) -> Callable[[Decorated], Decorated]:
+    name = "recipe__" + key.replace(".", "__")
+    meaning = str(item.metadata["help"])
+    flags = ["--" + key.replace("_", "-")]
+    if key == "data.train":
+        flags = ["--data", "--data.train"]
+    if key == "method_config":
+        return click.option(
+            *flags,
+            name,
+            multiple=True,
+            metavar=".KEY VALUE",
+            help=f"{meaning}; write `--method-config.KEY VALUE`, as often as needed",
+        )
+    if kind is bool:
+        shown = "on" if item.default else "off"
+        return click.option(
+            *flags, name, is_flag=False, flag_value="true", metavar="[true|false]", help=f"{meaning}  [default: {shown}]"
+        )
+    note = "" if item.default in (MISSING, None, "") else f"  [default: {item.default}]"
+    return click.option(*flags, name, metavar=_metavar(kind), help=meaning + note)
+
+
+def _metavar(kind: Any) -> str:
+    """How a type is shown in help: `INTEGER`, `none|nf4|int8|keep`, `NUMBER|TEXT`."""
+    if get_origin(kind) is Annotated:
+        return _metavar(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        names = [_metavar(part) for part in get_args(kind) if part is not type(None)]
+        return "|".join(dict.fromkeys(names))
+    return {int: "INTEGER", float: "NUMBER", bool: "true|false"}.get(kind, "TEXT")
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The recipe options that were really given, as overrides by dotted key."""
+    from ingraft.recipe import scalar
+
+    kinds = {key: kind for key, kind, _ in recipe_fields()}
+    out: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if not name.startswith("recipe__") or value is None or value == ():
+            continue
+        key = name.removeprefix("recipe__").replace("__", ".")
+        if key == "method_config":
+            out[key] = _method_config(value)
+        else:
+            out[key] = value if _is_text(kinds[key]) else scalar(value)
+    return out
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or get_origin(kind) is Literal or (str in get_args(kind) and float not in get_args(kind))
+
+
+def _method_config(entries: Iterable[str]) -> dict[str, Any]:
+    from ingraft.recipe import scalar
+
+    out: dict[str, Any] = {}
+    for entry in entries:
+        key, equals, text = entry.partition("=")
+        if equals and key.replace(".", "").isidentifier():
+            out[key] = scalar(text)
+            continue
+        mapping = scalar(entry)
+        if not isinstance(mapping, dict):
+            raise click.UsageError(f"--method-config {entry!r} names no key; write `--method-config.r 16`.")
+        out.update({str(name): value for name, value in mapping.items()})
+    return out
+
+
+def verb(*keys: str, recipe: bool = True) -> Callable[[Decorated], click.Command]:
+    """A command with the recipe options for `keys` and what every verb has: --config, --json, --debug."""
+
+    def decorate(function: Decorated) -> click.Command:
+        function = click.option("--debug", is_flag=True, expose_value=False, help="show the traceback of an error")(function)
+        function = click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")(function)
+        if recipe:
+            function = recipe_options(*keys)(function)
+            function = click.option("--config", metavar="FILE", help="a recipe (YAML); options given here override it")(function)
+        return click.command(
+            cls=VerbCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+        )(function)
+
+    return decorate
+
+
+def trust_option(function: Decorated) -> Decorated:
+    """--trust-remote-code: only ever from the keyboard."""
+    text = "run Python code that comes with the base model; never taken from a file"
+    return click.option("--trust-remote-code", is_flag=True, help=text)(function)
+
+
+def adapter_option(function: Decorated) -> Decorated:
+    """--adapter DIR."""
+    return click.option("--adapter", metavar="DIR", help="an adapter or run folder")(function)
