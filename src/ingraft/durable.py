@@ -1,0 +1,522 @@
+"""The one way in which Ingraft writes and reads data that must survive: complete or absent, and known to be intact.
+
+A save that a crash, a full disk or Ctrl-C can cut in half is worse than none, because the half looks like a whole. So every file or
+folder is made under a temporary name beside its final one, flushed to the disk, and renamed; a folder receives its manifest
+(`ingraft.json`: size and sha256 of every file) last, so that a folder without one, or with another's, is recognisably not a save.
+
+Replacing a folder takes two renames (old aside, new in). Between them neither has the final name, but both are whole: `recover`, which
+every save and `verify` start with, puts the old one back. Temporary names carry host and process id, so that the leftovers of a dead
+process are told from the work of a live one.
+
+Every operation on the disk announces itself to a hook first (`set_fault`), so tests can fail, shorten or kill each of them in turn.
+Standard library only: the writer of an error report must not depend on what failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from ingraft.errors import IngraftError
+
+MANIFEST = "ingraft.json"
+SCHEMA = 1
+
+Fault = Callable[[int, str, Path], int | None]
+"""`hook(n, kind, path)` before operation n. It may raise, or exit; for "write" it may return how many bytes still fit the disk."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TEMPORARY = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
+_PIECE = 1 << 24
+_live: set[str] = set()
+"""Temporary names that this process is using now."""
+
+
+class _Hook:
+    """The test hook and the number of operations since it was set."""
+
+    fault: Fault | None = None
+    count = 0
+
+
+def set_fault(hook: Fault | None) -> None:
+    """Install a hook that is called before every operation on the disk, counted from 0; None removes it. For tests."""
+    _Hook.fault, _Hook.count = hook, 0
+
+
+def check_name(name: str, what: str = "adapter name") -> str:
+    """Return `name` if it is safe as a file name on every system, and never a path.
+
+    Raises:
+        IngraftError: anything but 1-64 letters, digits, `.`, `_`, `-`, the first a letter or a digit.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise IngraftError(
+            f"{what} {str(name)[:80]!r}: use 1 to 64 letters, digits, '.', '_' and '-', starting with a letter or a digit."
+        )
+    return name
+
+
+@contextlib.contextmanager
+def folder(
+    path: str | os.PathLike[str], overwrite: bool = False, facts: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """Make a folder as one step: `with folder("adapter") as tmp:` gives a temporary folder to fill.
+
+    When the block ends, every file is flushed, the manifest is written and the folder gets its name. If the block raises, or anything
+    fails, the temporary is removed and what was at `path` is untouched.
+
+    Args:
+        path: the final folder. Missing parents are made.
+        overwrite: replace a folder that is there. Without it a folder that holds anything is refused.
+        facts: JSON data to keep in the manifest. Read when the block ends, so the block may still fill it.
+
+    Raises:
+        IngraftError: the folder exists, or the disk refused (full: with needed and free bytes).
+    """
+    path = Path(path)
+    with _reported(path):
+        recover(path)
+        if not overwrite and _occupied(path):
+            raise IngraftError(
+                f"{path} already exists; choose another folder, or say explicitly that it may be overwritten."
+            )
+        _make_parents(path.parent)
+        staging = _temporary(path, "tmp")
+        _live.add(staging.name)
+        try:
+            _op("mkdir", staging)
+            staging.mkdir()
+            yield staging
+            _seal(staging, facts or {}, [p for p in _files(staging) if p.name != MANIFEST or p.parent != staging])
+            _put_in_place(staging, path)
+        except BaseException:
+            _discard(staging)
+            raise
+        finally:
+            _live.discard(staging.name)
+
+
+@contextlib.contextmanager
+def completion(path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Finish a folder that was built up over a long time, such as a run folder with its log and checkpoints.
+
+    The block fills a temporary folder; at its end the files move into `path` and the manifest, which makes the folder complete, follows
+    as the last step. It covers the files that were moved and the plain files that lay in `path` already, not its subfolders.
+
+    Raises:
+        IngraftError: the folder is complete already, or the disk refused.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        raise IngraftError(f"{path} is complete already ({MANIFEST} is there); it is not written again.")
+    with _reported(path):
+        staging = _temporary(path / MANIFEST, "tmp")
+        _live.add(staging.name)
+        try:
+            _op("mkdir", staging)
+            staging.mkdir()
+            yield staging
+            for item in sorted(staging.iterdir()):
+                _sync(item)
+                _rename(item, path / item.name)
+            files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+            _seal(path, facts or {}, files)
+        finally:
+            _discard(staging)
+            _live.discard(staging.name)
+
+
+def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write one file as one step: afterwards it has the old content or the new, never a part.
+
+    Raises:
+        IngraftError: the disk refused (full: with needed and free bytes).
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    with _reported(path, len(content)):
+        _make_parents(path.parent)
+        staging = _temporary(path, "tmp")
+        _live.add(staging.name)
+        try:
+            _write(staging, content)
+            _rename(staging, path)
+        except BaseException:
+            _discard(staging)
+            raise
+        finally:
+            _live.discard(staging.name)
+        _sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """`write_file` of a value as JSON: sorted keys, no NaN, the same bytes every time."""
+    write_file(path, to_json(value))
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a log and hand it to the system. A line that a crash cut short is ended first, so that it stays alone.
+
+    Raises:
+        IngraftError: the disk refused.
+    """
+    path = Path(path)
+    content = line.rstrip("\n").encode() + b"\n"
+    with _reported(path, len(content)):
+        _op("open", path)
+        with path.open("a+b", buffering=0) as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                content = b"\n" + content
+            _write_all(file.fileno(), path, content)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a folder or file; a folder loses its manifest first, so that an interrupted removal leaves nothing that looks whole.
+
+    Raises:
+        IngraftError: the disk refused.
+    """
+    path = Path(path)
+    with _reported(path):
+        if path.is_dir() and not path.is_symlink():
+            _remove(path / MANIFEST)
+        _remove(path)
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read every file of a folder again and compare it with the manifest. Returns the manifest; the caller's data is its `facts`.
+
+    Raises:
+        IngraftError: no manifest, a wrong one, or files that differ: each named with both digests.
+    """
+    path = Path(path)
+    recover(path)
+    manifest = read_manifest(path)
+    problems: list[str] = []
+    for name, entry in cast(dict[str, dict[str, Any]], manifest["files"]).items():
+        try:
+            size, digest = _digest(path / name)
+        except FileNotFoundError:
+            problems.append(f"{path / name}: the file is missing; {MANIFEST} lists it with sha256 {entry['sha256']}.")
+            continue
+        except OSError as error:
+            problems.append(f"{path / name}: cannot be read: {error.strerror or error}.")
+            continue
+        if (size, digest) != (entry["size"], entry["sha256"]):
+            wanted = f"{entry['size']} bytes, sha256 {entry['sha256']}"
+            problems.append(
+                f"{path / name}: damaged: {MANIFEST} says {wanted}; the file has {size} bytes, sha256 {digest}."
+            )
+    if problems:
+        raise IngraftError(*problems)
+    return manifest
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a folder, itself checked, without reading the other files.
+
+    Raises:
+        IngraftError: there is none (the save was not finished, or another program wrote the folder), or it is damaged.
+    """
+    path = Path(path) / MANIFEST
+    if not path.is_file():
+        raise IngraftError(f"{path.parent}: holds no {MANIFEST}, so it is not a complete Ingraft folder.")
+    manifest = read_json(path, limit=1 << 26)
+    if not isinstance(manifest, dict) or set(cast(dict[str, Any], manifest)) != {"schema", "files", "facts", "digest"}:
+        raise IngraftError(f"{path}: not a manifest of ours; expected the keys digest, facts, files and schema.")
+    manifest = cast(dict[str, Any], manifest)
+    if manifest["schema"] != SCHEMA:
+        raise IngraftError(f"{path}: has schema {manifest['schema']!r}, this version of Ingraft reads {SCHEMA}.")
+    if (found := _own_digest(manifest)) != manifest["digest"]:
+        raise IngraftError(f"{path}: damaged: it states the digest {manifest['digest']}, its content has {found}.")
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(_entry_ok(k, v) for k, v in cast(dict[str, Any], files).items()):
+        raise IngraftError(f"{path}: its list of files is not well-formed.")
+    return manifest
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = 1 << 36) -> bytes:
+    """The content of a plain file, refused before reading if it is larger than `limit` bytes.
+
+    Raises:
+        IngraftError: missing, not a plain file, too large, unreadable.
+    """
+    path = Path(path)
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise IngraftError(f"{path}: not a plain file.")
+        if facts.st_size > limit:
+            raise IngraftError(f"{path}: {facts.st_size:,} bytes, more than the {limit:,} that such a file may have.")
+        return path.read_bytes()
+    except OSError as error:
+        raise IngraftError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def read_json(path: str | os.PathLike[str], limit: int = 1 << 24) -> Any:
+    """The value in a JSON file of at most `limit` bytes.
+
+    Raises:
+        IngraftError: as `read_bytes`, or not strict JSON: a key twice, NaN, nested too deeply.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a key is given twice")
+        return value
+
+    def refuse(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(read_bytes(path, limit), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise IngraftError(f"{path}: not valid JSON: {error}.") from error
+
+
+def to_json(value: Any) -> bytes:
+    """JSON with sorted keys and a newline at the end: equal values give equal bytes. NaN is refused by a ValueError."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def require_space(path: str | os.PathLike[str], needed: int) -> None:
+    """Refuse work whose result would not fit the disk that holds `path`.
+
+    Raises:
+        IngraftError: fewer than `needed` bytes are free.
+    """
+    if (free := _free(Path(path))) < needed:
+        raise IngraftError(
+            f"{path}: about {needed:,} bytes are needed on this disk and {free:,} are free; make room or choose another."
+        )
+
+
+def recover(path: str | os.PathLike[str]) -> None:
+    """Undo what a process that died while saving to `path` left behind: put a replaced folder back, remove temporaries."""
+    path = Path(path)
+    for item, kind in _leftovers(path):
+        with contextlib.suppress(OSError):
+            if kind == "old" and not path.exists():
+                _rename(item, path)
+            else:
+                _discard(item)
+
+
+def _op(kind: str, path: Path) -> int | None:
+    n, _Hook.count = _Hook.count, _Hook.count + 1
+    return _Hook.fault(n, kind, path) if _Hook.fault is not None else None
+
+
+@contextlib.contextmanager
+def _reported(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn what the system refuses into a sentence for the user, about the path that they know rather than a temporary."""
+    try:
+        yield
+    except OSError as error:
+        if any(parent.name in _live for parent in path.parents):
+            raise  # the save of that folder reports it
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise IngraftError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        needed = max(needed, int(getattr(error, "needed", 0)))
+        text = f"{path}: the disk is full: {needed:,} bytes were to be written, {_free(path):,} are free."
+        raise IngraftError(text + " Nothing that was there before has been changed; make room and repeat.") from error
+
+
+def _free(path: Path) -> int:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _occupied(path: Path) -> bool:
+    return path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _temporary(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name[:120]}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+
+
+def _leftovers(path: Path) -> list[tuple[Path, str]]:
+    """Temporary siblings of `path` whose process is gone, by name."""
+    prefix = f".{path.name[:120]}."
+    found: list[tuple[Path, str]] = []
+    with contextlib.suppress(OSError):
+        for item in sorted(path.parent.iterdir()):
+            match = _TEMPORARY.fullmatch(item.name.removeprefix(prefix))
+            if match and match["host"] == _host() and item.name not in _live and not _alive(int(match["pid"])):
+                found.append((item, match["kind"]))
+    return found
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # ours, and not in _live: the save was given up
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _make_parents(path: Path) -> None:
+    if not path.is_dir():
+        _make_parents(path.parent)
+        _op("mkdir", path)
+        path.mkdir(exist_ok=True)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A new file, flushed to the disk."""
+    _op("open", path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        _write_all(descriptor, path, data)
+        _op("fsync", path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, path: Path, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        piece = view[:_PIECE]
+        room = _op("write", path)
+        try:
+            if room is not None and room < len(piece):
+                os.write(descriptor, piece[:room])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            view = view[os.write(descriptor, piece) :]
+        except OSError as error:
+            error.needed = len(data)  # pyright: ignore[reportAttributeAccessIssue]  # for `_reported`
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder with all it holds, that someone else wrote."""
+    if path.is_dir():
+        for item in sorted(path.iterdir()):
+            _sync(item)
+        _sync_folder(path)
+    else:
+        _flush(path, os.O_RDWR)
+
+
+def _flush(path: Path, flags: int) -> None:
+    _op("fsync", path)
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name != "nt":  # a folder cannot be opened there, and its entries are journalled
+        _flush(path, os.O_RDONLY)
+
+
+def _rename(old: Path, new: Path) -> None:
+    _op("rename", new)
+    old.replace(new)
+
+
+def _seal(root: Path, facts: Mapping[str, Any], files: list[Path]) -> None:
+    """Flush the files, then write the manifest that vouches for them."""
+    entries: dict[str, Any] = {}
+    for file in files:
+        _sync(file)
+        size, digest = _digest(file)
+        entries[file.relative_to(root).as_posix()] = {"size": size, "sha256": digest}
+    for inner in sorted({p for file in files for p in file.relative_to(root).parents} - {Path()}):
+        _sync_folder(root / inner)
+    manifest: dict[str, Any] = {"schema": SCHEMA, "files": entries, "facts": dict(facts)}
+    manifest["digest"] = _own_digest(manifest)
+    write_json(root / MANIFEST, manifest)
+
+
+def _put_in_place(staging: Path, path: Path) -> None:
+    aside = _temporary(path, "old")
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        _op("rmdir", path)
+        path.rmdir()
+    replaced = path.exists() or path.is_symlink()
+    _live.add(aside.name)
+    try:
+        if replaced:
+            _rename(path, aside)
+        try:
+            _rename(staging, path)
+        except BaseException:
+            if replaced:
+                aside.replace(path)
+            raise
+        _sync_folder(path.parent)
+        if replaced:
+            _discard(aside)
+    finally:
+        _live.discard(aside.name)
+
+
+def _discard(path: Path) -> None:
+    """Remove a temporary; if that fails it is left to `recover`."""
+    with contextlib.suppress(OSError):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        _op("rmtree", path)
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        _op("unlink", path)
+        path.unlink()
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    """Size and sha256 of a plain file; a link is not followed."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0))
+
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    with open(path, "rb", buffering=0, opener=opener) as file:  # Path.open takes no opener
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(to_json({k: v for k, v in manifest.items() if k != "digest"})).hexdigest()
+
+
+def _entry_ok(name: str, entry: Any) -> bool:
+    parts = PurePosixPath(name).parts
+    inside = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and ":" not in parts[0]
+    if not inside or not isinstance(entry, dict):
+        return False
+    values = cast(dict[str, Any], entry)
+    return set(values) == {"size", "sha256"} and isinstance(values["size"], int) and isinstance(values["sha256"], str)
