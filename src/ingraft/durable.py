@@ -20,39 +20,20 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from ingraft import _disk
+from ingraft._disk import Fault as Fault
+from ingraft._disk import set_fault as set_fault
 from ingraft.errors import IngraftError
 
 MANIFEST = "ingraft.json"
 SCHEMA = 1
-
-Fault = Callable[[int, str, Path], int | None]
-"""`hook(n, kind, path)` before operation n. It may raise, or exit; for "write" it may return how many bytes still fit the disk."""
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TEMPORARY = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
-_PIECE = 1 << 24
-_live: set[str] = set()
-"""Temporary names that this process is using now."""
-
-
-class _Hook:
-    """The test hook and the number of operations since it was set."""
-
-    fault: Fault | None = None
-    count = 0
-
-
-def set_fault(hook: Fault | None) -> None:
-    """Install a hook that is called before every operation on the disk, counted from 0; None removes it. For tests."""
-    _Hook.fault, _Hook.count = hook, 0
 
 
 def check_name(name: str, what: str = "adapter name") -> str:
@@ -92,20 +73,20 @@ def folder(
             raise IngraftError(
                 f"{path} already exists; choose another folder, or say explicitly that it may be overwritten."
             )
-        _make_parents(path.parent)
-        staging = _temporary(path, "tmp")
-        _live.add(staging.name)
+        _disk.make_parents(path.parent)
+        staging = _disk.temporary(path, "tmp")
+        _disk.LIVE.add(staging.name)
         try:
-            _op("mkdir", staging)
+            _disk.announce("mkdir", staging)
             staging.mkdir()
             yield staging
             _seal(staging, facts or {}, [p for p in _files(staging) if p.name != MANIFEST or p.parent != staging])
             _put_in_place(staging, path)
         except BaseException:
-            _discard(staging)
+            _disk.discard(staging)
             raise
         finally:
-            _live.discard(staging.name)
+            _disk.LIVE.discard(staging.name)
 
 
 @contextlib.contextmanager
@@ -122,20 +103,20 @@ def completion(path: str | os.PathLike[str], facts: Mapping[str, Any] | None = N
     if (path / MANIFEST).exists():
         raise IngraftError(f"{path} is complete already ({MANIFEST} is there); it is not written again.")
     with _reported(path):
-        staging = _temporary(path / MANIFEST, "tmp")
-        _live.add(staging.name)
+        staging = _disk.temporary(path / MANIFEST, "tmp")
+        _disk.LIVE.add(staging.name)
         try:
-            _op("mkdir", staging)
+            _disk.announce("mkdir", staging)
             staging.mkdir()
             yield staging
             for item in sorted(staging.iterdir()):
-                _sync(item)
-                _rename(item, path / item.name)
+                _disk.sync(item)
+                _disk.rename(item, path / item.name)
             files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
             _seal(path, facts or {}, files)
         finally:
-            _discard(staging)
-            _live.discard(staging.name)
+            _disk.discard(staging)
+            _disk.LIVE.discard(staging.name)
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -147,18 +128,18 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
     with _reported(path, len(content)):
-        _make_parents(path.parent)
-        staging = _temporary(path, "tmp")
-        _live.add(staging.name)
+        _disk.make_parents(path.parent)
+        staging = _disk.temporary(path, "tmp")
+        _disk.LIVE.add(staging.name)
         try:
-            _write(staging, content)
-            _rename(staging, path)
+            _disk.write_new(staging, content)
+            _disk.rename(staging, path)
         except BaseException:
-            _discard(staging)
+            _disk.discard(staging)
             raise
         finally:
-            _live.discard(staging.name)
-        _sync_folder(path.parent)
+            _disk.LIVE.discard(staging.name)
+        _disk.sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -175,11 +156,11 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     path = Path(path)
     content = line.rstrip("\n").encode() + b"\n"
     with _reported(path, len(content)):
-        _op("open", path)
+        _disk.announce("open", path)
         with path.open("a+b", buffering=0) as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 content = b"\n" + content
-            _write_all(file.fileno(), path, content)
+            _disk.write_all(file.fileno(), path, content)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -191,8 +172,8 @@ def remove(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     with _reported(path):
         if path.is_dir() and not path.is_symlink():
-            _remove(path / MANIFEST)
-        _remove(path)
+            _disk.remove(path / MANIFEST)
+        _disk.remove(path)
 
 
 def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -307,17 +288,12 @@ def require_space(path: str | os.PathLike[str], needed: int) -> None:
 def recover(path: str | os.PathLike[str]) -> None:
     """Undo what a process that died while saving to `path` left behind: put a replaced folder back, remove temporaries."""
     path = Path(path)
-    for item, kind in _leftovers(path):
+    for item, kind in _disk.leftovers(path):
         with contextlib.suppress(OSError):
             if kind == "old" and not path.exists():
-                _rename(item, path)
+                _disk.rename(item, path)
             else:
-                _discard(item)
-
-
-def _op(kind: str, path: Path) -> int | None:
-    n, _Hook.count = _Hook.count, _Hook.count + 1
-    return _Hook.fault(n, kind, path) if _Hook.fault is not None else None
+                _disk.discard(item)
 
 
 @contextlib.contextmanager
@@ -326,7 +302,7 @@ def _reported(path: Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if any(parent.name in _live for parent in path.parents):
+        if any(parent.name in _disk.LIVE for parent in path.parents):
             raise  # the save of that folder reports it
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise IngraftError(f"{path}: cannot be written: {error.strerror or error}.") from error
@@ -345,155 +321,45 @@ def _occupied(path: Path) -> bool:
     return path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
-def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _temporary(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name[:120]}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
-
-
-def _leftovers(path: Path) -> list[tuple[Path, str]]:
-    """Temporary siblings of `path` whose process is gone, by name."""
-    prefix = f".{path.name[:120]}."
-    found: list[tuple[Path, str]] = []
-    with contextlib.suppress(OSError):
-        for item in sorted(path.parent.iterdir()):
-            match = _TEMPORARY.fullmatch(item.name.removeprefix(prefix))
-            if match and match["host"] == _host() and item.name not in _live and not _alive(int(match["pid"])):
-                found.append((item, match["kind"]))
-    return found
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # ours, and not in _live: the save was given up
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
-
-
-def _make_parents(path: Path) -> None:
-    if not path.is_dir():
-        _make_parents(path.parent)
-        _op("mkdir", path)
-        path.mkdir(exist_ok=True)
-
-
 def _files(root: Path) -> list[Path]:
     return sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A new file, flushed to the disk."""
-    _op("open", path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        _write_all(descriptor, path, data)
-        _op("fsync", path)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, path: Path, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        piece = view[:_PIECE]
-        room = _op("write", path)
-        try:
-            if room is not None and room < len(piece):
-                os.write(descriptor, piece[:room])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            view = view[os.write(descriptor, piece) :]
-        except OSError as error:
-            error.needed = len(data)  # pyright: ignore[reportAttributeAccessIssue]  # for `_reported`
-            raise
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder with all it holds, that someone else wrote."""
-    if path.is_dir():
-        for item in sorted(path.iterdir()):
-            _sync(item)
-        _sync_folder(path)
-    else:
-        _flush(path, os.O_RDWR)
-
-
-def _flush(path: Path, flags: int) -> None:
-    _op("fsync", path)
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "nt":  # a folder cannot be opened there, and its entries are journalled
-        _flush(path, os.O_RDONLY)
-
-
-def _rename(old: Path, new: Path) -> None:
-    _op("rename", new)
-    old.replace(new)
 
 
 def _seal(root: Path, facts: Mapping[str, Any], files: list[Path]) -> None:
     """Flush the files, then write the manifest that vouches for them."""
     entries: dict[str, Any] = {}
     for file in files:
-        _sync(file)
+        _disk.sync(file)
         size, digest = _digest(file)
         entries[file.relative_to(root).as_posix()] = {"size": size, "sha256": digest}
     for inner in sorted({p for file in files for p in file.relative_to(root).parents} - {Path()}):
-        _sync_folder(root / inner)
+        _disk.sync_folder(root / inner)
     manifest: dict[str, Any] = {"schema": SCHEMA, "files": entries, "facts": dict(facts)}
     manifest["digest"] = _own_digest(manifest)
     write_json(root / MANIFEST, manifest)
 
 
 def _put_in_place(staging: Path, path: Path) -> None:
-    aside = _temporary(path, "old")
+    aside = _disk.temporary(path, "old")
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-        _op("rmdir", path)
+        _disk.announce("rmdir", path)
         path.rmdir()
     replaced = path.exists() or path.is_symlink()
-    _live.add(aside.name)
+    _disk.LIVE.add(aside.name)
     try:
         if replaced:
-            _rename(path, aside)
+            _disk.rename(path, aside)
         try:
-            _rename(staging, path)
+            _disk.rename(staging, path)
         except BaseException:
             if replaced:
                 aside.replace(path)
             raise
-        _sync_folder(path.parent)
+        _disk.sync_folder(path.parent)
         if replaced:
-            _discard(aside)
+            _disk.discard(aside)
     finally:
-        _live.discard(aside.name)
-
-
-def _discard(path: Path) -> None:
-    """Remove a temporary; if that fails it is left to `recover`."""
-    with contextlib.suppress(OSError):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        _op("rmtree", path)
-        shutil.rmtree(path)
-    elif path.exists() or path.is_symlink():
-        _op("unlink", path)
-        path.unlink()
+        _disk.LIVE.discard(aside.name)
 
 
 def _digest(path: Path) -> tuple[int, str]:
