@@ -1,0 +1,73 @@
+"""Data: from a user's file to batches. Names resolve lazily, so that reading and checking a file loads neither torch nor transformers.
+
+No module here has the name of a function it exports: the module would take the function's place in this namespace.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ingraft.data.batching import batches, padding_share
+    from ingraft.data.chat import encode_prompt, prompt_messages, render
+    from ingraft.data.tensors import collate, pad_id, row_ids
+    from ingraft.data.examples import IGNORED, Example, encode_classify, encode_lm, encode_sft, label_names
+    from ingraft.data.formats import FORMATS, detect, read_records
+    from ingraft.data.dataset import DataSet, load
+    from ingraft.data.show import preview
+    from ingraft.data.readers import read_rows
+    from ingraft.data.report import DataReport, PartReport
+    from ingraft.data.rows import Row
+    from ingraft.data.splits import split
+
+_HOME = {
+    "batching": ("batches", "padding_share"),
+    "chat": ("encode_prompt", "prompt_messages", "render"),
+    "tensors": ("collate", "pad_id", "row_ids"),
+    "examples": ("IGNORED", "Example", "encode_classify", "encode_lm", "encode_sft", "label_names"),
+    "formats": ("FORMATS", "detect", "read_records"),
+    "dataset": ("DataSet", "load"),
+    "show": ("preview",),
+    "readers": ("read_rows",),
+    "report": ("DataReport", "PartReport"),
+    "rows": ("Row",),
+    "splits": ("split",),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "FORMATS",
+    "IGNORED",
+    "DataReport",
+    "DataSet",
+    "Example",
+    "PartReport",
+    "Row",
+    "batches",
+    "collate",
+    "detect",
+    "encode_classify",
+    "encode_lm",
+    "encode_prompt",
+    "encode_sft",
+    "label_names",
+    "load",
+    "pad_id",
+    "padding_share",
+    "preview",
+    "prompt_messages",
+    "read_records",
+    "read_rows",
+    "render",
+    "row_ids",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,347 @@
+"""The recognised forms of rows, as data.
+
+Each form is one frozen record: its name, the fields it needs and one function that reads them. Detection looks at all rows and takes the most
+specific form that more than half of them have the fields for; a stray row is then a named mistake and not a reason to read the whole
+file as something else. Fields that a form does not know are ignored, because real files carry ids, sources and comments.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ingraft.data.records import Chat, Document, Judged, Labelled, Message, Preference, Record, Span, Tagged
+from ingraft.data.rows import Row, RowProblem, refuse
+from ingraft.errors import IngraftError, nearest
+
+Values = Mapping[str, Any]
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+}  # fmt: skip
+"""Every spelling of a role met in public data, and the role that chat templates know it by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """A recognised form of row.
+
+    Attributes:
+        name: what `--data.format` and messages call it.
+        fields: the fields a row must have.
+        read: the row's meaning; raises `RowProblem` for what it cannot use.
+        meaning: the kind of record that `read` returns.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    read: Callable[[Values], Record]
+    meaning: type[Record]
+
+
+def _kind(value: object) -> str:
+    names = {
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+        type(None): "nothing",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _text(values: Values, name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str):
+        raise RowProblem(f"field '{name}' is {_kind(value)}, not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer can read it
+        raise RowProblem(f"field '{name}' holds a broken character (half of a surrogate pair)") from None
+    return value
+
+
+def _filled(values: Values, name: str) -> str:
+    value = _text(values, name)
+    if not value.strip():
+        raise RowProblem(f"field '{name}' is empty")
+    return value
+
+
+def _list(values: Values, name: str) -> list[Any]:
+    value = values[name]
+    if not isinstance(value, (list, tuple)):
+        raise RowProblem(f"field '{name}' is {_kind(value)}, not a list")
+    return list(cast("Sequence[Any]", value))
+
+
+def _label(values: Values, name: str = "label") -> str:
+    value = values[name]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():  # tables store a column of integers with gaps as floats
+        return str(int(value))
+    if isinstance(value, float):
+        raise RowProblem(
+            f"field '{name}' is the number {value}: a class is a name or a whole number (regression comes later)"
+        )
+    return _filled(values, name).strip()
+
+
+def _turns(values: Values, name: str, role_key: str, text_key: str) -> tuple[Message, ...]:
+    turns: list[Message] = []
+    for number, turn in enumerate(_list(values, name), 1):
+        where = f"turn {number} of '{name}'"
+        if not isinstance(turn, Mapping):
+            raise RowProblem(f"{where} is {_kind(turn)}, not an object with '{role_key}' and '{text_key}'")
+        turn = cast("Values", turn)
+        for key in (role_key, text_key):
+            if turn.get(key) is None:
+                raise RowProblem(f"{where} has no '{key}'")
+        role = ROLES.get(str(turn[role_key]).lower())
+        if role is None:
+            raise RowProblem(
+                f"{where} has the role {turn[role_key]!r}{nearest(str(turn[role_key]), ROLES)}; known: {', '.join(ROLES)}"
+            )
+        try:
+            content = _text(turn, text_key)
+        except RowProblem as problem:
+            raise RowProblem(f"{where}: {problem}") from None
+        turns.append({"role": role, "content": content})
+    if not turns:
+        raise RowProblem(f"field '{name}' is an empty list")
+    return tuple(turns)
+
+
+def _answered(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise RowProblem(f"no turn of '{name}' is the assistant's, so there is nothing to learn")
+    return turns
+
+
+def _prompt(values: Values, name: str = "prompt") -> tuple[Message, ...]:
+    if isinstance(values[name], str):
+        return ({"role": "user", "content": _filled(values, name)},)
+    return _turns(values, name, "role", "content")
+
+
+def _answer(values: Values, name: str) -> str:
+    if isinstance(values[name], str):
+        return _filled(values, name)
+    turns = _turns(values, name, "role", "content")
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise RowProblem(f"field '{name}' must be a text or one turn of the assistant")
+    return turns[0]["content"]
+
+
+def _read_instruction(values: Values) -> Chat:
+    question = _filled(values, "instruction")
+    if values.get("input") is not None and (extra := _text(values, "input")).strip():
+        question = f"{question}\n\n{extra}"
+    turns: list[Message] = []
+    if values.get("system") is not None and _text(values, "system").strip():
+        turns.append({"role": "system", "content": values["system"]})
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": _filled(values, "output")}]
+    return Chat(messages=tuple(turns))
+
+
+def _read_messages(values: Values) -> Chat:
+    return Chat(messages=_answered(_turns(values, "messages", "role", "content"), "messages"))
+
+
+def _read_conversations(values: Values) -> Chat:
+    turns = _answered(_turns(values, "conversations", "from", "value"), "conversations")
+    if values.get("system") is not None and _text(values, "system").strip() and turns[0]["role"] != "system":
+        turns = ({"role": "system", "content": values["system"]}, *turns)
+    return Chat(messages=turns)
+
+
+def _read_completion(values: Values) -> Chat:
+    answer: Message = {"role": "assistant", "content": _answer(values, "completion")}
+    return Chat(messages=(*_prompt(values), answer), plain=isinstance(values["prompt"], str))
+
+
+def _read_labelled(values: Values) -> Labelled:
+    return Labelled(text=_filled(values, "text"), text2=None, label=_label(values))
+
+
+def _read_pair(values: Values) -> Labelled:
+    return Labelled(text=_filled(values, "text"), text2=_filled(values, "text2"), label=_label(values))
+
+
+def _read_text(values: Values) -> Document:
+    return Document(text=_text(values, "text"))
+
+
+def _read_line(values: Values) -> Document:
+    return Document(text=_text(values, "text"), line_of_file=True)
+
+
+def _read_preference(values: Values) -> Preference:
+    return Preference(messages=_prompt(values), chosen=_answer(values, "chosen"), rejected=_answer(values, "rejected"))
+
+
+def _read_chat_preference(values: Values) -> Preference:
+    turns = _turns(values, "messages", "role", "content")
+    return Preference(messages=turns, chosen=_answer(values, "chosen"), rejected=_answer(values, "rejected"))
+
+
+def _read_judged(values: Values) -> Judged:
+    good = values["label"]
+    if good not in (True, False):
+        raise RowProblem(
+            f"field 'label' of a judged answer must be true or false, not {good!r}; "
+            "if it is only a remark, say `--data.format prompt-completion`"
+        )
+    return Judged(messages=_prompt(values), completion=_answer(values, "completion"), good=bool(good))
+
+
+def _read_tagged(values: Values) -> Tagged:
+    tokens, tags = _list(values, "tokens"), _list(values, "tags")
+    if len(tokens) != len(tags):
+        raise RowProblem(f"{len(tokens)} tokens but {len(tags)} tags")
+    if not tokens:
+        raise RowProblem("field 'tokens' is an empty list")
+    words = tuple(_text({"tokens": token}, "tokens") for token in tokens)
+    return Tagged(tokens=words, tags=tuple(_label({"tags": tag}, "tags") for tag in tags))
+
+
+def _read_span(values: Values) -> Span:
+    context, found = _filled(values, "context"), values["answers"]
+    if isinstance(found, Mapping):  # the `datasets` library stores the answers as two parallel lists
+        columns = cast("Values", found)
+        texts, starts = columns.get("text"), columns.get("answer_start")
+        if (
+            not isinstance(texts, list)
+            or not isinstance(starts, list)
+            or len(cast("list[Any]", texts)) != len(cast("list[Any]", starts))
+        ):
+            raise RowProblem("field 'answers' needs the lists 'text' and 'answer_start', equally long")
+        found = [
+            {"text": t, "answer_start": s}
+            for t, s in zip(cast("list[Any]", texts), cast("list[Any]", starts), strict=True)
+        ]
+    answers: list[tuple[str, int]] = []
+    for number, answer in enumerate(_list({"answers": found}, "answers"), 1):
+        if not isinstance(answer, Mapping) or not {"text", "answer_start"} <= set(cast("Values", answer)):
+            raise RowProblem(f"answer {number} needs 'text' and 'answer_start'")
+        answer = cast("Values", answer)
+        text, start = _text(answer, "text"), answer["answer_start"]
+        if not isinstance(start, int) or context[start : start + len(text)] != text:
+            raise RowProblem(f"answer {number} ({text[:40]!r}) does not stand at character {start} of the context")
+        answers.append((text, start))
+    return Span(context=context, question=_filled(values, "question"), answers=tuple(answers))
+
+
+FORMATS: dict[str, Format] = {
+    record.name: record
+    for record in (
+        Format(
+            name="messages-preference",
+            fields=("messages", "chosen", "rejected"),
+            read=_read_chat_preference,
+            meaning=Preference,
+        ),
+        Format(name="preference", fields=("prompt", "chosen", "rejected"), read=_read_preference, meaning=Preference),
+        Format(name="span", fields=("context", "question", "answers"), read=_read_span, meaning=Span),
+        Format(name="pair-label", fields=("text", "text2", "label"), read=_read_pair, meaning=Labelled),
+        Format(name="instruction", fields=("instruction", "output"), read=_read_instruction, meaning=Chat),
+        Format(name="tags", fields=("tokens", "tags"), read=_read_tagged, meaning=Tagged),
+        Format(name="judged", fields=("prompt", "completion", "label"), read=_read_judged, meaning=Judged),
+        Format(name="prompt-completion", fields=("prompt", "completion"), read=_read_completion, meaning=Chat),
+        Format(name="text-label", fields=("text", "label"), read=_read_labelled, meaning=Labelled),
+        Format(name="messages", fields=("messages",), read=_read_messages, meaning=Chat),
+        Format(name="conversations", fields=("conversations",), read=_read_conversations, meaning=Chat),
+        Format(name="lines", fields=("text",), read=_read_line, meaning=Document),
+        Format(name="text", fields=("text",), read=_read_text, meaning=Document),
+    )
+}
+"""Most specific first: detection takes the first form that fits."""
+
+FIELDS = frozenset(name for record in FORMATS.values() for name in record.fields)
+"""Every field name that makes a row recognisable."""
+
+
+def missing(values: Values, form: Format) -> list[str]:
+    """The fields of `form` that `values` lacks. A null is no value, and neither is an empty label of a table."""
+    return [name for name in form.fields if values.get(name) is None or (name == "label" and values[name] == "")]
+
+
+def known_forms() -> str:
+    """The recognised forms in one line, for messages."""
+    return "; ".join("{" + ", ".join(form.fields) + "}" for form in FORMATS.values() if form.name != "lines")
+
+
+def detect(rows: Sequence[Row]) -> str:
+    """The name of the form these rows have, judged by all of them.
+
+    Raises:
+        IngraftError: there are no rows, or their fields make no recognised form; names the fields that were found.
+    """
+    if not rows:
+        raise IngraftError("There are no rows to look at.")
+    if all(row.reader == "txt" for row in rows):
+        return "lines"
+    fitting = Counter(
+        name for row in rows for name, form in FORMATS.items() if name != "lines" and not missing(row.values, form)
+    )
+    for name in FORMATS:
+        if fitting[name] * 2 > len(rows):
+            return name
+    if fitting:
+        return fitting.most_common(1)[0][0]
+    found = Counter(name for row in rows for name in row.values)
+    hints = "".join(f" '{name}'{hint}." for name in list(found)[:8] if (hint := nearest(name, FIELDS, count=1)))
+    raise IngraftError(
+        f"{rows[0].file}: no row has a form that Ingraft recognises. Fields found: {', '.join(list(found)[:20]) or 'none'}.{hints}",
+        f"Recognised forms: {known_forms()}; plain text. Rename the fields to one of them.",
+    )
+
+
+def read_records(rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[Record]]:
+    """The meaning of every row.
+
+    Args:
+        rows: rows of one or several files.
+        form: a name of `FORMATS`, or `auto` to detect it.
+
+    Returns:
+        the form, and one record per row, in order.
+
+    Raises:
+        IngraftError: an unknown form, or rows that it cannot use, each by file and line.
+    """
+    if form != "auto" and form not in FORMATS:
+        raise IngraftError(
+            f"There is no data format '{form}'{nearest(form, FORMATS)}. Known: auto, {', '.join(FORMATS)}."
+        )
+    chosen = FORMATS[detect(rows) if form == "auto" else form]
+    records: list[Record] = []
+    problems: list[str] = []
+    for row in rows:
+        lacking = missing(row.values, chosen)
+        try:
+            if lacking:
+                others = [name for name in row.values if name not in chosen.fields]
+                hint = next((f"; it has '{name}'" for name in others if nearest(name, lacking, count=1)), "")
+                raise RowProblem(f"field {' and '.join(repr(name) for name in lacking)} is missing{hint}")
+            records.append(chosen.read(row.values))
+        except RowProblem as problem:
+            problems.append(f"{row.place}: {problem}")
+    if problems:
+        fields = ", ".join(chosen.fields)
+        why = "as asked for" if form != "auto" else "as detected; --data.format names another"
+        refuse(
+            problems,
+            summary=f"{len(problems)} of {len(rows)} rows cannot be used as {chosen.name} rows {{{fields}}} ({why}):",
+        )
+    return chosen, records

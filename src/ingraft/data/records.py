@@ -1,0 +1,114 @@
+"""What a row means, whatever its fields were called.
+
+Seven shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it (templates, encoding,
+splits) sees only these, so a new form of row costs one entry there and nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation, with the keys that chat templates expect."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """A conversation; the assistant's turns are what a model should learn.
+
+    Attributes:
+        messages: the turns in order.
+        plain: the row was a bare prompt and its continuation, which a base without a chat template reads as they stand.
+    """
+
+    messages: tuple[Message, ...]
+    plain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, and its class (the label's name, always a string)."""
+
+    text: str
+    text2: str | None
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """Plain text. `line_of_file` marks a line of a text file, which continues the line before it."""
+
+    text: str
+    line_of_file: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preference:
+    """A prompt and two answers to it, the first one preferred."""
+
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A prompt, one answer to it and whether a reader found it good. Never learned as it stands: half of such answers are bad ones."""
+
+    messages: tuple[Message, ...]
+    completion: str
+    good: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tagged:
+    """Words and one tag for each."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A question whose answers are passages of the context: (text, character offset)."""
+
+    context: str
+    question: str
+    answers: tuple[tuple[str, int], ...]
+
+
+Record = Chat | Labelled | Document | Preference | Judged | Tagged | Span
+
+
+def given(record: Record) -> str:
+    """What a model is given of this record, as one string: two records with the same are duplicates for a split.
+
+    The answer is left out on purpose. A row whose question stands on both sides of the split measures memory, also when its answer is worded
+    differently.
+    """
+    match record:
+        case Chat():
+            last = max(
+                (i for i, m in enumerate(record.messages) if m["role"] == "assistant"), default=len(record.messages)
+            )
+            return "\x1e".join(f"{m['role']}\x1f{m['content']}" for m in record.messages[:last])
+        case Labelled():
+            return record.text if record.text2 is None else f"{record.text}\x1e{record.text2}"
+        case Document():
+            return record.text
+        case Preference() | Judged():
+            return "\x1e".join(f"{m['role']}\x1f{m['content']}" for m in record.messages)
+        case Tagged():
+            return "\x1f".join(record.tokens)
+        case Span():
+            return f"{record.context}\x1e{record.question}"
+
+
+def label_of(record: Record) -> str | None:
+    """The class of a labelled record, else None."""
+    return record.label if isinstance(record, Labelled) else None

@@ -1,0 +1,147 @@
+"""What the data turned out to be, counted, so that nothing about it is silent.
+
+Every branch of encoding that loses or changes a row has a number here, and a number above zero has a line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ingraft.data.examples import Example, Tally
+from ingraft.data.records import Labelled, Record
+from ingraft.data.rows import LISTED, Row
+
+UNKNOWN_LIMIT = 0.05
+"""Above this share of unknown tokens the model would learn from holes; a base that knows the script reads well below 1 %."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartReport:
+    """One part of the data: train, eval or test.
+
+    Attributes:
+        name: train, eval or test.
+        source: the file as the user named it.
+        rows: rows read into this part.
+        examples: sequences made of them (blocks, for plain text).
+        tokens: tokens the model reads per epoch, after cutting.
+        lengths: shortest, median, 95 % and longest sequence in tokens, before cutting.
+        learned_share: share of the tokens that the loss counts; 1 for classification rows.
+        labels: rows per class, largest first; empty for language models.
+        cut: rows longer than `max_length`.
+        dropped: rows whose whole answer was cut away, by place.
+        duplicates: rows that repeat an earlier row entirely.
+        unknown_share: share of tokens that the tokenizer does not know.
+    """
+
+    name: str
+    source: str
+    rows: int
+    examples: int
+    tokens: int
+    lengths: tuple[int, int, int, int]
+    learned_share: float
+    labels: dict[str, int]
+    cut: int
+    dropped: tuple[str, ...]
+    duplicates: int
+    unknown_share: float
+
+    def lines(self) -> list[str]:
+        """The part in a few lines of plain text."""
+        least, median, most, longest = self.lengths
+        out = [
+            f"{self.name}: {self.rows:,} rows from {self.source}, {self.examples:,} sequences, {self.tokens:,} tokens"
+        ]
+        out.append(f"  length in tokens: shortest {least}, median {median}, 95 % below {most}, longest {longest}")
+        if self.labels:
+            shown = [f"{name} {count} ({count / self.rows:.0%})" for name, count in list(self.labels.items())[:LISTED]]
+            rest = len(self.labels) - len(shown)
+            out.append("  classes: " + ", ".join(shown) + (f", and {rest} more" if rest > 0 else ""))
+        else:
+            out.append(f"  learned: {self.learned_share:.1%} of the tokens")
+        if self.cut:
+            out.append(f"  cut at max_length: {self.cut} rows ({self.cut / self.rows:.1%})")
+        if self.dropped:
+            more = ", ..." if len(self.dropped) > LISTED else ""
+            out.append(
+                f"  dropped, the whole answer lies beyond max_length: {len(self.dropped)} rows ({', '.join(self.dropped[:LISTED])}{more})"
+            )
+        if self.duplicates:
+            out.append(f"  duplicates: {self.duplicates} rows repeat an earlier one")
+        if self.unknown_share:
+            out.append(f"  unknown tokens: {self.unknown_share:.2%}")
+        return out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataReport:
+    """The whole data set.
+
+    Attributes:
+        format: the recognised form of the training rows.
+        task: what they were encoded for.
+        max_length: the longest sequence, as applied.
+        parts: train, then eval and test where there are any.
+        shared: rows of eval and test whose text also stands in train (possible only with files of their own).
+        notes: what was decided on the way and may surprise.
+    """
+
+    format: str
+    task: str
+    max_length: int
+    parts: tuple[PartReport, ...]
+    shared: int
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The report as plain text, one line an entry."""
+        out = [f"format: {self.format}, task {self.task}, max_length {self.max_length}"]
+        for part in self.parts:
+            out += part.lines()
+        if self.shared:
+            out.append(
+                f"warning: {self.shared} evaluation rows give the model a text that is also in the training data"
+            )
+        return out + [f"note: {note}" for note in self.notes]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def quantiles(lengths: Sequence[int]) -> tuple[int, int, int, int]:
+    """Shortest, median, 95th percentile and longest (nearest rank)."""
+    if not lengths:
+        return 0, 0, 0, 0
+    ordered = sorted(lengths)
+    last = len(ordered) - 1
+    return ordered[0], ordered[last // 2], ordered[-(-last * 95 // 100)], ordered[-1]
+
+
+def part_report(
+    name: str, rows: Sequence[Row], records: Sequence[Record], examples: Sequence[Example], tally: Tally
+) -> PartReport:
+    """Count one part. A line of a text file may well repeat, so duplicates are not counted there."""
+    tokens = sum(map(len, examples))
+    learned = sum(example.learned for example in examples)
+    classes = Counter(record.label for record in records if isinstance(record, Labelled))
+    classified = bool(examples) and examples[0].labels is None
+    distinct = len({repr(record) for record in records})
+    return PartReport(
+        name=name,
+        source=rows[0].file,
+        rows=len(rows),
+        examples=len(examples),
+        tokens=tokens,
+        lengths=quantiles(tally.lengths),
+        learned_share=1.0 if classified else learned / max(1, tokens),
+        labels=dict(classes.most_common()) if classified else {},
+        cut=tally.cut,
+        dropped=tuple(tally.dropped),
+        duplicates=0 if rows[0].reader == "txt" else len(records) - distinct,
+        unknown_share=tally.unknown / max(1, tally.tokens),
+    )

@@ -1,0 +1,68 @@
+"""Examples as tensors, padded on the right. The one module of `data` that needs torch.
+
+Right padding: positions then count from the first real token without position ids, and under a causal mask no real token ever sees padding.
+Shapes: B rows, T positions of the longest row (rounded up to `multiple`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ingraft.data.examples import IGNORED, Example
+from ingraft.errors import IngraftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's pad token, else its end token, else 0. Padding is masked, so the choice is never seen."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(found) for found in candidates if isinstance(found, int)), 0)
+
+
+def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> dict[str, Tensor]:
+    """The batch a model is called with.
+
+    Args:
+        examples: rows of one kind, all with token labels or all with a class.
+        pad_id: what to fill the tail of short rows with.
+        multiple: round T up to a multiple of this; fixed shapes suit compiled graphs and tensor cores.
+
+    Returns:
+        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, or (B,) classes;
+        `token_type_ids` (B, T) where the rows have them.
+
+    Raises:
+        IngraftError: no rows, or rows of both kinds.
+    """
+    if not examples:
+        raise IngraftError("An empty batch has no tensors.")
+    if len({(e.labels is None, e.label is None, e.token_type_ids is None) for e in examples}) > 1:
+        raise IngraftError("A batch must hold rows of one kind: all with token labels, or all with a class.")
+    longest = max(len(example) for example in examples)
+    width = -(-longest // multiple) * multiple
+
+    def pad(row: Sequence[int], filler: int) -> list[int]:
+        return [*row, *[filler] * (width - len(row))]
+
+    batch = {
+        "input_ids": torch.tensor([pad(e.input_ids, pad_id) for e in examples]),
+        "attention_mask": torch.tensor([pad([1] * len(e), 0) for e in examples]),
+    }
+    if examples[0].labels is not None:
+        batch["labels"] = torch.tensor([pad(e.labels or [], IGNORED) for e in examples])
+    elif examples[0].label is not None:
+        batch["labels"] = torch.tensor([e.label for e in examples])
+    if examples[0].token_type_ids is not None:
+        batch["token_type_ids"] = torch.tensor([pad(e.token_type_ids or [], 0) for e in examples])
+    return batch
+
+
+def row_ids(examples: Sequence[Example]) -> Tensor:
+    """The rows' numbers, shape (B,), for dropout that depends on the row and not on its place in the batch."""
+    return torch.tensor([example.row_id for example in examples])
