@@ -62,6 +62,7 @@ class DataRecipe:
     )
     test: str | None = _key("a file of rows scored once, after training", None)
     format: str = _key("row format; auto detects it from the rows", "auto")
+    learn: Literal["answer", "all"] = _key("which tokens the loss counts: the answers, or every token", "answer")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
     packing: bool = _key("put several short rows into one sequence", False)
 
@@ -72,7 +73,7 @@ class Recipe:
 
     model: str = _key("the base: a name from `ingraft models`, a hub id, a folder or a .gguf file")
     quantization: Quantization = _key("how the frozen base is held in memory", "none")
-    task: Task = _key("what is learned", "sft")
+    task: Task = _key("what is learned: sft (answers), lm (plain text) or classify (labels)", "sft")
     data: DataRecipe = _key("the data, see the data.* keys")
     method: str = _key("tuning method, a name from `ingraft methods`", "lora")
     method_config: dict[str, Any] = _key("the method's own keys, for example method_config.r", factory=dict)
@@ -137,19 +138,18 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         IngraftError: the file cannot be read, or the recipe is wrong; every problem is listed.
     """
     values = {} if path is None else read_yaml(path)
-    given = dict(overrides or {})
-    if "method" in given and given["method"] != values.get("method", given["method"]):
-        values.pop("method_config", None)
-    for key, value in given.items():
-        _put(values, key, value)
+    merge_values(values, overrides or {})
     return as_recipe(values, source="" if path is None else str(path))
 
 
-def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, *, source: str = "") -> Recipe:
+def as_recipe(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, source: str = "", check_method: bool = True
+) -> Recipe:
     """A checked, fully resolved recipe from whatever the caller holds: a `Recipe`, a mapping with the same keys, or a YAML file.
 
     Args:
         source: where a mapping came from, to be named in the messages.
+        check_method: look into the method's own keys as well, which imports the method and with it torch.
 
     Raises:
         IngraftError: every problem found.
@@ -161,7 +161,7 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, *, source: str = 
         values["data"] = {"train": values["data"]}
     parsed, problems, wrong = _parse(values)
     problems += [text for keys, text in _impossible(parsed) if not wrong.intersection(keys)]
-    if "method" not in wrong and "method_config" not in wrong:
+    if check_method and not wrong.intersection(("method", "method_config")):
         options, method_problems = _method_options(parsed.method, parsed.method_config)
         problems += method_problems
         parsed = dataclasses.replace(parsed, method_config=options)
@@ -233,6 +233,18 @@ def scalar(text: str) -> Any:
         return yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return text
+
+
+def merge_values(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Lay `overrides` (dotted keys, or mappings inside mappings) over `values` in place."""
+    if isinstance(values.get("data"), str):  # `data: rows.jsonl`, as `--data rows.jsonl`
+        values["data"] = {"train": values["data"]}
+    if "method" in overrides and overrides["method"] != values.get("method", overrides["method"]):
+        values.pop("method_config", None)
+    for key, value in overrides.items():
+        if key == "data" and isinstance(value, str):
+            key = "data.train"
+        _put(values, key, value)
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -365,8 +377,8 @@ def _method_options(method: str, options: dict[str, Any]) -> tuple[dict[str, Any
     """The method's options with its defaults filled in, or the problems with its name or its keys."""
     from ingraft.methods import registry
 
-    if method not in registry.METHODS:
-        hint = nearest(method, registry.METHODS)
+    if method not in registry.records():
+        hint = nearest(method, registry.records())
         return options, [f"method: there is no method {method!r}{hint}; `ingraft methods` lists them."]
     try:
         config = registry.make_config(method, options)

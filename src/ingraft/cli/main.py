@@ -96,7 +96,8 @@ def _exit_code(error: BaseException, received: list[int], *, debug: bool) -> int
         return 2
     _complain(
         f"a defect of ours: {type(error).__name__}: {error}",
-        "nothing of yours is the cause as far as we know." + ("" if debug else " Run again with --debug for the traceback to report."),
+        "nothing of yours is the cause as far as we know."
+        + ("" if debug else " Run again with --debug for the traceback to report."),
     )
     return 1
 

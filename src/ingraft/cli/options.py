@@ -29,7 +29,9 @@ class VerbCommand(click.Command):
         return super().parse_args(ctx, self._normalised(ctx, args))
 
     def _normalised(self, ctx: click.Context, args: list[str]) -> list[str]:
-        known = {name: option for option in self.get_params(ctx) if isinstance(option, click.Option) for name in option.opts}
+        known = {
+            name: option for option in self.get_params(ctx) if isinstance(option, click.Option) for name in option.opts
+        }
         out: list[str] = []
         unknown: list[str] = []
         words = iter(args)
@@ -50,7 +52,12 @@ class VerbCommand(click.Command):
                 out += ["--method-config", f"{key}={text}"]
                 continue
             positive = "--" + name.removeprefix("--no-")
-            if name not in known and name.startswith("--no-") and _is_switch(known.get(positive)):
+            if (
+                name not in known
+                and name.startswith("--no-")
+                and positive in known
+                and known[positive].flag_value == "true"
+            ):
                 out.append(f"{positive}=false")
                 continue
             if name not in known:
@@ -70,9 +77,9 @@ def _values(words: Iterator[str], count: int) -> list[str]:
     return [word for _, word in zip(range(count), words, strict=False)]
 
 
-def _is_switch(option: click.Option | None) -> bool:
+def _is_switch(option: click.Option) -> bool:
     """Whether the option may stand alone: a flag, or a yes-or-no recipe key."""
-    return option is not None and (option.is_flag or option.flag_value == "true")
+    return option.is_flag or option.flag_value == "true"
 
 
 def recipe_options(*keys: str) -> Callable[[Decorated], Decorated]:
@@ -107,7 +114,12 @@ def _option(key: str, kind: Any, item: Field[Any]) -> Callable[[Decorated], Deco
     if kind is bool:
         shown = "on" if item.default else "off"
         return click.option(
-            *flags, name, is_flag=False, flag_value="true", metavar="[true|false]", help=f"{meaning}  [default: {shown}]"
+            *flags,
+            name,
+            is_flag=False,
+            flag_value="true",
+            metavar="[true|false]",
+            help=f"{meaning}  [default: {shown}]",
         )
     note = "" if item.default in (MISSING, None, "") else f"  [default: {item.default}]"
     return click.option(*flags, name, metavar=_metavar(kind), help=meaning + note)
@@ -118,7 +130,8 @@ def _metavar(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         return _metavar(get_args(kind)[0])
     if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+        names = "|".join(get_args(kind))
+        return names if len(names) < 60 else "NAME"
     if get_origin(kind) in (Union, types.UnionType):
         names = [_metavar(part) for part in get_args(kind) if part is not type(None)]
         return "|".join(dict.fromkeys(names))
@@ -166,11 +179,17 @@ def verb(*keys: str, recipe: bool = True) -> Callable[[Decorated], click.Command
     """A command with the recipe options for `keys` and what every verb has: --config, --json, --debug."""
 
     def decorate(function: Decorated) -> click.Command:
-        function = click.option("--debug", is_flag=True, expose_value=False, help="show the traceback of an error")(function)
-        function = click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")(function)
+        function = click.option("--debug", is_flag=True, expose_value=False, help="show the traceback of an error")(
+            function
+        )
+        function = click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")(
+            function
+        )
         if recipe:
             function = recipe_options(*keys)(function)
-            function = click.option("--config", metavar="FILE", help="a recipe (YAML); options given here override it")(function)
+            function = click.option("--config", metavar="FILE", help="a recipe (YAML); options given here override it")(
+                function
+            )
         return click.command(
             cls=VerbCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
         )(function)

@@ -37,10 +37,14 @@ class LazyGroup(click.Group):
             return None
         return importlib.import_module(f"ingraft.cli.{cmd_name}").command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS:
             known = ", ".join(VERBS)
-            raise click.UsageError(f"unknown command {args[0]!r}{nearest(args[0], VERBS)}; the commands are {known}.", ctx)
+            raise click.UsageError(
+                f"unknown command {args[0]!r}{nearest(args[0], VERBS)}; the commands are {known}.", ctx
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -63,7 +67,9 @@ def _version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version and exit.")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version and exit."
+)
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -1,0 +1,70 @@
+"""Writes docs/methods.md, the catalogue of methods, from the registry and the methods' own files: nothing in it is typed twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from ingraft.methods import registry
+
+PAGE = Path(__file__).parent / "methods.md"
+HEAD = """# Methods
+
+*Written by `make docs` from the registry and the heads of the method files; change those.*
+
+| name | family | what is trained | equation | merges | paper |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = [
+        f"| [`{r.name}`](#{r.name}) | {r.family} | {r.summary} | {_cell(r.equation)} | {'yes' if r.mergeable else 'no'} | {r.paper} |"
+        for r in registry.records().values()
+    ]
+    sections = [section(record) for record in registry.records().values()]
+    return HEAD + "\n".join(rows) + "\n\n" + "\n".join(sections)
+
+
+def section(record: registry.MethodRecord) -> str:
+    """One method: what its file says at its head, its options with their defaults, a command."""
+    config = registry.load(record.name).config
+    module = sys.modules[registry.load(record.name).part.__module__]
+    meanings = _attributes([cls for cls in config.__mro__ if dataclasses.is_dataclass(cls)])
+    lines = [f"## {record.name}", "", "```text", inspect.cleandoc(module.__doc__ or ""), "```", ""]
+    lines += ["| option | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(config):
+        default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+        lines.append(f"| `{field.name}` | {default} | {_cell(meanings.get(field.name, ''))} |")
+    lines += ["", "```bash", f"ingraft train --model smollm2 --data rows.jsonl --method {record.name}", "```", ""]
+    return "\n".join(lines)
+
+
+def _attributes(classes: list[type]) -> dict[str, str]:
+    """The `Attributes:` of the classes' docstrings, name -> meaning."""
+    out: dict[str, str] = {}
+    for cls in reversed(classes):
+        name = ""
+        for line in inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines():
+            if found := re.match(r"    (\w[\w, ]*): (.*)", line):
+                name = found[1]
+                out.update(dict.fromkeys(re.split(r", *", name), found[2]))
+            elif line.startswith("        ") and name:
+                for part in re.split(r", *", name):
+                    out[part] += " " + line.strip()
+            else:
+                name = ""
+    return out
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

@@ -1,0 +1,146 @@
+"""Where a verb's settings come from when they are not all given, and how the model they name is opened.
+
+`ingraft eval --adapter runs/x` should score what the run trained, under the settings it trained with; otherwise its loss is not the one in
+the log. So the recipe that lies beside an adapter is the first layer, `--config` the second, options the last. Only what belongs to base
+and data is taken over: the method's settings are in the adapter itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ingraft import durable
+from ingraft.errors import IngraftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ingraft.cli.output import Output
+    from ingraft.data import DataSet
+    from ingraft.recipe import Recipe
+
+_TRAINING_ONLY = ("method", "method_config", "init_adapter", "output_dir")
+_UNUSED = "unused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A base in memory, with an adapter where one was asked for."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    adapter: str | None
+
+
+def settle(
+    overrides: Mapping[str, Any], *, config: str | None = None, adapter: str | None = None, needs_data: bool = True
+) -> Recipe:
+    """The recipe for a verb that does not train.
+
+    Args:
+        overrides: what was given as options, by dotted key.
+        config: a recipe file given with --config.
+        adapter: an adapter folder; its recipe, or at least the base recorded in it, fills what is not given.
+        needs_data: whether a data set must be named.
+
+    Raises:
+        IngraftError: every problem found.
+    """
+    from ingraft.recipe import as_recipe, merge_values, read_yaml
+
+    values: dict[str, Any] = {}
+    if adapter is not None:
+        values = recorded(adapter)
+    if config is not None:
+        merge_values(values, read_yaml(config))
+    given_data = "data.train" in overrides
+    merge_values(values, overrides)
+    if given_data and isinstance(values["data"], dict):
+        # Rows named at the keyboard are scored whole; the split belonged to the data of the run.
+        values["data"] = {**values["data"], "eval": overrides.get("data.eval", 0), "test": None}
+    if not needs_data and not values.get("data"):
+        values["data"] = {"train": _UNUSED}
+    for key in _TRAINING_ONLY:
+        values.pop(key, None)
+    return as_recipe(values, check_method=False)
+
+
+def recorded(adapter: str) -> dict[str, Any]:
+    """What an adapter folder says about its base and its run, as recipe values.
+
+    Raises:
+        IngraftError: there is no such folder, or it holds no adapter.
+    """
+    from ingraft.recipe import read_yaml
+
+    folder = adapter_folder(adapter)
+    if (folder / "recipe.yaml").is_file():
+        return read_yaml(folder / "recipe.yaml")
+    base = durable.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    return {"model": base} if base else {}
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder, if there is an adapter in it.
+
+    Raises:
+        IngraftError: no folder, or one without `adapter_config.json`; says what is there instead.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        raise IngraftError(f"--adapter {adapter}: there is no such folder.")
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    inner = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if inner:
+        raise IngraftError(f"--adapter {adapter}: holds no adapter itself; one lies in {inner[-1]}.")
+    raise IngraftError(f"--adapter {adapter}: holds no adapter_config.json, so it is no adapter or run folder.")
+
+
+def open_model(recipe: Recipe, adapter: str | None, output: Output, *, trust_remote_code: bool = False) -> Opened:
+    """Load the base a recipe names and put the adapter into it.
+
+    Raises:
+        IngraftError: no such base; the adapter does not fit it, or is damaged.
+    """
+    import ingraft
+    from ingraft.bases import load_base
+
+    where = " (recorded in the adapter)" if adapter is not None else ""
+    output.say(f"base {recipe.model}{where}" + (f", adapter {adapter}" if adapter else ""))
+    model, tokenizer = load_base(
+        recipe.model, dtype=recipe.dtype, task=recipe.task, trust_remote_code=trust_remote_code
+    )
+    name = None if adapter is None else cast(str, ingraft.load(model, adapter_folder(adapter)))
+    model.eval()
+    return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name)
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] | None = None) -> DataSet:
+    """The recipe's data, encoded the way training encodes it.
+
+    Args:
+        labels: for classification, the classes of the model that is to score them.
+
+    Raises:
+        IngraftError: see `ingraft.data.load`.
+    """
+    from ingraft.data import load
+
+    wanted = recipe.data
+    return load(
+        wanted.train,
+        tokenizer,
+        task=recipe.task,
+        eval=wanted.eval or None,
+        test=wanted.test,
+        form=wanted.format,
+        max_length=wanted.max_length,
+        learn=wanted.learn,
+        seed=recipe.seed,
+        labels=labels,
+    )
