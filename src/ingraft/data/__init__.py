@@ -1,4 +1,5 @@
-"""Data: from a user's file to batches. Names resolve lazily, so that reading and checking a file loads neither torch nor transformers.
+"""Data: from a user's file to batches. Names resolve lazily, so that reading and checking a file loads neither torch
+nor transformers.
 
 No module here has the name of a function it exports: the module would take the function's place in this namespace.
 """
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ingraft.data.batching import batches, padding_share
     from ingraft.data.chat import encode_prompt, prompt_messages, render
-    from ingraft.data.tensors import collate, pad_id, row_ids
+    from ingraft.data.dataset import DataSet, load
     from ingraft.data.examples import IGNORED, Example, encode_classify, encode_lm, encode_sft, label_names
     from ingraft.data.formats import FORMATS, detect, read_records
-    from ingraft.data.dataset import DataSet, load
-    from ingraft.data.show import preview
     from ingraft.data.readers import read_rows
     from ingraft.data.report import DataReport, PartReport
     from ingraft.data.rows import Row
+    from ingraft.data.show import preview
     from ingraft.data.splits import split
+    from ingraft.data.tensors import collate, pad_id, row_ids
 
 _HOME = {
     "batching": ("batches", "padding_share"),

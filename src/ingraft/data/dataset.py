@@ -35,7 +35,9 @@ MEANINGS: Mapping[str, tuple[tuple[type[Record], ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Rows and what became of them; `rows[example.row_id]` is an example's row (except for `lm`, where examples are blocks)."""
+    """Rows and what became of them; `rows[example.row_id]` is an example's row (except for `lm`, where examples are
+    blocks).
+    """
 
     rows: list[Row]
     records: list[Record]
@@ -78,7 +80,8 @@ def load(
     """Read, split, check and encode a data set.
 
     Args:
-        train: file, `datasets` folder or hub id with the rows to train on (for an evaluation alone: the rows to evaluate on).
+        train: file, `datasets` folder or hub id with the rows to train on (for an evaluation alone: the rows to
+            evaluate on).
         tokenizer: the base's.
         task: sft, lm or classify.
         eval: share, number of rows, or another file; see `split`.
@@ -86,13 +89,14 @@ def load(
         form: a format's name or `auto`; it holds for all files.
         max_length: longest sequence in tokens; lowered to what the tokenizer says the base can read.
         learn: for sft, `answer` or `all`.
-        chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a template.
+        chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer
+            has a template.
         seed: of the split.
         labels: for classify, the classes of a model that is already trained; None takes them from the training rows.
 
     Raises:
-        IngraftError: everything that `read_rows`, `split` and the encoders refuse; a task that cannot use these rows; more than 5 % unknown
-            tokens.
+        IngraftError: everything that `read_rows`, `split` and the encoders refuse; a task that cannot use these rows;
+            more than 5 % unknown tokens.
     """
     if task not in MEANINGS:
         raise IngraftError(

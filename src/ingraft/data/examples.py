@@ -1,11 +1,13 @@
 """Records as token sequences, each token marked as learned or not.
 
-Prompt and answer are tokenised apart and joined. That makes an example token-exact: the model has to continue the very tokens it will be given
-when it is asked, also where a tokenizer would have merged the last character of the prompt with the first of the answer. What it
-costs: around such a seam the sequence is not the one that a single pass over the text would give.
+Prompt and answer are tokenised apart and joined. That makes an example token-exact: the model has to continue the
+very tokens it will be given when it is asked, also where a tokenizer would have merged the last character of the
+prompt with the first of the answer. What it costs: around such a seam the sequence is not the one that a single pass
+over the text would give.
 
-A row longer than `max_length` is cut at its end. Cutting the front would take away the question and the template's opening; a row whose
-whole answer is cut away is dropped, and both are counted, because a silent loss of data looks like a bad model.
+A row longer than `max_length` is cut at its end. Cutting the front would take away the question and the template's
+opening; a row whose whole answer is cut away is dropped, and both are counted, because a silent loss of data looks
+like a bad model.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Example:
 
     Attributes:
         input_ids: the tokens.
-        row_id: the row's position among the rows that were encoded (for `lm` the block's number). It names the row in logs and seeds its
-            dropout.
+        row_id: the row's position among the rows that were encoded (for `lm` the block's number). It names the row in
+            logs and seeds its dropout.
         labels: per token its id where it is learned and -100 elsewhere; None for classification.
         label: the class; None for language models.
         token_type_ids: 0/1 for the first and second text, for encoders that want it.
@@ -59,7 +61,9 @@ class Example:
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What encoding did to the rows; filled by the `encode_*` functions, read by the report. Lengths are those before cutting."""
+    """What encoding did to the rows; filled by the `encode_*` functions, read by the report. Lengths are those
+    before cutting.
+    """
 
     lengths: list[int] = field(default_factory=list[int])
     cut: int = 0
@@ -86,7 +90,8 @@ def encode_sft(
         max_length: longest sequence, in tokens.
         form: a format's name or `auto`.
         learn: `answer` or `all`.
-        chat: whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a template.
+        chat: whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a
+            template.
         tally: counts rows cut and dropped.
 
     Raises:
@@ -170,8 +175,8 @@ def _encode_parts(
     count_unknown(texts, ids, tokenizer, tally)
     if not _adds_a_space(tokenizer):
         return ids
-    # SentencePiece tokenizers of the older kind put a space before every text. A continuation must not get one, so it is encoded behind
-    # a line break whose tokens are taken off again.
+    # SentencePiece tokenizers of the older kind put a space before every text. A continuation must not get one, so it
+    # is encoded behind a line break whose tokens are taken off again.
     lead = token_ids(["\n"], tokenizer)[0]
     behind = token_ids([f"\n{segment.text}" if later else segment.text for segment, later in flat], tokenizer)
     joined = zip(behind, ids, flat, strict=True)
@@ -195,8 +200,8 @@ def count_unknown(
 ) -> None:
     """Add these texts' tokens, and those that stand for something the tokenizer does not know, to the tally.
 
-    Byte-level tokenizers know every text and often name their end token as the unknown one, and a text may spell `<unk>` itself (WikiText
-    does): neither counts.
+    Byte-level tokenizers know every text and often name their end token as the unknown one, and a text may spell
+    `<unk>` itself (WikiText does): neither counts.
     """
     tally.tokens += sum(map(len, ids))
     unknown = tokenizer.unk_token_id
@@ -215,9 +220,11 @@ def encode_lm(
     form: str = "auto",
     tally: Tally | None = None,
 ) -> list[Example]:
-    """Language modelling: all text of `rows`, one document after another, cut into blocks of `max_length`; every token is learned.
+    """Language modelling: all text of `rows`, one document after another, cut into blocks of `max_length`; every
+    token is learned.
 
-    Neighbouring lines of a text file are one document. The end token stands between documents, and the last, shorter block is kept.
+    Neighbouring lines of a text file are one document. The end token stands between documents, and the last, shorter
+    block is kept.
 
     Raises:
         IngraftError: rows that hold no plain text, or no text at all.
@@ -243,8 +250,8 @@ def encode_documents(
     texts = join_lines(records, rows)
     ids = token_ids(texts, tokenizer)
     count_unknown(texts, ids, tokenizer, tally)
-    begin = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    begin = [cast("int", tokenizer.bos_token_id)] if begins_with_bos(tokenizer) else []
+    end = [cast("int", tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else []
     stream = [token for tokens in ids for token in (*begin, *tokens, *end)]
     blocks = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
     blocks = [block for block in blocks if len(block) > 1]  # a lone token has nothing to predict
@@ -255,7 +262,9 @@ def encode_documents(
 
 
 def join_lines(records: Sequence[Document], rows: Sequence[Row]) -> list[str]:
-    """The documents: each record one, except that lines of one text file are joined, with the blank lines that stood between them."""
+    """The documents: each record one, except that lines of one text file are joined, with the blank lines that
+    stood between them.
+    """
     documents: list[list[str]] = []
     before: Row | None = None
     for row, record in zip(rows, records, strict=True):

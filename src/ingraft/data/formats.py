@@ -1,8 +1,9 @@
 """The recognised forms of rows, as data.
 
-Each form is one frozen record: its name, the fields it needs and one function that reads them. Detection looks at all rows and takes the most
-specific form that more than half of them have the fields for; a stray row is then a named mistake and not a reason to read the whole
-file as something else. Fields that a form does not know are ignored, because real files carry ids, sources and comments.
+Each form is one frozen record: its name, the fields it needs and one function that reads them. Detection looks at all
+rows and takes the most specific form that more than half of them have the fields for; a stray row is then a named
+mistake and not a reason to read the whole file as something else. Fields that a form does not know are ignored,
+because real files carry ids, sources and comments.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Format:
 
 
 def _kind(value: object) -> str:
-    names = {
+    names: dict[type, str] = {
         bool: "true/false",
         int: "a number",
         float: "a number",
@@ -143,15 +144,18 @@ def _answer(values: Values, name: str) -> str:
     return turns[0]["content"]
 
 
+def _system(values: Values) -> tuple[Message, ...]:
+    if values.get("system") is None or not (text := _text(values, "system")).strip():
+        return ()
+    return (Message(role="system", content=text),)
+
+
 def _read_instruction(values: Values) -> Chat:
     question = _filled(values, "instruction")
     if values.get("input") is not None and (extra := _text(values, "input")).strip():
         question = f"{question}\n\n{extra}"
-    turns: list[Message] = []
-    if values.get("system") is not None and _text(values, "system").strip():
-        turns.append({"role": "system", "content": values["system"]})
-    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": _filled(values, "output")}]
-    return Chat(messages=tuple(turns))
+    asked, answer = Message(role="user", content=question), Message(role="assistant", content=_filled(values, "output"))
+    return Chat(messages=(*_system(values), asked, answer))
 
 
 def _read_messages(values: Values) -> Chat:
@@ -160,9 +164,7 @@ def _read_messages(values: Values) -> Chat:
 
 def _read_conversations(values: Values) -> Chat:
     turns = _answered(_turns(values, "conversations", "from", "value"), "conversations")
-    if values.get("system") is not None and _text(values, "system").strip() and turns[0]["role"] != "system":
-        turns = ({"role": "system", "content": values["system"]}, *turns)
-    return Chat(messages=turns)
+    return Chat(messages=turns if turns[0]["role"] == "system" else (*_system(values), *turns))
 
 
 def _read_completion(values: Values) -> Chat:

@@ -1,7 +1,7 @@
 """Rows out of JSON: lines, arrays, an object that holds one list of rows, or objects one after another.
 
-The standard decoder is used value by value (`raw_decode`), which is how an array's rows keep their line numbers: the decoder says where
-each value ended, and line breaks are counted on the way.
+The standard decoder is used value by value (`raw_decode`), which is how an array's rows keep their line numbers: the
+decoder says where each value ended, and line breaks are counted on the way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def looks_like_json(text: str) -> bool:
 
 
 def first_value_is_row(text: str) -> bool:
-    """Whether the text begins with a whole JSON object, or an array that begins with one: plain text never does by accident."""
+    """Whether the text begins with a whole JSON object, or an array that begins with one: plain text never does by
+    accident.
+    """
     start = _skip(text, 0)
     if text[start : start + 1] == "[":
         start = _skip(text, start + 1)
@@ -77,8 +79,9 @@ def _skip(text: str, position: int) -> int:
 
 
 def _is_lines(text: str) -> bool:
-    """JSON lines: the first line is a whole value and more follow, or most lines look like whole objects (so that one broken line, even the
-    first, is one named mistake)."""
+    """JSON lines: the first line is a whole value and more follow, or most lines look like whole objects (so that one
+    broken line, even the first, is one named mistake).
+    """
     lines = [line for line in (match.group().strip() for match in _LINE.finditer(text)) if line]
     whole = sum(line.startswith("{") and line.endswith("}") for line in lines)
     return whole * 2 > len(lines) and (len(lines) > 1 or not lines[0].startswith("["))
@@ -170,7 +173,9 @@ def _lists_of_objects(value: Mapping[str, Any]) -> list[str]:
 
 
 def _read_wrapped(text: str, start: int, value: Mapping[str, Any], file: str, places: _Lines) -> list[Row]:
-    """The rows of `{"data": [...], ...}`: the one list of objects in it, read again element by element for the line numbers."""
+    """The rows of `{"data": [...], ...}`: the one list of objects in it, read again element by element for the line
+    numbers.
+    """
     lists = _lists_of_objects(value)
     if not lists:
         return [Row(values=value, file=file, line=places.at(start), reader="json")]

@@ -1,8 +1,8 @@
 """From a path to rows: what a file is, is decided by its content.
 
-An extension is a hint and no more: people rename files, and `.json` is used for both arrays and lines. The order of the questions is
-from the unmistakable (magic bytes) to the vague (plain text). Files are read whole: rows are held in memory anyway, and only so can every
-problem of a file be listed at once.
+An extension is a hint and no more: people rename files, and `.json` is used for both arrays and lines. The order of
+the questions is from the unmistakable (magic bytes) to the vague (plain text). Files are read whole: rows are held in
+memory anyway, and only so can every problem of a file be listed at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import zlib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from ingraft.data.jsonrows import first_value_is_row, looks_like_json, read_json
 from ingraft.data.rows import Row, refuse
@@ -107,9 +107,13 @@ def read_bytes(data: bytes, file: str) -> list[Row]:
 
 def _decode(data: bytes, file: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        pass
+        _refuse_bytes(data, file)
+    return text if "\n" in text else text.replace("\r", "\n")  # files of old Macs end their lines so
+
+
+def _refuse_bytes(data: bytes, file: str) -> NoReturn:
     problems: list[str] = []
     for number, line in enumerate(data.split(b"\n"), 1):
         try:

@@ -1,7 +1,7 @@
 """What a row means, whatever its fields were called.
 
-Seven shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it (templates, encoding,
-splits) sees only these, so a new form of row costs one entry there and nothing here.
+Seven shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
+(templates, encoding, splits) sees only these, so a new form of row costs one entry there and nothing here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Preference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A prompt, one answer to it and whether a reader found it good. Never learned as it stands: half of such answers are bad ones."""
+    """A prompt, one answer to it and whether a reader found it good. Never learned as it stands: half of such
+    answers are bad ones.
+    """
 
     messages: tuple[Message, ...]
     completion: str
@@ -88,8 +90,8 @@ Record = Chat | Labelled | Document | Preference | Judged | Tagged | Span
 def given(record: Record) -> str:
     """What a model is given of this record, as one string: two records with the same are duplicates for a split.
 
-    The answer is left out on purpose. A row whose question stands on both sides of the split measures memory, also when its answer is worded
-    differently.
+    The answer is left out on purpose. A row whose question stands on both sides of the split measures memory, also
+    when its answer is worded differently.
     """
     match record:
         case Chat():

@@ -15,7 +15,9 @@ from ingraft.data.records import Labelled, Record
 from ingraft.data.rows import LISTED, Row
 
 UNKNOWN_LIMIT = 0.05
-"""Above this share of unknown tokens the model would learn from holes; a base that knows the script reads well below 1 %."""
+"""Above this share of unknown tokens the model would learn from holes; a base that knows the script reads well
+below 1 %.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +34,7 @@ class PartReport:
         learned_share: share of the tokens that the loss counts; 1 for classification rows.
         labels: rows per class, largest first; empty for language models.
         cut: rows longer than `max_length`.
-        dropped: rows whose whole answer was cut away, by place.
+        dropped: rows without a learned token, mostly because their whole answer was cut away; by place.
         duplicates: rows that repeat an earlier row entirely.
         unknown_share: share of tokens that the tokenizer does not know.
     """
@@ -68,7 +70,7 @@ class PartReport:
         if self.dropped:
             more = ", ..." if len(self.dropped) > LISTED else ""
             out.append(
-                f"  dropped, the whole answer lies beyond max_length: {len(self.dropped)} rows ({', '.join(self.dropped[:LISTED])}{more})"
+                f"  dropped, nothing to learn within max_length: {len(self.dropped)} rows ({', '.join(self.dropped[:LISTED])}{more})"
             )
         if self.duplicates:
             out.append(f"  duplicates: {self.duplicates} rows repeat an earlier one")

@@ -1,8 +1,8 @@
 """A row of a user's file together with the place it came from.
 
-Every complaint about data names a file and a line, so the place travels with the row from the first byte read to the last check; nothing
-downstream has to search for it again. Problems are collected and raised at once, but only the first few are listed: ten examples show a
-pattern, ten thousand bury it.
+Every complaint about data names a file and a line, so the place travels with the row from the first byte read to the
+last check; nothing downstream has to search for it again. Problems are collected and raised at once, but only the
+first few are listed: ten examples show a pattern, ten thousand bury it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Row:
     Attributes:
         values: the fields of the row, as parsed; for a line of plain text `{"text": line}`.
         file: the source as the user named it (a path, a `datasets` folder or a hub id).
-        line: 1-based line at which the row begins; for sources without lines (parquet, `datasets`) the 1-based row number.
+        line: 1-based line at which the row begins; for sources without lines (parquet, `datasets`) the 1-based row
+            number.
         reader: the kind of source: jsonl, json, csv, tsv, parquet, txt or datasets.
     """
 
@@ -40,7 +41,9 @@ class Row:
 
 
 class RowProblem(ValueError):
-    """What is wrong with one row, without its place; caught where the place is known. Never reaches a user by itself."""
+    """What is wrong with one row, without its place; caught where the place is known. Never reaches a user by
+    itself.
+    """
 
 
 def refuse(problems: Sequence[str], *, summary: str = "") -> NoReturn:

@@ -1,4 +1,6 @@
-"""A row as the model sees it: its tokens as text, each marked as learned or not. `ingraft data` prints them in colour."""
+"""A row as the model sees it: its tokens as text, each marked as learned or not. `ingraft data` prints them in
+colour.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def preview(
 ) -> list[tuple[str, bool]]:
     """The tokens of one row, (text, learned), in order; the texts join to what the model reads.
 
-    A token that ends within a character (common in Chinese) has an empty text, and the one that completes it carries the character. For
-    `classify`, which learns a class and no token, the last entry is the label.
+    A token that ends within a character (common in Chinese) has an empty text, and the one that completes it carries
+    the character. For `classify`, which learns a class and no token, the last entry is the label.
 
     Raises:
         IngraftError: as `load` does for this row.

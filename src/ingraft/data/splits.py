@@ -1,9 +1,9 @@
 """Setting rows aside for evaluation, the same ones every time.
 
-A row's turn comes by a hash of the seed and its text, not by its position: the same file in another order, or with a few rows more, keeps nearly
-the same split. Rows that give the model the same text travel together, so nothing that is evaluated was seen in training. Classes keep
-their shares. Lines of a text file are one running text: there the end is set aside, because scattered lines would leave holes that the
-neighbours give away.
+A row's turn comes by a hash of the seed and its text, not by its position: the same file in another order, or with a
+few rows more, keeps nearly the same split. Rows that give the model the same text travel together, so nothing that is
+evaluated was seen in training. Classes keep their shares. Lines of a text file are one running text: there the end is
+set aside, because scattered lines would leave holes that the neighbours give away.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def split(rows: Sequence[Row], eval: Eval, seed: int, *, form: str = "auto") -> 
 
     Args:
         rows: all rows.
-        eval: a share (0 < x < 1), a number of rows (an int of 1 or more), the path of another file, or None (or 0) for no evaluation rows.
+        eval: a share (0 < x < 1), a number of rows (an int of 1 or more), the path of another file, or None (or 0)
+            for no evaluation rows.
         seed: which rows; the same seed gives the same split on every machine.
         form: a format's name or `auto`.
 
@@ -69,7 +70,8 @@ def evaluation_size(eval: Eval, rows: int) -> int | str:
 
 
 def choose(records: Sequence[Record], wanted: int, seed: int) -> set[int]:
-    """The positions of about `wanted` records to set aside: at most so many, fewer only where groups of equal texts do not fit.
+    """The positions of about `wanted` records to set aside: at most so many, fewer only where groups of equal texts
+    do not fit.
 
     Raises:
         IngraftError: all rows give the same text, so that no split is possible.

@@ -1,13 +1,14 @@
 """Rows out of tables: CSV, TSV, Parquet.
 
-CSV has no standard for its delimiter, so the header decides: the delimiter that splits it into the most field names Ingraft knows wins, and the
-file's extension breaks ties. All values of a text table are strings.
+CSV has no standard for its delimiter, so the header decides: the delimiter that splits it into the most field names
+Ingraft knows wins, and the file's extension breaks ties. All values of a text table are strings.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, cast
@@ -17,21 +18,24 @@ from ingraft.data.rows import Row, refuse
 from ingraft.errors import IngraftError
 
 OPTIONAL = frozenset({"input", "system", "id"})
+_FIRST_LINE = re.compile(r"^[^\n]*\S[^\n]*", re.MULTILINE)
 DELIMITERS = {",": "csv", "\t": "tsv", ";": "csv"}
 
 
 def header_fields(text: str, delimiter: str) -> list[str]:
     """The first line split by `delimiter`, quotes and spaces removed."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = _FIRST_LINE.search(text)
     try:
-        fields = next(csv.reader([first], delimiter=delimiter), [])
+        fields = next(csv.reader([first.group() if first else ""], delimiter=delimiter), [])
     except csv.Error:
         return []
     return [name.strip() for name in fields]
 
 
 def looks_like_table(text: str) -> bool:
-    """Whether the first line is a header of at least two columns, all of whose names are recognised: plain text never has one by accident."""
+    """Whether the first line is a header of at least two columns, all of whose names are recognised: plain text
+    never has one by accident.
+    """
     return any(
         len(names) > 1 and set(names) <= FIELDS | OPTIONAL for names in (header_fields(text, d) for d in DELIMITERS)
     )
@@ -61,18 +65,19 @@ def read_table(text: str, file: str, *, extension: str = "") -> list[Row]:
 
     delimiter = max(DELIMITERS, key=fit)
     try:
-        return _read(text, file, delimiter, quoting=csv.QUOTE_MINIMAL)
+        return _read(text, file, delimiter, quoted=True)
     except csv.Error as error:
         if (
             delimiter == "\t"
         ):  # most TSV files know no quoting, and a text that begins with a quotation mark is no mistake there
-            return _read(text, file, delimiter, quoting=csv.QUOTE_NONE)
+            return _read(text, file, delimiter, quoted=False)
         raise IngraftError(f"{error}.") from None
 
 
-def _read(text: str, file: str, delimiter: str, *, quoting: int) -> list[Row]:
+def _read(text: str, file: str, delimiter: str, *, quoted: bool) -> list[Row]:
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's default refuses a text above 128 KB
     try:
+        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         header: list[str] | None = None
         rows: list[Row] = []
@@ -127,7 +132,7 @@ def read_parquet(data: bytes, file: str) -> list[Row]:
     except ImportError:
         raise IngraftError(f"{file}: reading Parquet needs pyarrow. Install it: pip install datasets") from None
     try:
-        found = cast("list[Mapping[str, Any]]", pq.read_table(pa.BufferReader(data)).to_pylist())  # pyright: ignore[reportUnknownMemberType]
+        found = cast("list[Mapping[str, Any]]", pq.read_table(pa.BufferReader(data)).to_pylist())
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise IngraftError(f"{file}: broken Parquet file: {error}") from None
     return [Row(values=values, file=file, line=number, reader="parquet") for number, values in enumerate(found, 1)]

@@ -1,7 +1,7 @@
 """Examples as tensors, padded on the right. The one module of `data` that needs torch.
 
-Right padding: positions then count from the first real token without position ids, and under a causal mask no real token ever sees padding.
-Shapes: B rows, T positions of the longest row (rounded up to `multiple`).
+Right padding: positions then count from the first real token without position ids, and under a causal mask no real
+token ever sees padding. Shapes: B rows, T positions of the longest row (rounded up to `multiple`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's pad token, else its end token, else 0. Padding is masked, so the choice is never seen."""
+    """The id to pad with: the tokenizer's pad token, else its end token, else 0. Padding is masked, so the choice
+    is never seen.
+    """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(found) for found in candidates if isinstance(found, int)), 0)
 
@@ -34,8 +36,8 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
         multiple: round T up to a multiple of this; fixed shapes suit compiled graphs and tensor cores.
 
     Returns:
-        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, or (B,) classes;
-        `token_type_ids` (B, T) where the rows have them.
+        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, or (B,)
+        classes; `token_type_ids` (B, T) where the rows have them.
 
     Raises:
         IngraftError: no rows, or rows of both kinds.
