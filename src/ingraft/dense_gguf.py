@@ -1,0 +1,128 @@
+"""A GGUF file as an ordinary model folder.
+
+transformers reads a GGUF by parsing its metadata in Python, three times over, and unpacking every block: 17 s for a model of 135M
+parameters whose safetensors load in half a second. So the file is converted once, in float32 (what the blocks say exactly, whatever the
+dtype asked for later), and kept in the cache folder under the digest of its content. Where nothing can be written, the conversion lives
+in a temporary folder for as long as the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from ingraft import durable
+from ingraft.errors import IngraftError
+
+log = logging.getLogger(__name__)
+
+_CONVERSION = 1
+"""Raised when this file writes other folders from the same GGUF."""
+
+
+def cache_folder() -> Path:
+    """`$INGRAFT_CACHE`, else `ingraft` in the user's cache folder."""
+    if given := os.environ.get("INGRAFT_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ingraft"
+
+
+def dense_folder(gguf: Path) -> Path:
+    """A folder with the model of `gguf` as float32 safetensors and its tokenizer, converted on the first call.
+
+    Raises:
+        IngraftError: not a GGUF file, an architecture that transformers cannot read from one, or damaged.
+    """
+    check_gguf(gguf)
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {"gguf_sha256": digest, "conversion": _CONVERSION, "transformers": version("transformers")}
+    target = cache_folder() / "dense" / f"{digest[:16]}-{_CONVERSION}-{facts['transformers']}"
+    try:
+        if durable.verify(target)["facts"] == facts:
+            return target
+    except IngraftError:
+        pass  # absent or damaged: made again
+    log.info("%s: converting to safetensors, once.", gguf.name)
+    try:
+        with durable.folder(target, overwrite=True, facts=facts) as tmp:
+            _convert(gguf, tmp)
+    except _UnreadableError:
+        raise
+    except IngraftError as error:
+        log.info("%s. The conversion is not kept.", str(error).rstrip("."))
+        folder = Path(tempfile.mkdtemp(prefix="ingraft-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _convert(gguf, folder)
+        return folder
+    for other in target.parent.glob(f"{digest[:16]}-*"):  # made by a former version of transformers or of this file
+        if other != target:
+            durable.remove(other)
+    return target
+
+
+def join_chunks(chunks: list[Path], name: str, sha256: str) -> Path:
+    """One GGUF file from the chunks that a package registry's size limit made of it; joined once, in the cache folder.
+
+    Raises:
+        IngraftError: the joined content is not the expected one, or the cache cannot be written.
+    """
+    target = cache_folder() / "gguf" / name
+    if target.is_file() and target.stat().st_size == sum(chunk.stat().st_size for chunk in chunks):
+        return target
+    content = b"".join(durable.read_bytes(chunk) for chunk in chunks)
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise IngraftError(f"{name}: the installed chunks join to sha256 {found}, expected {sha256}; reinstall them.")
+    durable.write_file(target, content)
+    return target
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a file that does not begin as a GGUF does.
+
+    Raises:
+        IngraftError: see above.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise IngraftError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if start != b"GGUF":
+        raise IngraftError(f"{path}: is not a GGUF file; it begins with {start!r}.")
+
+
+class _UnreadableError(IngraftError):
+    """The file, not the disk, is at fault."""
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {}
+    # From 5.20 or so, transformers keeps the blocks packed unless told otherwise; before, it knew no such choice.
+    if config_class := getattr(transformers, "GgufConfig", None):
+        options["quantization_config"] = config_class(dequantize=True)
+    place, name = str(gguf.parent), gguf.name
+    bars = contextlib.redirect_stderr(io.StringIO())  # tqdm's, which transformers' own switch does not reach
+    try:
+        with bars:
+            model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, IndexError) as error:
+        text = " ".join(str(error).split())
+        raise _UnreadableError(f"{gguf}: transformers cannot read this GGUF: {type(error).__name__}: {text}") from error
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
