@@ -82,7 +82,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "bytes": (folder / WEIGHTS).stat().st_size,
         "files": "all equal to their digests" if sealed else "without digests (not written by Ingraft)",
         "settings": {
-            k: v for k, v in config.items() if k in _SHOWN or isinstance(v, int | float) and not isinstance(v, bool)
+            k: v for k, v in config.items() if k in _SHOWN or (isinstance(v, int | float) and not isinstance(v, bool))
         },
         "facts": facts,
         "metrics": durable.read_json(metrics_file) if metrics_file.is_file() else {},

@@ -46,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return _run(args)
-    except BrokenPipeError:
-        # The reader of our output has gone (`ingraft methods | head`). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:
+        if isinstance(error, BrokenPipeError):
+            return _reader_gone()
         for number in before:  # from here on a second Ctrl-C ends the process at once
             signal.signal(number, signal.SIG_DFL)
         if debug and not isinstance(error, SystemExit):
@@ -63,16 +61,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
+def _reader_gone() -> int:
+    """`ingraft methods | head` has read enough. Python would complain once more when it flushes at exit, so give it somewhere to write."""
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a descriptor is wanted, not a path
+        os.dup2(nowhere.fileno(), sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)
+    return 0
+
+
 def _run(args: list[str]) -> int:
     # What libraries would print in the middle of our output; `setdefault`, because a person may have asked for it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.showwarning = _show_warning
+    from click.exceptions import Exit
+
     from ingraft.cli.verbs import cli
 
-    result = cli.main(args=args, prog_name="ingraft", standalone_mode=False)
-    return result if isinstance(result, int) else 0
+    # Not `cli.main`: it would turn a closed pipe and Ctrl-C into exit codes of its own.
+    try:
+        with cli.make_context("ingraft", args) as context:
+            cli.invoke(context)
+    except Exit as done:
+        return done.exit_code
+    return 0
 
 
 def _exit_code(error: BaseException, received: list[int], *, debug: bool) -> int:
@@ -126,7 +138,7 @@ def _show_warning(
 ) -> None:
     """One line a warning: where in which library it was raised helps no user of a command."""
     del category, filename, lineno, line
-    print(f"note: {message}", file=file or sys.stderr)  # noqa: T201
+    print(f"note: {message}", file=file or sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ingraft.cli.options import trust_option, verb
 from ingraft.cli.output import Output
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @verb(recipe=False)
@@ -56,23 +53,20 @@ def count_parameters(
 ) -> dict[str, tuple[int | None, str | None]]:
     """How many parameters each method trains on a base with its default settings, or why the base refuses it.
 
-    Counted by attaching and detaching, so that the number is the one training would show.
+    By the methods' formulas, which the laws hold against the real tensors; nothing is attached.
     """
-    import ingraft
+    from ingraft.adapt.lifecycle import expected_count
     from ingraft.bases import load_base
     from ingraft.errors import IngraftError
     from ingraft.methods import registry
 
-    base: nn.Module = load_base(model, trust_remote_code=trust_remote_code)[0]
+    base = load_base(model, trust_remote_code=trust_remote_code).model
     out: dict[str, tuple[int | None, str | None]] = {}
     for name in names:
         try:
-            ingraft.attach(base, registry.make_config(name, {}), name="counted")
+            out[name] = expected_count(base, registry.make_config(name, {})), None
         except IngraftError as error:
             out[name] = None, " ".join(error.problems)
-            continue
-        out[name] = sum(p.numel() for p in ingraft.adapt.parameters(base, "counted").values()), None
-        ingraft.detach(base, "counted")
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from ingraft.cli.options import verb
@@ -15,10 +14,28 @@ def command(as_json: bool) -> None:
 
     Any hub id, folder or .gguf file works as --model as well.
     """
-    from ingraft.bases import catalogue
+    from ingraft.bases import BASES, installed
 
     output = Output(as_json=as_json)
-    found: list[dict[str, Any]] = [dataclasses.asdict(entry) for entry in catalogue()]
+    found: list[dict[str, Any]] = [
+        {
+            "name": record.name,
+            "title": record.title,
+            "kind": record.kind,
+            "installed": installed(record),
+            "parameters": record.parameters,
+            "bytes": record.size,
+            "languages": record.languages,
+            "licence": record.licence,
+            "note": record.note,
+            "install": record.install,
+        }
+        for record in BASES.values()
+    ]
     output.result(found)
-    output.table(list(found[0]), [list(entry.values()) for entry in found])
+    columns = ["name", "title", "installed", "kind", "parameters", "languages", "licence", "note"]
+    output.table(columns, [[entry[column] for column in columns] for entry in found])
+    missing = [entry for entry in found if not entry["installed"]]
+    if missing:
+        output.say("", "to get one:", *(f"  {entry['install']}" for entry in missing))
     output.say("", "--model also takes a hub id, a folder with a model, or a .gguf file.")

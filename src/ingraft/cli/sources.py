@@ -101,8 +101,13 @@ def adapter_folder(adapter: str) -> Path:
     raise IngraftError(f"--adapter {adapter}: holds no adapter_config.json, so it is no adapter or run folder.")
 
 
-def open_model(recipe: Recipe, adapter: str | None, output: Output, *, trust_remote_code: bool = False) -> Opened:
+def open_model(
+    recipe: Recipe, adapter: str | None, output: Output, *, trust_remote_code: bool = False, announce: bool = True
+) -> Opened:
     """Load the base a recipe names and put the adapter into it.
+
+    Args:
+        announce: say first what is being loaded.
 
     Raises:
         IngraftError: no such base; the adapter does not fit it, or is damaged.
@@ -110,11 +115,12 @@ def open_model(recipe: Recipe, adapter: str | None, output: Output, *, trust_rem
     import ingraft
     from ingraft.bases import load_base
 
-    where = " (recorded in the adapter)" if adapter is not None else ""
-    output.say(f"base {recipe.model}{where}" + (f", adapter {adapter}" if adapter else ""))
-    model, tokenizer = load_base(
-        recipe.model, dtype=recipe.dtype, task=recipe.task, trust_remote_code=trust_remote_code
-    )
+    if announce:
+        output.say(f"base {recipe.model}" + (f", adapter {adapter}" if adapter else ""))
+    labels = _head_labels(adapter) if recipe.task == "classify" and adapter is not None else None
+    task = recipe.task if labels is not None or recipe.task != "classify" else None
+    base = load_base(recipe.model, dtype=recipe.dtype, task=task, labels=labels, trust_remote_code=trust_remote_code)
+    model, tokenizer = base.model, base.tokenizer
     name = None if adapter is None else cast(str, ingraft.load(model, adapter_folder(adapter)))
     model.eval()
     return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name)

@@ -1,0 +1,158 @@
+"""`ingraft merge`: an adapter written into its base, as a plain model folder.
+
+Merging replaces the adapter's own arithmetic by the base's with changed weights. In exact numbers both agree; in bfloat16 the changed weight
+is rounded to eight bits and they differ. So both are run on real text, the largest difference of the logits is printed, and above a
+bound nothing is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ingraft.cli.options import adapter_option, given, trust_option, verb
+from ingraft.cli.output import Output
+from ingraft.errors import IngraftError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ingraft.cli.sources import Opened
+
+# Abraham Lincoln's address at Gettysburg, 1863: public domain, and text that no adapter was trained on.
+TEXT = (
+    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and dedicated to the "
+    "proposition that all men are created equal. Now we are engaged in a great civil war, testing whether that nation, or any nation so "
+    "conceived and so dedicated, can long endure. We are met on a great battle-field of that war. We have come to dedicate a portion of "
+    "that field, as a final resting place for those who here gave their lives that that nation might live."
+)
+
+BOUNDS = {"float32": 0.01, "float16": 0.25, "bfloat16": 2.0}
+"""Largest logit difference accepted without being asked: several times what sound merges of the tested bases show in each dtype."""
+
+
+@verb("model", "dtype", "data.max_length")
+@adapter_option
+@trust_option
+@click.option("--output-dir", metavar="DIR", help="the model folder to write")
+@click.option("--data", metavar="FILE", help="compare on the first rows of this file instead of a built-in paragraph")
+@click.option(
+    "--max-difference",
+    type=float,
+    metavar="NUMBER",
+    help="refuse above this logit difference; by default it depends on the dtype",
+)
+@click.option("--overwrite-output-dir", is_flag=True, help="replace a folder that is there")
+def command(
+    config: str | None,
+    as_json: bool,
+    adapter: str | None,
+    trust_remote_code: bool,
+    output_dir: str | None,
+    data: str | None,
+    max_difference: float | None,
+    overwrite_output_dir: bool,
+    **arguments: Any,
+) -> None:
+    """Write an adapter into its base: a plain model folder, checked against the unmerged model.
+
+    Prints the largest difference between the logits of the merged and the unmerged model on real text, and refuses to write above a bound.
+    """
+    from pathlib import Path
+
+    from ingraft.cli.sources import open_model, settle
+
+    output = Output(as_json=as_json)
+    missing = [
+        f"{flag} is needed."
+        for flag, value in (("--adapter DIR", adapter), ("--output-dir DIR", output_dir))
+        if not value
+    ]
+    if missing or adapter is None or output_dir is None:
+        raise IngraftError(*missing)
+    target = Path(output_dir)
+    if not overwrite_output_dir and target.exists() and (target.is_file() or any(target.iterdir())):
+        raise IngraftError(
+            f"--output-dir {output_dir}: exists and is not empty; choose another, or add --overwrite-output-dir."
+        )
+    recipe = settle(given(arguments), config=config, adapter=adapter, needs_data=False)
+    opened = open_model(recipe, adapter, output, trust_remote_code=trust_remote_code)
+    found = merge_and_write(opened, target, data, bound=max_difference, overwrite=overwrite_output_dir)
+    output.result({"output_dir": output_dir, **found})
+    output.say(
+        f"largest logit difference, merged to unmerged: {found['max_difference']:.3g} "
+        f"(bound {found['bound']:g}, {found['dtype']}, {found['tokens']} tokens, logits up to {found['largest_logit']:.1f})",
+        f"written: {output_dir}",
+        "",
+        "next:",
+        f"  ingraft chat --model {output_dir}"
+        if recipe.task != "classify"
+        else f"  ingraft eval --model {output_dir} --data FILE",
+    )
+
+
+def merge_and_write(
+    opened: Opened, target: Any, data: str | None, *, bound: float | None, overwrite: bool
+) -> dict[str, Any]:
+    """Merge, compare, and write the folder, all or nothing. Returns the comparison.
+
+    Raises:
+        IngraftError: the method cannot be merged; the difference is above the bound; the disk refuses.
+    """
+    import ingraft
+    from ingraft import durable
+
+    model = opened.model
+    batches = token_batches(opened, data)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    limit = BOUNDS.get(dtype, BOUNDS["float32"]) if bound is None else bound
+    before = [logits(model, batch) for batch in batches]
+    ingraft.merge(model, safe=True)
+    differences = [
+        (logits(model, batch) - kept).abs().max().item() for batch, kept in zip(batches, before, strict=True)
+    ]
+    worst = max(differences)
+    if not worst <= limit:
+        raise IngraftError(
+            f"the merged model's logits differ from the unmerged one's by {worst:.3g}, more than {limit:g}; nothing was written. "
+            "Merge in a finer dtype (--dtype float32), or accept the difference with --max-difference."
+        )
+    ingraft.detach(model, keep_merged=True)
+    durable.require_space(target, sum(p.numel() * p.element_size() for p in model.parameters()))
+    facts = {"merged_from": opened.adapter, "base": opened.recipe.model, "max_difference": worst, "dtype": dtype}
+    with durable.folder(target, overwrite=overwrite, facts=facts) as scratch:
+        model.save_pretrained(scratch)
+        opened.tokenizer.save_pretrained(scratch)
+    return {
+        "max_difference": worst,
+        "bound": limit,
+        "dtype": dtype,
+        "tokens": sum(batch.numel() for batch in batches),
+        "largest_logit": max(kept.abs().max().item() for kept in before),
+    }
+
+
+def token_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[Tensor]:
+    """Sequences (1, T) to compare on: the built-in paragraph, or the first rows of the user's data as the task encodes them."""
+    import dataclasses
+
+    import torch
+
+    recipe, tokenizer, device = opened.recipe, opened.tokenizer, opened.model.device
+    if data is None:
+        return [torch.tensor([tokenizer(TEXT)["input_ids"]], device=device)]
+    from ingraft.cli.sources import load_data
+
+    labels = tuple(opened.model.config.id2label.values()) if recipe.task == "classify" else None
+    wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)
+    examples = load_data(dataclasses.replace(recipe, data=wanted), tokenizer, labels).train[:rows]
+    return [torch.tensor([example.input_ids], device=device) for example in examples]
+
+
+def logits(model: Any, ids_BT: Tensor) -> Tensor:
+    """The model's logits in float32."""
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids_BT).logits.float()
