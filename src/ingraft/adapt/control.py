@@ -1,0 +1,183 @@
+"""The state of one adapted model, shared by all its hosts.
+
+A `Control` is a plain object, not a module: it holds names and decisions, never trained tensors (those are child modules of the hosts).
+There is one for each model, reachable from the root and from every host, so a copy of the model carries a copy of it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.adapt.rows import Call
+from ingraft.adapt.weights import Kind
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import Method, MethodConfig, Part
+
+ATTRIBUTE = "ingraft_control"
+HOST_ATTRIBUTE = "ingraft_host"
+
+
+def child_name(adapter: str) -> str:
+    """The name under which an adapter's part is registered in its host.
+
+    The colon keeps it apart from every attribute a module could have (an adapter may be called `mlp` or `forward`); dots are not
+    allowed in child names.
+    """
+    return "adapter:" + adapter.replace(".", "%2E")
+
+
+@dataclass(kw_only=True)
+class Adapter:
+    """One attached adapter.
+
+    Attributes:
+        config, method: what it is.
+        sites: paths of its hosts in model order, with the role of each.
+        saved_whole: paths of the modules that are trained in full beside the method's own sites (`modules_to_save`).
+        seed: of its initial values and its dropout.
+        facts: what a loaded adapter's file said beyond its tensors (base fingerprint, metrics).
+    """
+
+    name: str
+    config: MethodConfig
+    method: Method
+    sites: dict[str, str]
+    saved_whole: tuple[str, ...]
+    seed: int
+    dropout: bool = False
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(kw_only=True, eq=False)
+class Kept:
+    """A base parameter set aside by a merge: the very tensor, to be put back."""
+
+    path: str
+    name: str
+    parameter: nn.Parameter | None
+
+
+@dataclass(kw_only=True, eq=False)
+class Control:
+    """Which adapters a model has, which act, and what a merge set aside."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
+    call: Call = field(default_factory=Call)
+    replaying: bool = False
+    merged: tuple[str, ...] = ()
+    kept: list[Kept] = field(default_factory=list[Kept])
+    required_grad: dict[str, bool] = field(default_factory=dict[str, bool])
+    unchecked: bool = True
+    auto_step: bool = True
+    spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    shared: dict[str, Any] = field(default_factory=dict[str, Any])
+    restore: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of that name.
+
+        Raises:
+            IngraftError: if there is none.
+        """
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise IngraftError(f"No adapter named {name!r} is attached (attached: {known}).")
+        return self.adapters[name]
+
+
+@dataclass(kw_only=True, eq=False)
+class HostState:
+    """What a host knows about itself.
+
+    Attributes:
+        path: full name in the model; it salts dropout, so that no two sites share a mask.
+        kind: how its weight is stored; None for modules that are no layer of their own.
+        known_forward: whether the module's own forward is the product its kind knows, so that shortcuts hold.
+        carries_rows: whether dimension 0 of its input goes with the rows of the batch.
+        opens: exits of the spans that begin at this module's input (the MLP that a parallel adapter runs beside).
+        hook: keeps a framework's fused path from passing over this module.
+        seen: the acting sets of forward passes since the last backward, for recomputation outside transformers' checkpointing.
+    """
+
+    control: Control
+    path: str
+    kind: Kind | None
+    known_forward: bool
+    carries_rows: bool = True
+    roles: dict[str, str] = field(default_factory=dict[str, str])
+    opens: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    ran: bool = False
+    seen: list[Call] = field(default_factory=list[Call])
+    seen_without_grad: Call | None = None
+    replayed: bool = False
+    hook: Any = None
+
+    @property
+    def salt(self) -> int:
+        """A stable number for this site."""
+        return zlib.crc32(self.path.encode())
+
+    def current(self) -> Call:
+        """The call this forward belongs to.
+
+        In a forward pass that is the control's. In a recomputation during backward it is the one the forward pass saw: transformers'
+        own checkpointing restores it explicitly (`replaying`); other users of `torch.utils.checkpoint` get the last one seen here, and an
+        error rather than a guess where two different ones are possible.
+        """
+        control = self.control
+        if torch.compiler.is_compiling() or control.replaying:
+            return control.call
+        if torch._C._current_graph_task_id() == -1:  # not inside backward
+            self._see(control.call)
+            return control.call
+        self.replayed = True
+        candidates = self.seen or ([self.seen_without_grad] if self.seen_without_grad else [])
+        if len(candidates) > 1:
+            raise IngraftError(
+                f"Gradient checkpointing recomputes {self.path}, which ran with different adapters since the last backward; which of them "
+                "is meant cannot be told. Call backward after each forward, or let the model checkpoint itself "
+                "(`model.gradient_checkpointing_enable()`), which records it."
+            )
+        return candidates[0] if candidates else control.call
+
+    def _see(self, call: Call) -> None:
+        if self.replayed:
+            self.seen, self.seen_without_grad, self.replayed = [], None, False
+        if not torch.is_grad_enabled():
+            # Reentrant checkpointing runs its forward without grad, and so does a reference pass: believed only if nothing else is known.
+            self.seen_without_grad = call
+        elif not self.seen or self.seen[-1] is not call:
+            self.seen = [other for other in self.seen if other.acting != call.acting] + [call]
+
+
+def control_of(model: nn.Module) -> Control | None:
+    """The control of an adapted model, or None for a model that nothing is attached to."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def require_control(model: nn.Module) -> Control:
+    """The control of an adapted model.
+
+    Raises:
+        IngraftError: if nothing is attached to it.
+    """
+    control = control_of(model)
+    if control is None:
+        raise IngraftError("Nothing is attached to this model; call `ingraft.attach(model, config)` or `ingraft.load(model, folder)` first.")
+    return control
+
+
+def host_state(module: nn.Module) -> HostState | None:
+    """The host state of a module, or None if it hosts nothing."""
+    return module.__dict__.get(HOST_ATTRIBUTE)
+
+
+def part_of(host: nn.Module, adapter: str) -> Part | None:
+    """The part that an adapter has in this host, or None."""
+    part = host._modules.get(child_name(adapter))
+    return part if isinstance(part, Part) else None

@@ -1,0 +1,449 @@
+"""One forward of a host: the base's own call, and the parts that act before and after it.
+
+A host's forward does three things around *one* call of the base:
+
+1. `before` of the acting parts, 2. the module's own forward, 3. `after` of the acting parts, then the bias if a part needed it left out.
+
+That is the *shortcut*, used where every acting part is a `ShortcutPart` and the module's forward is one its `Kind` knows. Elsewhere the
+*general path* computes W' by the definition and shadows it under the parameter's name while the module's own, unmodified forward runs
+(`weights.shadowed`). It is exact for any layer, and costs one base call for each group of rows and a weight-sized tensor, which is
+recomputed in backward rather than kept.
+
+Several parts on one host compose in one way everywhere (shortcut, general path, merge): first all that `add`, each on the original W, so
+`W + sum(weight_i(W) - W)`; then those that `chain`, in activation order. `composed` below is that sentence in code.
+
+The rows of a mixed batch are sliced group by group behind the one base call, and put together in the user's order (`rows.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, part_of
+from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
+from ingraft.adapt.swap import Forward, Mixin
+from ingraft.adapt.weights import Kind, bias_of, shadowed
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import OutputPart, ParameterPart, Part, ShortcutPart, Site, WeightPart
+
+Values = Mapping[str, Tensor | None]
+
+
+class Host(Mixin):
+    """A module in which parts act on weights or outputs."""
+
+    @staticmethod
+    def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return act(module, base, args, kwargs)
+
+
+class SequentialHost(Host):
+    """A host that iterates over its children: parts, registered as children, are no layers."""
+
+    def __iter__(self: Any) -> Iterator[nn.Module]:
+        return (child for child in self._modules.values() if not isinstance(child, Part))
+
+    def __len__(self: Any) -> int:
+        return sum(1 for _ in iter(self))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the forward
+
+
+def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward of a host. Steps and costs in the module docstring."""
+    state: HostState = host.__dict__[HOST_ATTRIBUTE]
+    call = state.current()
+    state.ran = True
+    if state.opens:
+        _open_spans(state, call, args, kwargs)
+    work = [(acting_parts(host, state, group.names), group.rows) for group in call.groups]
+    if not any(parts for parts, _ in work):
+        return base(*args, **kwargs)
+    if len(work) == 1:
+        return _whole(host, state, call, work[0][0], base, args, kwargs)
+    assert call.rows is not None
+    return _mixed(host, state, call, work, len(call.rows), base, args, kwargs)
+
+
+def acting_parts(host: nn.Module, state: HostState, names: Sequence[str]) -> list[Part]:
+    """The parts these adapters have here, in activation order, less those that are merged into the weight already."""
+    merged = state.control.merged
+    found = [part_of(host, name) for name in names if name not in merged]
+    return [part for part in found if isinstance(part, WeightPart | ParameterPart | OutputPart)]
+
+
+def _whole(
+    host: nn.Module, state: HostState, call: Call, parts: list[Part], base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """All rows carry the same parts."""
+    on_weight, on_output = _by_kind(parts)
+    if not on_weight:
+        y = base(*args, **kwargs)
+    elif (shortcuts := _shortcuts(state, on_weight)) and len(args) == 1 and not kwargs:
+        y = _shortcut(host, state, call, shortcuts, base, args[0])
+    else:
+        y = _general(host, state.kind, on_weight, base, args, kwargs)
+    if not on_output:
+        return y
+    x = _span_input(state, args, kwargs)
+    first = y[0] if isinstance(y, tuple) else y
+    entries = None
+    first = _outputs(host, state, call, on_output, x, first, entries, first.shape[0], base, args, kwargs)
+    return (first, *y[1:]) if isinstance(y, tuple) else first
+
+
+def _mixed(
+    host: nn.Module,
+    state: HostState,
+    call: Call,
+    work: list[tuple[list[Part], tuple[int, ...] | None]],
+    n: int,
+    base: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Rows differ: one base call over all of them where shortcuts allow, a piece of its output for each group."""
+    if not state.carries_rows:
+        raise IngraftError(
+            f"rows: {state.path} is computed once for the whole batch (its input has no row dimension), so its adapter cannot differ from row "
+            "to row. Leave this module out of target_modules, or run the rows in separate batches."
+        )
+    split = [(*_by_kind(parts), rows) for parts, rows in work]
+    x = _first(args, kwargs)
+    fast = all(not on_weight or _shortcuts(state, on_weight) for on_weight, _, _ in split) and len(args) == 1 and not kwargs
+    touches_weight = any(on_weight for on_weight, _, _ in split)
+    if touches_weight and (len(args) != 1 or kwargs):
+        raise IngraftError(f"rows: {state.path} takes more than one input; its weight cannot differ from row to row. Run the rows separately.")
+    if touches_weight or x.shape[0] == 1:
+        x = spread(x, n)
+        args = (x, *args[1:]) if args else args
+    size = x.shape[0]
+    pieces: list[Tensor] = []
+    order: list[Tensor] = []
+    rest: tuple[Any, ...] = ()
+    y_all: Tensor | None = None
+    if not (touches_weight and not fast):
+        y_all, rest, bare = _base_once(host, state, call, split, x, n, base, args, kwargs)
+    else:
+        bare = False
+    for on_weight, on_output, rows in split:
+        assert rows is not None
+        entries = entries_of(rows, size, n, state.path).to(x.device)
+        x_rows = x.index_select(0, entries)
+        if y_all is None:
+            y = _general(host, state.kind, on_weight, base, (x_rows,), {}) if on_weight else base(x_rows)
+        else:
+            y = y_all.index_select(0, entries)
+            if on_weight:
+                y = _after(host, state, call, _shortcuts(state, on_weight), x_rows, y, entries, size, base, bare)
+            elif bare and (b := bias_of(host)) is not None and state.kind is not None:
+                y = y + state.kind.along_out(host, b)
+        if on_output:
+            span = _span_input(state, args, kwargs, keep=True).index_select(0, entries)
+            y = _outputs(host, state, call, on_output, span, y, entries, size, base, args, kwargs)
+        pieces.append(y)
+        order.append(entries)
+    state.control.spans.pop(state.path, None)
+    inverse = torch.argsort(torch.cat(order))
+    y = torch.cat(pieces).index_select(0, inverse)
+    return (y, *rest) if rest else y
+
+
+def _base_once(
+    host: nn.Module, state: HostState, call: Call, split: Any, x: Tensor, n: int, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], bool]:
+    """The one base call of a mixed batch, each group's rows seen through its own `before`. Returns y, other outputs, bias left out."""
+    bare = False
+    changed: list[tuple[Tensor, Tensor]] = []
+    for on_weight, _, rows in split:
+        shortcuts = _shortcuts(state, on_weight)
+        bare |= not all(part.additive for part in shortcuts)
+        if any(_has_before(part) for part in shortcuts):
+            entries = entries_of(rows, x.shape[0], n, state.path).to(x.device)
+            changed.append((entries, _befores(host, state, call, shortcuts, x.index_select(0, entries), entries, x.shape[0], base)[-1]))
+    for entries, x_rows in changed:
+        x = x.index_copy(0, entries, x_rows.to(x.dtype))
+    if bare and state.kind is not None:
+        return state.kind.bare(host, base, x), (), True
+    y = base(x, *args[1:], **kwargs) if args else base(**kwargs)
+    return (y[0], tuple(y[1:]), False) if isinstance(y, tuple) else (y, (), False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts on weights
+
+
+def _by_kind(parts: Sequence[Part]) -> tuple[list[WeightPart | ParameterPart], list[OutputPart]]:
+    on_weight = [part for part in parts if isinstance(part, WeightPart | ParameterPart)]
+    return on_weight, [part for part in parts if isinstance(part, OutputPart)]
+
+
+def _has_before(part: ShortcutPart) -> bool:
+    return type(part).before is not ShortcutPart.before
+
+
+def _shortcuts(state: HostState, parts: Sequence[Part]) -> list[ShortcutPart]:
+    """The parts, if all of them may go round the weight here; else an empty list."""
+    shortcuts = [part for part in parts if isinstance(part, ShortcutPart)]
+    if not state.known_forward or state.kind is None or len(shortcuts) != len(parts):
+        return []
+    adds = [part for part in shortcuts if part.composition == "add"]
+    if len(adds) > 1 and any(_has_before(part) for part in adds):
+        return []  # each would want its own input to the one base call
+    return shortcuts
+
+
+def _befores(
+    host: nn.Module,
+    state: HostState,
+    call: Call,
+    parts: list[ShortcutPart],
+    x: Tensor,
+    entries: Tensor | None,
+    size: int,
+    base: Forward,
+) -> list[Tensor]:
+    """The input as each part hands it on, outermost first: the last chained part sees x, the base sees the last entry."""
+    seen = [x]
+    for part in reversed(_ordered(parts)):
+        seen.append(part.before(seen[-1], LayerSite(host, state, call, [], part, entries, size, base)) if _has_before(part) else seen[-1])
+    return seen
+
+
+def _ordered(parts: Sequence[ShortcutPart]) -> list[ShortcutPart]:
+    return [part for part in parts if part.composition == "add"] + [part for part in parts if part.composition == "chain"]
+
+
+def _shortcut(host: nn.Module, state: HostState, call: Call, parts: list[ShortcutPart], base: Forward, x: Tensor) -> Tensor:
+    """before, one base product, after, bias."""
+    assert state.kind is not None
+    x_base = _befores(host, state, call, parts, x, None, x.shape[0], base)[-1]
+    bare = not all(part.additive for part in parts)
+    y = state.kind.bare(host, base, x_base) if bare else base(x_base)
+    return _after(host, state, call, parts, x, y, None, x.shape[0], base, bare)
+
+
+def _after(
+    host: nn.Module,
+    state: HostState,
+    call: Call,
+    parts: list[ShortcutPart],
+    x: Tensor,
+    y: Tensor,
+    entries: Tensor | None,
+    size: int,
+    base: Forward,
+    bare: bool,
+) -> Tensor:
+    """What the parts make of the base's product. `bare`: y comes without its bias, which is added here, as the parts see it."""
+    assert state.kind is not None
+    ordered = _ordered(parts)
+    seen = _befores(host, state, call, parts, x, entries, size, base)
+    inputs = dict(zip(map(id, reversed(ordered)), seen[1:], strict=True))
+    adds = [part for part in ordered if part.composition == "add"]
+    b = bias_of(host) if bare else None
+
+    def site(part: Part, below: Sequence[Part]) -> LayerSite:
+        return LayerSite(host, state, call, below, part, entries, size, base)
+
+    if len(adds) == 1 or all(part.additive for part in adds):
+        for part in adds:
+            y = part.after(inputs[id(part)], y, site(part, []))
+    else:
+        y_base = y
+        for part in adds:
+            y = y + (part.after(inputs[id(part)], y_base, site(part, [])) - y_base)
+    if b is not None:
+        b_base = b
+        for part in adds:
+            changed = part.bias(b_base)
+            b = b if changed is None else b + (changed - b_base)
+    below: list[Part] = list(adds)
+    for part in ordered[len(adds) :]:
+        y = part.after(inputs[id(part)], y, site(part, below))
+        b = part.bias(b) if bare else b
+        below.append(part)
+    return y if b is None else y + state.kind.along_out(host, b.to(y.dtype))
+
+
+def _general(
+    host: nn.Module,
+    kind: Kind | None,
+    parts: Sequence[WeightPart | ParameterPart],
+    base: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The definition, through the shadow. W' is recomputed in backward unless it is a mere copy of a parameter."""
+
+    def run(*inputs: Any) -> Any:
+        with shadowed(host, composed(kind, parts, own_parameters(host))):
+            return base(*inputs, **kwargs)
+
+    cheap = all(isinstance(part, ParameterPart) for part in parts)
+    if cheap or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return run(*args)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """The parameters registered on the module itself, absent biases included."""
+    return dict(module._parameters)
+
+
+def composed(kind: Kind | None, parts: Sequence[WeightPart | ParameterPart], parameters: Values) -> dict[str, Tensor | None]:
+    """The module's parameters as these parts together want them, stored layout, the base's dtype; only those that change.
+
+    This is the one place that says how several adapters compose. Merge writes what it returns.
+    """
+    adds = [part for part in parts if isinstance(part, ParameterPart) or part.composition == "add"]
+    chains = [part for part in parts if isinstance(part, WeightPart) and part.composition == "chain"]
+    values: dict[str, Tensor | None] = dict(parameters)
+    if len(adds) == 1:
+        values = _changed(kind, adds[0], parameters)
+    elif adds:
+        results = [_changed(kind, part, parameters) for part in adds]
+        values = {name: _sum_of_changes(old, [result[name] for result in results]) for name, old in parameters.items()}
+    for part in chains:
+        values = _changed(kind, part, values)
+    return {
+        name: value if value is None or (old := parameters[name]) is None else value.to(old.dtype)
+        for name, value in values.items()
+        if value is not parameters[name]
+    }
+
+
+def _changed(kind: Kind | None, part: WeightPart | ParameterPart, parameters: Values) -> dict[str, Tensor | None]:
+    """The parameters as one part wants them."""
+    if isinstance(part, ParameterPart):
+        return {**parameters, **part.values({name: value for name, value in parameters.items() if value is not None})}
+    stored = parameters["weight"]
+    assert kind is not None and stored is not None
+    dense = kind.dense(stored)
+    W, b = part.weight(dense, parameters.get("bias"))
+    changed = {**parameters}
+    if W is not dense:
+        changed["weight"] = kind.stored(W, stored.shape)
+    if b is not None or "bias" in parameters:
+        changed["bias"] = b
+    return changed
+
+
+def _sum_of_changes(old: Tensor | None, results: Sequence[Tensor | None]) -> Tensor | None:
+    """old + sum(new - old), in float32; `old` itself where nothing changed it."""
+    news = [new for new in results if new is not None and new is not old]
+    if not news:
+        return old
+    start = torch.zeros_like(news[0], dtype=torch.float32) if old is None else old.float()
+    total = start
+    for new in news:
+        total = total + (new.float() - start)
+    return total.to(news[0].dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts on outputs
+
+
+def _outputs(
+    host: nn.Module,
+    state: HostState,
+    call: Call,
+    parts: Sequence[OutputPart],
+    x: Tensor,
+    y: Tensor,
+    entries: Tensor | None,
+    size: int,
+    base: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    def rerun(x_again: Tensor) -> Tensor:
+        again = base(x_again, *args[1:], **kwargs)
+        return again[0] if isinstance(again, tuple) else again
+
+    for part in parts:
+        y = part.after(x, y, LayerSite(host, state, call, [], part, entries, size, rerun))
+    return y
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The module's first input, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _open_spans(state: HostState, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Remember this input for the parts at the far end of the span, if one of them acts in this call."""
+    acting = {name for group in call.groups for name in group.names}
+    for exit_path, names in state.opens.items():
+        if acting & names:
+            state.control.spans[exit_path] = _first(args, kwargs)
+
+
+def _span_input(state: HostState, args: tuple[Any, ...], kwargs: dict[str, Any], *, keep: bool = False) -> Tensor:
+    """The input an output part acts on: its span's, or the module's own."""
+    spans = state.control.spans
+    if state.path in spans:
+        return spans[state.path] if keep else spans.pop(state.path)
+    return _first(args, kwargs)
+
+
+class LayerSite(Site):
+    """What a part may ask, bound to one host, one call and the rows at hand."""
+
+    def __init__(
+        self,
+        host: nn.Module,
+        state: HostState,
+        call: Call,
+        below: Sequence[Part],
+        part: Part,
+        entries: Tensor | None,
+        size: int,
+        base: Forward,
+    ) -> None:
+        self._host, self._state, self._call, self._below, self._part = host, state, call, below, part
+        self._entries, self._size, self._base = entries, size, base
+        self.role = state.roles.get(_name_of(host, part), "weight")
+
+    def _kind(self) -> Kind:
+        assert self._state.kind is not None, f"{self._state.path} is no layer of a known kind"
+        return self._state.kind
+
+    def op(self, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        return self._kind().op(self._host, x, matrix_KI)
+
+    def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        return self._kind().mix(self._host, u, matrix_OK)
+
+    def weight(self) -> Tensor:
+        own = own_parameters(self._host)
+        below = [part for part in self._below if isinstance(part, WeightPart | ParameterPart)]
+        stored = composed(self._kind(), below, own).get("weight") if below else None
+        return self._kind().dense(stored if stored is not None else self._host._parameters["weight"]).detach()  # type: ignore[arg-type]
+
+    def base(self, x: Tensor) -> Tensor:
+        return self._base(x)
+
+    def out(self, v_O: Tensor) -> Tensor:
+        return self._kind().along_out(self._host, v_O)
+
+    def inp(self, v_I: Tensor) -> Tensor:
+        return self._kind().along_in(self._host, v_I)
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        if p == 0.0 or not self._part.training:
+            return x
+        name = _name_of(self._host, self._part)
+        seed = self._state.control.adapters[name].seed
+        return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
+
+
+def _name_of(host: nn.Module, part: Part) -> str:
+    """The adapter a part belongs to."""
+    child = next(name for name, module in host._modules.items() if module is part)
+    return child.removeprefix("adapter:").replace("%2E", ".")

@@ -1,0 +1,160 @@
+"""Merge and unmerge.
+
+Merging writes what `host.composed` says into the base: the very definition the general path computes with, so merged and active agree up to
+the rounding of the base's dtype. Unmerging puts the original parameter *object* back; nobody writes an inverse, so a hundred cycles in
+bfloat16 change no bit. The price is a second copy of the merged weights for as long as they are merged.
+
+A weight that the base ties to another module's is refused: written at one side it would change the other too. Full tuning follows the tie
+(its parts share one tensor); otherwise `untie=True` gives the merged side a parameter of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ingraft.adapt.control import Control, Kept, host_state, part_of, require_control
+from ingraft.adapt.host import composed, own_parameters
+from ingraft.adapt.select import base_modules
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import ParameterPart, WeightPart
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = False, untie: bool = False) -> None:
+    """Write adapters into the base's weights. They keep acting on every row until `unmerge`.
+
+    Args:
+        names: which, in this order; none means those that act.
+        safe: refuse a merge that would write a value that is not finite.
+        progress: show a bar.
+        untie: give a tied weight that is to be merged a parameter of its own.
+
+    Raises:
+        IngraftError: if a method has no weight form, a weight is tied, a value is not finite. The model is then unchanged.
+    """
+    control = require_control(model)
+    if control.merged:
+        raise IngraftError(f"{', '.join(control.merged)} is merged already; call `unmerge` first.")
+    if control.call.rows is not None:
+        raise IngraftError("merge: rows of the batch have adapters of their own; leave `rows` first.")
+    names = names or control.call.active
+    if not names:
+        raise IngraftError("merge: no adapter acts; name the ones to merge.")
+    adapters = [control.require(name) for name in names]
+    problems = [
+        f"{adapter.name} ({adapter.method.name}) cannot be merged: it is not a change of weights. Keep it attached, or save it with `ingraft.save`."
+        for adapter in adapters
+        if not adapter.method.mergeable
+    ]
+    if problems:
+        raise IngraftError(*problems)
+    modules = base_modules(model)
+    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.sites))
+    ties = _ties(modules)
+    _refuse_ties(modules, paths, names, ties, untie)
+    kept: list[Kept] = []
+    written: dict[int, nn.Parameter] = {}
+    try:
+        for path in _tracked(paths, progress):
+            _write(modules[path], path, names, safe, kept, written)
+    except BaseException:
+        _put_back(modules, kept)
+        raise
+    control.kept, control.merged = kept, names
+    control.restore["active"] = control.call.active
+    _record_untied(model, control, modules, ties)
+
+
+def _write(module: nn.Module, path: str, names: tuple[str, ...], safe: bool, kept: list[Kept], written: dict[int, nn.Parameter]) -> None:
+    """Put the composed values of one module in place, keeping the originals."""
+    state = host_state(module)
+    assert state is not None
+    parts = [part for name in names if isinstance(part := part_of(module, name), WeightPart | ParameterPart)]
+    for name, value in composed(state.kind, parts, own_parameters(module)).items():
+        if value is None:
+            continue
+        old = module._parameters[name]
+        if safe and not torch.isfinite(value).all():
+            raise IngraftError(f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged.")
+        shared = written.get(id(old)) if old is not None and all(isinstance(part, ParameterPart) for part in parts) else None
+        new = shared if shared is not None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        if old is not None:
+            written[id(old)] = new
+        kept.append(Kept(path=path, name=name, parameter=old))
+        module._parameters[name] = new
+
+
+def _put_back(modules: dict[str, nn.Module], kept: Iterable[Kept]) -> None:
+    for item in kept:
+        modules[item.path]._parameters[item.name] = item.parameter
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base's own parameters back, bit for bit, and let the adapters act as they did before `merge`.
+
+    Raises:
+        IngraftError: if nothing is merged.
+    """
+    control = require_control(model)
+    if not control.merged:
+        raise IngraftError("unmerge: nothing is merged into this model.")
+    _put_back(base_modules(model), control.kept)
+    control.kept, control.merged = [], ()
+    config = getattr(model, "config", None)
+    if control.restore.pop("untied", False):
+        config.tie_word_embeddings = True  # type: ignore[union-attr]
+    control.restore.pop("active", None)
+
+
+def _ties(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """Paths of the modules that own each parameter, by the parameter's id."""
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
+    return owners
+
+
+def _refuse_ties(modules: dict[str, nn.Module], paths: list[str], names: tuple[str, ...], ties: dict[int, list[str]], untie: bool) -> None:
+    problems: list[str] = []
+    for path in paths:
+        parts = [part_of(modules[path], name) for name in names]
+        for name, parameter in modules[path]._parameters.items():
+            others = [other for other in ties.get(id(parameter), []) if other != path]
+            follows = all(
+                isinstance(part_of(modules[other], adapter), ParameterPart)
+                for other in [*others, path]
+                for adapter, part in zip(names, parts, strict=True)
+                if part is not None
+            )
+            if others and not follows and not untie:
+                problems.append(
+                    f"merge: {path}.{name} is tied to {', '.join(others)}; writing it would change both. "
+                    "Pass untie=True to give the merged weight a tensor of its own (the model grows by its size)."
+                )
+    if problems:
+        raise IngraftError(*problems)
+
+
+def _record_untied(model: nn.Module, control: Control, modules: dict[str, nn.Module], before: dict[int, list[str]]) -> None:
+    """Tell the config if the word embeddings are tied no longer, so that a saved model loads as it is."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    after = {path: ids for ids, paths in _ties(modules).items() for path in paths}
+    split = any(len({after[path] for path in paths if path in after}) > 1 for paths in before.values() if len(paths) > 1)
+    if split:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        control.restore["untied"] = True
+
+
+def _tracked(paths: list[str], progress: bool) -> Iterable[str]:
+    if not progress:
+        return paths
+    from rich.progress import track
+
+    return track(paths, description="merging")

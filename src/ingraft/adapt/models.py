@@ -1,0 +1,124 @@
+"""The seam between the core and what is particular to a kind of model.
+
+The core asks the questions below; for a plain `nn.Module` the answers stand here, for a transformers model in `hf.py`, which is imported only
+when such a model turns up. Nothing else in the core knows transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+from torch import nn
+
+from ingraft.adapt.control import host_state
+from ingraft.adapt.root import Root
+from ingraft.adapt.swap import Mixin, original_class
+from ingraft.adapt.weights import kind_of
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
+
+
+def _hf(model: nn.Module) -> ModuleType | None:
+    """`hf.py`, if this is a transformers model."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    from ingraft.adapt import hf
+
+    return hf
+
+
+def root_mixin(model: nn.Module) -> type[Mixin]:
+    """The mixin laid over the root."""
+    hf = _hf(model)
+    return hf.ModelRoot if hf else Root
+
+
+def check_method(model: nn.Module, method: Method) -> None:
+    """Refuse a method that this model has no place for.
+
+    Raises:
+        IngraftError: with what to use instead.
+    """
+    hf = _hf(model)
+    if hf:
+        hf.check_method(model, method)
+    elif issubclass(method.part, AttentionPart | InputPart):
+        raise IngraftError(
+            f"{method.name} acts on a transformers model's attention or input; {original_class(model).__name__} is none. Choose a weight method or a bottleneck."
+        )
+
+
+def enter(model: nn.Module) -> None:
+    """Prepare the model for its first adapter."""
+    hf = _hf(model)
+    if hf:
+        hf.enter(model)
+
+
+def leave(model: nn.Module) -> None:
+    """Undo `enter` after the last adapter."""
+    hf = _hf(model)
+    if hf:
+        hf.leave(model)
+
+
+def enter_host(model: nn.Module, path: str) -> None:
+    """Keep frameworks from passing over a host: torch's encoder layer takes a fused path unless something hooks its children."""
+    parts = path.split(".")
+    ancestors = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    if any(isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention) for module in ancestors):
+        module = model.get_submodule(path)
+        state = host_state(module)
+        assert state is not None
+        state.hook = module.register_forward_pre_hook(_keep_called)
+
+
+def leave_host(module: nn.Module) -> None:
+    """Undo `enter_host`."""
+    state = host_state(module)
+    if state is not None and state.hook is not None:
+        state.hook.remove()
+
+
+def _keep_called(module: nn.Module, args: tuple[object, ...]) -> None:
+    """A hook that does nothing but be there."""
+    del module, args
+
+
+def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> SiteFacts:
+    """What a part at the attention or the input may look at."""
+    hf = _hf(model)
+    assert hf is not None, "check_method refuses these roles on plain modules"
+    return hf.site_facts(model, path, module, role)
+
+
+def width_of(model: nn.Module, module: nn.Module) -> int:
+    """Width of what a module returns: of its own weight, of the config, or of the last layer inside it."""
+    kind = kind_of(module)
+    weight = module._parameters.get("weight")
+    if kind is not None and weight is not None:
+        return kind.dense(weight).shape[0]
+    hidden = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(hidden, int):
+        return hidden
+    inner = [child for child in module.modules() if (k := kind_of(child)) and k.name in ("linear", "conv1d-transposed")]
+    if not inner:
+        return 0
+    last = inner[-1]._parameters["weight"]
+    last_kind = kind_of(inner[-1])
+    assert last is not None and last_kind is not None
+    return last_kind.dense(last).shape[0]
+
+
+def carries_rows(model: nn.Module, path: str) -> bool:
+    """Whether dimension 0 of this module's input goes with the rows of the batch."""
+    hf = _hf(model)
+    module = model.get_submodule(path)
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        ancestor = model.get_submodule(".".join(parts[:depth]))
+        if getattr(ancestor, "batch_first", True) is False:
+            return False
+    return hf.carries_rows(module, path) if hf else True

@@ -1,0 +1,157 @@
+"""Finds the places of a transformer that methods speak of (the attention's output, the MLP, the block) by its structure.
+
+A *block* is an element of a `ModuleList` whose elements share one class and each hold an *attention core*: a module that knows how many heads
+it has. From there on it is counting linear layers in the order in which the model registers them:
+
+* A core with four linears (q, k, v, out) or two (fused, out) ends in its output projection; with three or one the projection is the next
+  linear of the block (BERT keeps it in a module of its own).
+* What remains is the MLP: its first linear is where it begins, its last linear back to the block's width is where it ends. They need not
+  lie in one module (OPT has them loose in the block), which is why the MLP is a span and not a module.
+* Post-norm blocks end in a norm that follows the last projection inside a module smaller than the block (BERT), or in one that
+  `POST_NORM` names, where only the code tells.
+
+The first core of a block is its self-attention; further ones are cross-attentions, which roles leave alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ingraft.adapt.swap import original_class
+from ingraft.adapt.weights import kind_of
+from ingraft.errors import IngraftError
+
+ROLES = ("attention-out", "attention-kv", "mlp-out", "mlp", "block", "attention", "input")
+"""Names that may stand in `target_modules` beside module names; no module can be called so."""
+
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_groups", "n_head", "num_key_value_heads")
+
+POST_NORM = {"distilbert": "output_layer_norm", "bart": "final_layer_norm", "marian": "final_layer_norm"}
+"""Norms at the end of a block that structure alone does not show, by `config.model_type`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Paths of one block's places; None or empty where it has none."""
+
+    path: str
+    attention: str
+    attention_kv: tuple[str, ...]
+    attention_out: str
+    mlp_in: str | None
+    mlp_out: str | None
+    norm: str | None
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """The transformer blocks of a model, in order.
+
+    Raises:
+        IngraftError: if none is found, naming what to give instead.
+    """
+    found: list[Block] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or any(name.startswith(block.path + ".") for block in found):
+            continue
+        if len({original_class(child) for child in module}) != 1 or not all(_cores(child) for child in module):
+            continue
+        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        found += [_block(f"{name}.{index}" if name else str(index), child, model_type) for index, child in enumerate(module)]
+    if not found:
+        raise IngraftError(
+            f"{original_class(model).__name__}: no transformer blocks were found (a ModuleList of modules that each hold an attention with a "
+            "head count). This method needs them; choose a weight method such as lora, or name the modules in target_modules."
+        )
+    return found
+
+
+def _cores(block: nn.Module) -> list[str]:
+    """Paths, within the block, of the innermost modules that know their number of heads and hold linear layers."""
+    knows = [
+        name
+        for name, module in block.named_modules()
+        if name and any(attribute in module.__dict__ for attribute in HEAD_COUNTS) and _linears(module)
+    ]
+    return [name for name in knows if not any(other.startswith(name + ".") for other in knows)]
+
+
+def _linears(module: nn.Module) -> list[str]:
+    """Paths of the linear layers within a module, in the order in which it registers them."""
+    return [name for name, layer in module.named_modules() if (kind := kind_of(layer)) and kind.name in ("linear", "conv1d-transposed")]
+
+
+def _width_out(layer: nn.Module) -> int:
+    kind = kind_of(layer)
+    assert kind is not None and isinstance(layer.weight, nn.Parameter)
+    return kind.dense(layer.weight).shape[0]
+
+
+def _block(path: str, block: nn.Module, model_type: str) -> Block:
+    cores = _cores(block)
+    inside = {core: [f"{core}.{name}" for name in _linears(block.get_submodule(core))] for core in cores}
+    taken = {name for names in inside.values() for name in names}
+    loose = [name for name in _linears(block) if name not in taken]
+    outs: dict[str, str] = {}
+    for core, names in inside.items():
+        if len(names) in (1, 3):
+            order = [name for name, _ in block.named_modules()]
+            behind = [name for name in loose if order.index(name) > order.index(names[-1])]
+            outs[core] = behind[0] if behind else names[-1]
+        else:
+            outs[core] = names[-1]
+    loose = [name for name in loose if name not in outs.values()]
+    width = _width_out(block.get_submodule(outs[cores[0]]))
+    ends = [name for name in loose if _width_out(block.get_submodule(name)) == width]
+    mlp_out = ends[-1] if ends else None
+    first = [name for name in inside[cores[0]] if name != outs[cores[0]]]
+
+    def full(name: str) -> str:
+        return f"{path}.{name}"
+
+    return Block(
+        path=path,
+        attention=full(cores[0]),
+        attention_kv=tuple(full(name) for name in (first[1:3] if len(first) >= 3 else first)),
+        attention_out=full(outs[cores[0]]),
+        mlp_in=full(loose[0]) if mlp_out else None,
+        mlp_out=full(mlp_out) if mlp_out else None,
+        norm=_post_norm(path, block, mlp_out, model_type),
+    )
+
+
+def _post_norm(path: str, block: nn.Module, mlp_out: str | None, model_type: str) -> str | None:
+    if model_type in POST_NORM:
+        return f"{path}.{POST_NORM[model_type]}"
+    parent, _, _ = (mlp_out or "").rpartition(".")
+    if not parent:
+        return None
+    small = block.get_submodule(parent)
+    norms = [name for name, child in small.named_children() if (kind := kind_of(child)) and kind.name == "norm"]
+    if len(_linears(small)) == 1 and norms:
+        return f"{path}.{parent}.{norms[-1]}"
+    return None
+
+
+def sites_of_role(model: nn.Module, role: str) -> dict[str, str]:
+    """Paths of the modules that have a role in this model, each with the role its part is told.
+
+    Raises:
+        IngraftError: if the model has no such place.
+    """
+    found: dict[str, str] = {}
+    for block in blocks(model):
+        if role == "block":
+            found[block.norm or block.path] = "norm" if block.norm else "block"
+        elif role == "attention":
+            found[block.attention] = role
+        elif role == "attention-out":
+            found[block.attention_out] = role
+        elif role == "attention-kv":
+            found.update(dict.fromkeys(block.attention_kv, role))
+        elif block.mlp_out is not None:
+            found[block.mlp_out] = role
+    if not found:
+        raise IngraftError(f"{original_class(model).__name__}: no place with the role {role!r} was found; name modules in target_modules.")
+    return found

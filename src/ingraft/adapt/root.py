@@ -1,0 +1,85 @@
+"""What happens once per forward of the whole model, ahead of and behind its hosts.
+
+The root's class is swapped like a host's. It moves dropout on by a step where nobody else does (a foreign trainer), evaluates modules that
+all sites of an adapter share once instead of once a site, and, on the first forward after a change, checks that no adapter was bypassed:
+frameworks have fused paths that never call a child (`nn.TransformerEncoderLayer`), and an adapter that silently does nothing is the worst
+failure this package could have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ingraft.adapt.control import Control, child_name, control_of, host_state
+from ingraft.adapt.swap import Forward, Mixin
+from ingraft.errors import IngraftError
+
+
+class Root(Mixin):
+    """The model that adapters were attached to."""
+
+    @staticmethod
+    def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return around_model(module, lambda: base(*args, **kwargs))
+
+
+def around_model(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """Run one forward of the model with its control made ready."""
+    control = control_of(model)
+    assert control is not None
+    acting = {name for group in control.call.groups for name in group.names}
+    if control.auto_step and any(control.adapters[name].dropout for name in acting):
+        control.call = control.call.at_step(control.call.step + 1, None)
+    for name in acting:
+        shared = model._modules.get(child_name(name)) if control.adapters[name].method.shared else None
+        if shared is not None:
+            control.shared[name] = shared()
+    try:
+        if control.unchecked and not torch.compiler.is_compiling():
+            return _checked(model, control, acting, run)
+        return run()
+    finally:
+        control.spans.clear()
+        control.shared.clear()
+
+
+def _checked(model: nn.Module, control: Control, acting: set[str], run: Callable[[], Any]) -> Any:
+    """Run, then refuse if a host with an acting part was passed over although the module around it ran."""
+    hosts = [path for name in acting for path in control.adapters[name].sites if path]
+    parents = {path.rpartition(".")[0] for path in hosts}
+    ran: set[str] = set()
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            ran.add(path)
+
+        return hook
+
+    for path in hosts:
+        state = host_state(model.get_submodule(path))
+        if state is not None:
+            state.ran = False
+    # The root itself runs by definition; a hook on it would not fire any more.
+    handles = [model.get_submodule(path).register_forward_pre_hook(note(path)) for path in parents if path]
+    ran.add("")
+    try:
+        result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    bypassed = [
+        path
+        for path in hosts
+        if path.rpartition(".")[0] in ran and (state := host_state(model.get_submodule(path))) is not None and not state.ran
+    ]
+    if bypassed:
+        raise IngraftError(
+            f"The model ran without calling {', '.join(bypassed[:8])}{' and others' if len(bypassed) > 8 else ''}: the module around it uses a fused "
+            "path or reads the weight directly, so the adapter there does nothing. Leave it out of target_modules, or switch the fused path off."
+        )
+    control.unchecked = False
+    return result

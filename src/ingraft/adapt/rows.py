@@ -1,0 +1,150 @@
+"""Which adapters act on which rows of a batch, and the dropout that goes with a row.
+
+A `Call` is the immutable answer for one forward pass: every host reads it, and gradient checkpointing replays the very object that the
+forward pass saw, so switching adapters or leaving `rows` before `backward()` changes nothing. Rows that carry the same adapters form a
+`Group`; the base runs once over all rows, a group's parts act on its slice only, and the user's order is kept.
+
+What a layer sees in dimension 0 need not be the rows of the batch. `spread` maps it: equal (n), a whole multiple (n rows of k consecutive
+entries: beams, windows, flattened tokens), or one entry shared by all (GPT-2's position embedding), which is then repeated. Anything else
+is refused. A layer that is known not to carry rows at all (T5's relative bias) is declared so by `hf.py`, because its sizes could agree by
+chance.
+
+Dropout masks come from a counter-based hash of (adapter seed, step, site, own row, position in the row), not from a generator: no history,
+so a resumed run, another batch composition, a pack or a recomputation in backward all see the same mask. Two rounds of a 32-bit
+multiply-xorshift mixer (the constants are those of Wellons' `lowbias32`) are enough for masks; cost is a few integer passes over x.
+
+Legend: B dimension 0 of a layer's input, n rows of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ingraft.errors import IngraftError
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that carry the same adapters, in the same order. `rows` is None where that is every row."""
+
+    names: Names
+    rows: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What acts in one forward pass.
+
+    Attributes:
+        active: the adapters that act where no rows are given, in activation order.
+        rows: the adapters of each row, or None.
+        step: the optimiser step that dropout is a function of; a tensor, so that compiled graphs need not be made anew.
+        row_ids: (n,) the identity of each row for dropout; None counts from zero.
+    """
+
+    active: Names = ()
+    rows: tuple[Names, ...] | None = None
+    step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
+    row_ids: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def acting(self) -> tuple[Names, tuple[Names, ...] | None]:
+        """What two calls must share to compute the same function."""
+        return self.active, self.rows
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, in order of first appearance; together they cover every row once."""
+        if self.rows is None:
+            return (Group(self.active, None),)
+        members: dict[Names, list[int]] = {}
+        for index, names in enumerate(self.rows):
+            members.setdefault(names, []).append(index)
+        if len(members) == 1:
+            return (Group(next(iter(members)), None),)
+        return tuple(Group(names, tuple(rows)) for names, rows in members.items())
+
+    def at_step(self, step: Tensor, row_ids: Tensor | None) -> Call:
+        """The same adapters at another step of training."""
+        return replace(self, step=step, row_ids=row_ids)
+
+
+def rows_of(entries: Sequence[str | None | Sequence[str]], known: Sequence[str]) -> tuple[Names, ...]:
+    """Normalise what a user passes to `rows`: a name, several names, or None (the base) for each row.
+
+    Raises:
+        IngraftError: naming every entry that is not an attached adapter.
+    """
+    rows = tuple(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries)
+    unknown = sorted({name for names in rows for name in names if name not in known})
+    if unknown:
+        raise IngraftError(*(f"rows: no adapter named {name!r} is attached (attached: {', '.join(known)})." for name in unknown))
+    if not rows:
+        raise IngraftError("rows: the list of adapters per row is empty.")
+    return rows
+
+
+def entries_of(rows: tuple[int, ...], size: int, n: int, where: str) -> Tensor:
+    """Indices into dimension 0 (of length `size`) that belong to these rows of an n-row batch.
+
+    Raises:
+        IngraftError: if dimension 0 cannot be n rows of k consecutive entries.
+    """
+    if size % n:
+        raise IngraftError(
+            f"rows: the batch has {n} rows, but {where} sees {size} entries in dimension 0, which is no multiple of it. "
+            "Give one adapter per row of the batch, or use `activate` to let one adapter act on all of it."
+        )
+    index = torch.tensor(rows, dtype=torch.int64)
+    k = size // n
+    return index if k == 1 else (index[:, None] * k + torch.arange(k)).flatten()
+
+
+def spread(x: Tensor, n: int) -> Tensor:
+    """Repeat an input that all rows share, so that each row has its own."""
+    return x.expand(n, *x.shape[1:]) if x.shape[0] == 1 and n > 1 else x
+
+
+def row_keys(call: Call, salt: int, size: int, entries: Tensor | None, device: torch.device) -> Tensor:
+    """(len(entries),) int32 keys, one an entry of dimension 0, from (adapter seed and site in `salt`, step, row identity).
+
+    Args:
+        size: length of dimension 0 over the whole batch.
+        entries: the indices of dimension 0 at hand; None for all.
+    """
+    index = torch.arange(size, device=device) if entries is None else entries.to(device)
+    if call.row_ids is not None:
+        n = call.row_ids.shape[0]
+        k = max(size // n, 1)
+        index = call.row_ids.to(device)[torch.clamp(index // k, max=n - 1)] * k + index % k
+    key = _mix((index + salt * 0x632BE5).to(torch.int32))
+    return _mix(key + call.step.to(device=device, dtype=torch.int32) * -1640531527)
+
+
+def dropout(x: Tensor, p: float, keys_B: Tensor) -> Tensor:
+    """Zero entries with probability p and scale the rest by 1 / (1 - p), each row by its own key.
+
+    Args:
+        x: dimension 0 goes with `keys_B`; the position of an entry is its flat index within the row.
+    """
+    flat_BN = x.reshape(x.shape[0], -1)
+    position_N = torch.arange(flat_BN.shape[1], dtype=torch.int32, device=x.device)
+    bits_BN = _mix(keys_B[:, None] ^ (position_N * 0x3C6EF372)[None, :])
+    keep_BN = bits_BN >= int(p * 2**32) - 2**31  # the hash is uniform over all 2^32 signed values
+    return (flat_BN * keep_BN).reshape(x.shape) * (1.0 / (1.0 - p))
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Two rounds of multiply and xorshift on int32, with wrap-around. Arithmetic shifts, so the sign bits are masked off."""
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * 0x21F0AAAD
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    h = h * -749064809  # 0xd35a2d97 as int32
+    return h ^ ((h >> 15) & 0x1FFFF)

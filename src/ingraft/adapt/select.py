@@ -1,0 +1,210 @@
+"""Which modules a config means.
+
+The notation is Hugging Face PEFT's: a string is a regular expression over whole module names, a list names modules exactly or by a dotted
+suffix, "all-linear" is every linear layer but the output head. Roles of a transformer block (`roles.py`) may stand in the list as well.
+What differs: a pattern that matches nothing is an error with the nearest names, never silence, and `modules_to_save` matches whole
+components ("head" does not mean "lm_head").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ingraft.adapt.roles import ROLES, sites_of_role
+from ingraft.adapt.swap import original_class, replaced_forward
+from ingraft.adapt.weights import bias_of, kind_of
+from ingraft.errors import IngraftError, nearest
+from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, OutputPart, ParameterPart, Part, WeightPart
+
+ALL_LINEAR = "all-linear"
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules by path, parts of adapters left out."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        found[path] = module
+        for name, child in module.named_children():
+            if not isinstance(child, Part) and not name.startswith("adapter:"):
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a listed name means this module: exactly, or as a dotted suffix."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def select(model: nn.Module, config: MethodConfig, method: Method, *, strict: bool = True) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
+    """Resolve a config against a model; nothing is changed.
+
+    Returns:
+        the method's sites in model order (path -> role), the leaf modules trained in full beside them, and warnings.
+
+    Raises:
+        IngraftError: all problems: patterns that match nothing, modules the method cannot adapt, no site at all.
+    """
+    modules = base_modules(model)
+    problems: list[str] = []
+    unmatched: list[str] = []
+    sites = _targets(model, modules, config, method, problems, unmatched)
+    whole = _saved_whole(modules, config, unmatched)
+    if config.exclude_modules is not None:
+        excluded = _by_pattern(modules, config.exclude_modules, "exclude_modules", unmatched)
+        sites = {path: role for path, role in sites.items() if path not in excluded}
+    if config.layers_to_transform is not None:
+        sites = {path: role for path, role in sites.items() if (index := _block_index(path)) is None or index in config.layers_to_transform}
+    sites = {path: role for path, role in sites.items() if path not in whole}
+    for path in (*sites, *whole):
+        problems += _host_problems(path, modules[path])
+    problems += [problem for path, role in sites.items() if (problem := _site_problem(path, role, modules[path], method))]
+    if not sites and not problems and not unmatched:
+        problems.append(f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}.")
+    if strict or not sites:
+        problems = unmatched + problems
+    if problems:
+        raise IngraftError(*problems)
+    order = {path: index for index, path in enumerate(modules)}
+    sites = dict(sorted(sites.items(), key=lambda item: order[item[0]]))
+    return sites, tuple(sorted(whole, key=lambda path: order[path])), unmatched + _tie_warnings(model, modules, sites, method)
+
+
+def _targets(
+    model: nn.Module, modules: dict[str, nn.Module], config: MethodConfig, method: Method, problems: list[str], unmatched: list[str]
+) -> dict[str, str]:
+    wanted: str | Sequence[str] = method.sites if config.target_modules is None else config.target_modules
+    named = (wanted,) if isinstance(wanted, str) and wanted in (ALL_LINEAR, "biases", "parameters", *ROLES) else wanted
+    found: dict[str, str] = {}
+    if isinstance(named, str):
+        return {path: method.role(config, path) for path in _by_pattern(modules, named, "target_modules", unmatched)}
+    for name in named:
+        if name in ROLES:
+            try:
+                found.update({"": "input"} if name == "input" else sites_of_role(model, name))
+            except IngraftError as error:
+                problems.extend(error.problems)
+        elif name == ALL_LINEAR:
+            found.update(dict.fromkeys(all_linear(model, modules), "weight"))
+        elif name == "biases":
+            found.update({path: "weight" for path, module in modules.items() if kind_of(module) and bias_of(module) is not None})
+        elif name == "parameters":
+            found.update({path: "weight" for path, module in modules.items() if _owns_parameters(module)})
+        else:
+            paths = _by_pattern(modules, (name,), "target_modules", unmatched)
+            found.update({path: method.role(config, path) for path in paths})
+    if issubclass(method.part, ParameterPart):
+        found = {leaf: role for path, role in found.items() for leaf in _leaves(modules, path)}
+    return found
+
+
+def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Every linear layer but the output head (and, on a classifier, the head that lies beside the base)."""
+    linear = [path for path, module in modules.items() if (kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed")]
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and prefix in modules:
+        inside = [path for path in linear if path.startswith(prefix + ".")]
+        return inside or linear
+    if prefix:  # a bare transformers model: no head on it
+        return linear
+    return linear[:-1] if len(linear) > 1 else linear
+
+
+def _by_pattern(modules: dict[str, nn.Module], pattern: str | Sequence[str], field: str, unmatched: list[str]) -> list[str]:
+    """Paths that a regular expression (string) or names (list) mean; each name that means nothing is noted with its nearest."""
+    if isinstance(pattern, str):
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            unmatched.append(f"{field}: {pattern!r} is no regular expression: {error}.")
+            return []
+        paths = [path for path in modules if path and compiled.fullmatch(path)]
+        if not paths:
+            unmatched.append(f"{field}: the pattern {pattern!r} matches no module{_near(pattern, modules)}.")
+        return paths
+    paths = []
+    for name in pattern:
+        hits = [path for path in modules if path and matches(name, path)]
+        if not hits:
+            unmatched.append(f"{field}: {name!r} matches no module{_near(name, modules)}.")
+        paths += hits
+    return paths
+
+
+def _near(name: str, modules: Iterable[str]) -> str:
+    """The nearest names: last components first, then whole paths."""
+    paths = [path for path in modules if path]
+    return nearest(name, dict.fromkeys(path.rpartition(".")[2] for path in paths)) or nearest(name, paths)
+
+
+def _saved_whole(modules: dict[str, nn.Module], config: MethodConfig, unmatched: list[str]) -> set[str]:
+    """Leaf modules under the names in modules_to_save."""
+    paths = _by_pattern(modules, config.modules_to_save, "modules_to_save", unmatched) if config.modules_to_save else []
+    return {leaf for path in paths for leaf in _leaves(modules, path)}
+
+
+def _leaves(modules: dict[str, nn.Module], path: str) -> list[str]:
+    """The modules at or below a path that own parameters."""
+    inside = [p for p in modules if p == path or p.startswith(path + ".") or path == ""]
+    return [p for p in inside if _owns_parameters(modules[p])]
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _block_index(path: str) -> int | None:
+    """The first number among a path's components: the index of its block."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _host_problems(path: str, module: nn.Module) -> list[str]:
+    """Why this module cannot be a host, whatever the method."""
+    found: list[str] = []
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        found.append(f"{path} is a {original_class(module).__name__}, which has no forward of its own; name the modules inside it.")
+    if replaced_forward(module):
+        found.append(f"{path}: something has replaced `forward` on this instance, which would bypass the adapter. Attach first, then wrap.")
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        found.append(f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter here would do nothing.")
+    return found
+
+
+def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> str | None:
+    """Why this method cannot adapt this module, or None."""
+    part = method.part
+    what = f"{path} ({original_class(module).__name__})"
+    if issubclass(part, WeightPart):
+        kind = kind_of(module)
+        if kind is None or (part.needs_matrix and not kind.matrix):
+            return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead."
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return f"{what}: its weight is computed (parametrized or weight-normed), so changing it would do nothing. Remove the parametrization first."
+    elif issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding):
+        return f"{what}: a bottleneck adapts what a block or projection returns, not an embedding."
+    elif issubclass(part, AttentionPart | InputPart) and role not in ("attention", "input"):
+        return f"{what}: {method.name} has no choice of modules; leave target_modules out."
+    return None
+
+
+def _tie_warnings(model: nn.Module, modules: dict[str, nn.Module], sites: dict[str, str], method: Method) -> list[str]:
+    """Adapting one side of a tied weight is allowed, and said."""
+    if not issubclass(method.part, WeightPart):
+        return []
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    return [
+        f"{path} shares its weight with {', '.join(other for other in paths if other != path)}; the adapter acts on {path} alone."
+        for paths in owners.values()
+        if len(paths) > 1
+        for path in paths
+        if path in sites
+    ]

@@ -1,0 +1,216 @@
+"""How each kind of layer stores its matrix, and how it applies one.
+
+Methods think in one matrix W of shape (out, in). Layers store it in their own ways: `Linear` as (out, in), GPT-2's `Conv1D` as (in, out),
+`Embedding` as (number, width), convolutions with kernel dimensions. A `Kind` is one row of that table; it is the only layer knowledge in the
+package. A layer whose `forward` is not the one its kind knows (a scaled embedding, say) still has a matrix, but no shortcut: the host
+then computes with a shadowed weight and lets the layer's own code run.
+
+A weight of two dimensions or more that no kind claims is not guessed at. Norms have no matrix; their vectors are handed over as they are.
+
+Legend: O out, I in, K the rows of a matrix applied in place of W, N number of embeddings, B rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@contextmanager
+def shadowed(layer: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """For the length of the block, let the layer's own code find these values under its parameters' names.
+
+    The values go into the instance's `__dict__`, which attribute look-up prefers to the registered parameters; those stay where they
+    are, so names, ties and optimisers never notice. `object.__setattr__` because `nn.Module`'s own would register them.
+    """
+    for name, value in values.items():
+        object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            object.__delattr__(layer, name)
+
+
+class Kind(ABC):
+    """One kind of layer. Stateless; see the module docstring."""
+
+    name: ClassVar[str]
+    matrix: ClassVar[bool] = True
+    channel_dim: ClassVar[int] = -1
+    """The dimension of the input and output that W's columns and rows run along."""
+
+    @abstractmethod
+    def claims(self, layer: nn.Module) -> bool:
+        """Whether this layer stores its weight in this way."""
+
+    @abstractmethod
+    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
+        """Whether `cls.forward` is the product that `op` computes, so that shortcuts hold."""
+
+    def dense(self, stored: Tensor) -> Tensor:
+        """A stored weight as (out, in); a view."""
+        return stored
+
+    def stored(self, W_OI: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `dense`: the matrix in the stored shape."""
+        return W_OI.reshape(shape)
+
+    def op(self, layer: Any, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        """Apply a (K, I) matrix the way the layer applies its weight, without bias."""
+        del layer
+        return F.linear(x, matrix_KI)
+
+    def bare(self, layer: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The base's own product without its bias."""
+        with shadowed(layer, {"bias": None}):
+            return base(x)
+
+    def mix(self, layer: Any, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        """Apply a (O, K) matrix pointwise to the channels of what `op` returned."""
+        del layer
+        return F.linear(u, matrix_OK)
+
+    def along_out(self, layer: Any, v_O: Tensor) -> Tensor:
+        """Shape a vector over output channels to broadcast against the output."""
+        del layer
+        return v_O
+
+    def along_in(self, layer: Any, v_I: Tensor) -> Tensor:
+        """Shape a vector over input channels to broadcast against the input."""
+        del layer
+        return v_I
+
+
+class LinearKind(Kind):
+    name = "linear"
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear)
+
+    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
+        return cls.forward is nn.Linear.forward
+
+
+class TransposedLinearKind(Kind):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (in, out)."""
+
+    name = "conv1d-transposed"
+
+    def claims(self, layer: nn.Module) -> bool:
+        return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)
+
+    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
+        from transformers.pytorch_utils import Conv1D
+
+        return cls.forward is Conv1D.forward
+
+    def dense(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, W_OI: Tensor, shape: torch.Size) -> Tensor:
+        return W_OI.T.reshape(shape)
+
+    def bare(self, layer: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        del base  # its forward adds the bias inside one fused call
+        return F.linear(x, layer.weight.T)
+
+
+class EmbeddingKind(Kind):
+    """`op` is a lookup: the rows of the transposed matrix, picked by id."""
+
+    name = "embedding"
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
+        # max_norm rewrites the weight inside forward; no shortcut can follow that.
+        return cls.forward is nn.Embedding.forward and isinstance(layer, nn.Embedding) and layer.max_norm is None
+
+    def dense(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, W_OI: Tensor, shape: torch.Size) -> Tensor:
+        return W_OI.T.reshape(shape)
+
+    def op(self, layer: Any, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        return F.embedding(x, matrix_KI.T, padding_idx=layer.padding_idx)
+
+    def along_in(self, layer: Any, v_I: Tensor) -> Tensor:
+        raise NotImplementedError("an embedding has no input channels")
+
+
+class Conv2dKind(Kind):
+    """Convolutions over images. In a grouped one every group sees its own inputs through the same small matrix."""
+
+    name = "conv2d"
+    channel_dim = 1
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Conv2d)
+
+    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
+        return cls.forward is nn.Conv2d.forward
+
+    def dense(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def op(self, layer: Any, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        kernel_K = matrix_KI.reshape(-1, *layer.weight.shape[1:])
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding: Any = 0
+        else:
+            padding = layer.padding
+        kernel_K = kernel_K.repeat(layer.groups, *[1] * (kernel_K.dim() - 1))
+        return F.conv2d(x, kernel_K, None, layer.stride, padding, layer.dilation, layer.groups)
+
+    def mix(self, layer: Any, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        return F.conv2d(u, matrix_OK[:, :, None, None], groups=layer.groups)
+
+    def along_out(self, layer: Any, v_O: Tensor) -> Tensor:
+        return v_O[:, None, None]
+
+    def along_in(self, layer: Any, v_I: Tensor) -> Tensor:
+        raise NotImplementedError("a convolution's matrix columns are not its input channels")
+
+
+class NormKind(Kind):
+    """Normalisation layers: vectors over the last dimension, handed over as stored. Recognised by shape, so that any RMSNorm is one."""
+
+    name = "norm"
+    matrix = False
+
+    def claims(self, layer: nn.Module) -> bool:
+        own = dict(layer.named_parameters(recurse=False))
+        return "weight" in own and own["weight"].dim() == 1 and set(own) <= {"weight", "bias"}
+
+    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
+        return cls.forward is nn.LayerNorm.forward
+
+    def op(self, layer: Any, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        raise NotImplementedError("a norm has no matrix")
+
+    mix = op
+
+
+KINDS: list[Kind] = [LinearKind(), TransposedLinearKind(), EmbeddingKind(), Conv2dKind(), NormKind()]
+"""Asked in order; quantised backends put theirs in front."""
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind that claims this layer, or None."""
+    return next((kind for kind in KINDS if kind.claims(layer)), None)
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The layer's bias, or None where it has none."""
+    bias = getattr(layer, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None

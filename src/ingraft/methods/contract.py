@@ -1,0 +1,306 @@
+"""What a tuning method has to say, and nothing more.
+
+A method is one file: a frozen config (hyperparameters, inert data), one small `nn.Module` per site (a *part*: the trained tensors of one
+adapter at one place), and a `Method` record of facts. Everything that is the same for every method - injection, activation, merge,
+unmerge, mixed batches, dtype policy, saving, counting - is written once, in `ingraft.adapt`, against the classes below.
+
+Five kinds of part cover the field, named after what they act on:
+
+* `WeightPart` states how the layer's matrix changes: `weight(W, b) -> (W', b')`. That is the definition and the only obligatory maths.
+  A `ShortcutPart` adds a cheaper way round the base's own product: `before(x)` ahead of it and `after(x, y, site)` behind it. Both act on
+  rows independently, which is what lets one base call serve a batch whose rows belong to different adapters.
+* `ParameterPart` (full tuning, extra heads) states values for a module's own parameters by name, matrix or not.
+* `OutputPart` (bottleneck adapters) changes what a module returns: `after(x, y, site)`. It has no weight form, so it cannot be merged.
+* `AttentionPart` (prefix tuning and kin) gives keys and values that the attention of a layer sees ahead of the real tokens.
+* `InputPart` (prompt tuning and kin) gives virtual embeddings in front of the input.
+
+Why abstract classes and not flags: the host asks `isinstance(part, ShortcutPart)`, a declaration, and never `hasattr`, a guess. A part
+class is final; to vary one, import its maths (a variant is another method).
+
+Numerics: parameters are float32 (the optimiser's copy) and are *used* in the dtype of the tensor they meet: `self.lora_A.to(x.dtype)`.
+A file saved in the base's dtype therefore gives the same bits as the adapter in memory.
+
+Legend for suffixes: O out features, I in features, R rank, B rows, T positions, P virtual positions, H key-value heads, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.errors import IngraftError
+
+Composition = Literal["add", "chain"]
+
+
+def tuple_of_names(value: object) -> tuple[str, ...]:
+    """Normalise one name or a sequence of names to a tuple; a set is sorted so that files come out the same in every process."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value))
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise IngraftError(f"Expected a name or a list of names, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Hyperparameters common to every method. Subclasses add their own and check them in `problems`.
+
+    Attributes:
+        target_modules: which modules to adapt: "all-linear", a regular expression over full module names (a string), or names matched
+            exactly or as a dotted suffix (a list). None takes the method's own default.
+        exclude_modules: the same notation; what it matches is left alone.
+        layers_to_transform: only blocks with these indices (numbers in the module path).
+        modules_to_save: modules outside the method's sites that are trained in full beside it (a new classification head).
+    """
+
+    method: ClassVar[str] = ""
+    """The method's name in the registry."""
+
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple_of_names(value))
+        object.__setattr__(self, "modules_to_save", tuple_of_names(self.modules_to_save))
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+        if found := self.problems():
+            raise IngraftError(*found)
+
+    def problems(self) -> list[str]:
+        """Every reason why these values cannot work, each a sentence; an empty list if none. Cheap, and needs no model."""
+        return []
+
+    def options(self) -> dict[str, object]:
+        """The fields as plain data, in order of declaration."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+class Site(ABC):
+    """What a part may ask of the place it sits in. The host makes one for each call; a part never keeps it."""
+
+    role: str
+
+    @abstractmethod
+    def op(self, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        """Apply a matrix the way this layer applies its own weight (product, convolution, lookup), without bias."""
+
+    @abstractmethod
+    def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        """Apply a matrix pointwise to the output channels of `op`."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The layer's weight as this part finds it, dense, (out, in), without gradient."""
+
+    @abstractmethod
+    def base(self, x: Tensor) -> Tensor:
+        """Run the module's own forward again on another first input."""
+
+    @abstractmethod
+    def out(self, v_O: Tensor) -> Tensor:
+        """Reshape a vector over output channels so that it broadcasts against the layer's output."""
+
+    @abstractmethod
+    def inp(self, v_I: Tensor) -> Tensor:
+        """Reshape a vector over input channels so that it broadcasts against the layer's input."""
+
+    @abstractmethod
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Zero entries with probability p while training, as a function of (adapter seed, step, site, row, position) alone."""
+
+
+class Part(nn.Module, ABC):
+    """The trained tensors of one adapter at one site."""
+
+
+class WeightPart(Part):
+    """A part defined by how it changes a weight. Abstract."""
+
+    composition: ClassVar[Composition] = "add"
+    needs_matrix: ClassVar[bool] = True
+    """False for methods that act on vectors too (norms)."""
+
+    @abstractmethod
+    def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The definition: the layer's weight and bias as this adapter wants them.
+
+        Args:
+            W: (out, in) for layers with a matrix, the stored shape otherwise (a norm's (width,)). Not to be changed in place.
+            b: (out,) or None where the layer has no bias.
+        """
+
+
+class ShortcutPart(WeightPart):
+    """A weight part that also knows a way round the weight. Abstract."""
+
+    additive: ClassVar[bool] = False
+    """True if `after` only adds to y and `before` changes nothing: the host then leaves the bias fused in the base's product."""
+
+    def before(self, x: Tensor, site: Site) -> Tensor:
+        """What the base is to see instead of x."""
+        del site
+        return x
+
+    @abstractmethod
+    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What the layer returns (without bias), given this part's own `before(x)` and the base's product y of it."""
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """The bias that the host adds behind a non-additive `after`."""
+        return b
+
+
+class ParameterPart(Part):
+    """A part that gives new values to parameters, whatever their names and shapes. Abstract.
+
+    Its own trained tensors carry the names of the parameters they stand for. Where the base ties two parameters into one, the host makes
+    the parts at both ends share their tensor as well.
+    """
+
+    @abstractmethod
+    def values(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New values for some or all of the module's parameters, in the module's own layout."""
+
+
+class OutputPart(Part):
+    """A part that changes what a module returns. Abstract."""
+
+    @abstractmethod
+    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """The new output, given the module's input x and its output y (bias included; element 0 where it returns a tuple)."""
+
+
+class AttentionPart(Part):
+    """A part that gives the attention of one layer learned keys and values. Abstract."""
+
+    @abstractmethod
+    def keys_values(self, shared: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (H, P, D), seen by every query ahead of the real tokens.
+
+        Args:
+            shared: what the adapter's shared module returned for this forward of the model, None if it has none.
+        """
+
+
+class InputPart(Part):
+    """A part that gives the model virtual tokens. Abstract."""
+
+    @abstractmethod
+    def embeddings(self) -> Tensor:
+        """Virtual embeddings (P, D) in front of the row's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """What a part's constructor may look at. Which entries are set depends on the kind of part.
+
+    Attributes:
+        path: the module's full name in the model.
+        role: "weight", "attention-out", "mlp-out", "mlp", "block", "norm", "attention", "input".
+        module: the module itself, for its constants only; parts keep no reference to it.
+        W: the dense (out, in) weight, or the stored tensor where there is no matrix; None for other kinds of site.
+        b: its bias.
+        parameters: the parameters the module owns, by name.
+        width: the width of the module's output (output and input sites).
+        heads, head_width, tokens: key-value heads and their width (attention sites); the input embedding (input sites).
+        seed: the adapter's seed.
+    """
+
+    path: str
+    role: str
+    module: nn.Module
+    W: Tensor | None = None
+    b: Tensor | None = None
+    parameters: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    width: int = 0
+    heads: int = 0
+    head_width: int = 0
+    tokens: nn.Module | None = None
+
+    def matrix(self) -> Tensor:
+        """The dense weight of a weight site."""
+        if self.W is None:
+            raise AssertionError(f"{self.path} has no weight")
+        return self.W
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftLayout:
+    """Where Hugging Face PEFT keeps this method's config and tensors, as data that `peft_format` interprets.
+
+    Attributes:
+        peft_type: their upper-case name.
+        fields: our config field -> theirs, where the names differ.
+        constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`).
+        tensors: our tensor name -> their suffix behind the module path.
+        embedding_tensors: the same for embedding layers, where it differs.
+        stacked: the one method-wide tensor that holds every site's tensors side by side (prompt_embeddings), or None.
+    """
+
+    peft_type: str
+    fields: Mapping[str, str] = field(default_factory=dict[str, str])
+    constants: Mapping[str, object] = field(default_factory=dict[str, object])
+    tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+    embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+    stacked: str | None = None
+
+
+def plain_role(config: MethodConfig, path: str) -> str:
+    """The role of a module named in target_modules, for methods that treat all alike."""
+    del config, path
+    return "weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The facts of a method. One record a file, named `METHOD`.
+
+    Attributes:
+        name: as in recipes.
+        config, part: the two classes of the file. The part is built as `part(config, facts)`.
+        sites: default target where the config names none: "all-linear", "biases", "parameters", or roles of a transformer block.
+        identity_at_init: whether a fresh adapter leaves every output unchanged.
+        count: trained parameters at one site, the formula that law 21 holds against the real tensors.
+        peft: the layout of the incumbent's files, None where it does not have the method.
+        role: the role of a module that the config names itself, where it is not simply "weight".
+        shared: makes the module that all sites of one adapter use together (a prefix encoder), or None.
+    """
+
+    name: str
+    config: type[MethodConfig]
+    part: type[Part]
+    sites: tuple[str, ...]
+    identity_at_init: bool
+    count: Callable[[MethodConfig, SiteFacts], int]
+    peft: PeftLayout | None = None
+    role: Callable[[Any, str], str] = plain_role
+    shared: Callable[[Any, tuple[SiteFacts, ...]], nn.Module] | None = None
+
+    @property
+    def mergeable(self) -> bool:
+        """Only what is defined as a weight can be written into one."""
+        return issubclass(self.part, WeightPart | ParameterPart)
+
+
+def fresh(*shape: int, like: Tensor | None = None) -> nn.Parameter:
+    """An uninitialised float32 parameter on the device of `like`."""
+    device = like.device if like is not None else None
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=device))

@@ -1,0 +1,92 @@
+"""IA3: one trained factor for every key, value and feed-forward activation.
+
+    keys, values:          W' = diag(l) W,  b' = l b
+    feed-forward's output: W' = W diag(l)   (the factor acts on the layer's input)
+
+Paper: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS 2022
+(arXiv:2205.05638), section 3.3.
+Read against: Hugging Face PEFT's `ia3`.
+What differs: keys, values and feed-forward layers are found by structure where no names are given; several IA3 adapters multiply.
+
+Legend: O out, I in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, tuple_of_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(MethodConfig):
+    """IA3's hyperparameters.
+
+    Attributes:
+        feedforward_modules: which of `target_modules`, by name, are scaled at their input; without names of your own, the last
+            projection of every MLP.
+    """
+
+    method: ClassVar[str] = "ia3"
+
+    feedforward_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feedforward_modules", tuple_of_names(self.feedforward_modules))
+        super().__post_init__()
+
+
+class IA3(ShortcutPart):
+    """See the file's header."""
+
+    composition = "chain"
+
+    def __init__(self, config: IA3Config, facts: SiteFacts) -> None:
+        del config
+        super().__init__()
+        W_OI = facts.matrix()
+        self.on_input = facts.role == "mlp-out"
+        if self.on_input and isinstance(facts.module, nn.Conv2d):
+            self.on_input = False  # a kernel's columns are not channels; PEFT scales the output of convolutions too
+        self.l = nn.Parameter(torch.ones(W_OI.shape[1] if self.on_input else W_OI.shape[0], device=W_OI.device))
+
+    def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        l = self.l.to(W.dtype)
+        return (W * l, b) if self.on_input else (W * l[:, None], self.bias(b))
+
+    def before(self, x: Tensor, site: Site) -> Tensor:
+        return x * site.inp(self.l.to(x.dtype)) if self.on_input else x
+
+    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y if self.on_input else y * site.out(self.l.to(y.dtype))
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return b if b is None or self.on_input else b * self.l.to(b.dtype)
+
+
+def role(config: IA3Config, path: str) -> str:
+    """Which modules named by the user are feed-forward ones."""
+    return "mlp-out" if any(path == name or path.endswith("." + name) for name in config.feedforward_modules) else "weight"
+
+
+def count(config: MethodConfig, facts: SiteFacts) -> int:
+    """One factor for every output, or for every input of a feed-forward layer."""
+    del config
+    on_input = facts.role == "mlp-out" and not isinstance(facts.module, nn.Conv2d)
+    return facts.matrix().shape[1 if on_input else 0]
+
+
+METHOD = Method(
+    name="ia3",
+    config=IA3Config,
+    part=IA3,
+    sites=("attention-kv", "mlp-out"),
+    identity_at_init=True,
+    count=count,
+    role=role,
+    peft=PeftLayout(peft_type="IA3", tensors={"l": "ia3_l"}),
+)

@@ -1,0 +1,37 @@
+"""Parallel adapters: a bottleneck beside the MLP of every block.
+
+    y' = MLP(x) + s f(x)
+
+Paper: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", ICLR 2022 (arXiv:2110.04366), table 1.
+Read against: AdapterHub's `par_bn` (scaling 4, reduction 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ingraft.methods.bottleneck import Bottleneck, BottleneckConfig, count
+from ingraft.methods.contract import Method, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(BottleneckConfig):
+    """See `BottleneckConfig`; reduction and scaling are the paper's."""
+
+    method: ClassVar[str] = "parallel"
+
+    reduction_factor: float = 2.0
+    scaling: float = 4.0
+
+
+class Parallel(Bottleneck):
+    """See the file's header. x is the MLP's input, remembered by the host where the MLP begins."""
+
+    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y + self.change(x, site)
+
+
+METHOD = Method(name="parallel", config=ParallelConfig, part=Parallel, sites=("mlp",), identity_at_init=True, count=count)

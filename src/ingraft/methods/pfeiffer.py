@@ -1,0 +1,36 @@
+"""Pfeiffer adapters: one bottleneck at the output of every block.
+
+    pre-norm blocks:   y' = y + f(y)
+    post-norm blocks:  y' = norm(u + f(norm(u))),    u = what the block's last norm sees
+
+Paper: Pfeiffer et al., "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", EACL 2021 (arXiv:2005.00247), section 4.
+Read against: AdapterHub's `seq_bn`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ingraft.methods.bottleneck import Bottleneck, BottleneckConfig, count
+from ingraft.methods.contract import Method, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class PfeifferConfig(BottleneckConfig):
+    """See `BottleneckConfig`; the nonlinearity is relu, as in AdapterHub."""
+
+    method: ClassVar[str] = "pfeiffer"
+
+
+class Pfeiffer(Bottleneck):
+    """See the file's header."""
+
+    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        change = self.change(y, site)
+        return site.base(x + change) if site.role == "norm" else y + change
+
+
+METHOD = Method(name="pfeiffer", config=PfeifferConfig, part=Pfeiffer, sites=("block",), identity_at_init=True, count=count)
