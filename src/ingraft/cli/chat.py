@@ -90,7 +90,7 @@ def command(
             f"{first or recipe.model}: classifies texts and does not talk; use `ingraft predict` or `ingraft eval`."
         )
     opened = open_model(recipe, first, output, trust_remote_code=trust_remote_code, announce=sys.stdin.isatty())
-    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         import torch
 
@@ -148,9 +148,10 @@ def _lines(talk: Talk) -> Iterator[str]:
             yield line.rstrip("\n")
         return
     import contextlib
+    import importlib
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` editing and history
+        importlib.import_module("readline")  # gives `input` editing and history
     while True:
         try:
             yield input(f"{talk.active or 'base'}> ")

@@ -32,11 +32,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     overrides = given(arguments)
     if config is None:
         overrides.setdefault("model", _DEFAULT_BASE)
-    # Unlike other verbs this one shows what training would do with the file, so the split is kept.
-    overrides.setdefault("data.eval", 0.1 if config is None else overrides.get("data.eval"))
-    if overrides["data.eval"] is None:
-        del overrides["data.eval"]
-    recipe = settle(overrides, config=config)
+    recipe = settle(overrides, config=config, keep_split=True)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     data = load_data(recipe, tokenizer)
     shown = [

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from ingraft.data import DataSet
     from ingraft.recipe import Recipe
 
-_TRAINING_ONLY = ("method", "method_config", "init_adapter", "output_dir")
+_TRAINING_ONLY = (
+    "method",
+    "method_config",
+    "init_adapter",
+    "output_dir",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "warmup_steps",
+)
 _UNUSED = "unused"
 
 
@@ -37,7 +45,12 @@ class Opened:
 
 
 def settle(
-    overrides: Mapping[str, Any], *, config: str | None = None, adapter: str | None = None, needs_data: bool = True
+    overrides: Mapping[str, Any],
+    *,
+    config: str | None = None,
+    adapter: str | None = None,
+    needs_data: bool = True,
+    keep_split: bool = False,
 ) -> Recipe:
     """The recipe for a verb that does not train.
 
@@ -46,6 +59,7 @@ def settle(
         config: a recipe file given with --config.
         adapter: an adapter folder; its recipe, or at least the base recorded in it, fills what is not given.
         needs_data: whether a data set must be named.
+        keep_split: leave rows named at the keyboard split as training would split them; otherwise they are taken whole.
 
     Raises:
         IngraftError: every problem found.
@@ -59,9 +73,10 @@ def settle(
         merge_values(values, read_yaml(config))
     given_data = "data.train" in overrides
     merge_values(values, overrides)
-    if given_data and isinstance(values["data"], dict):
-        # Rows named at the keyboard are scored whole; the split belonged to the data of the run.
-        values["data"] = {**values["data"], "eval": overrides.get("data.eval", 0), "test": None}
+    if given_data and not keep_split:  # the split belonged to the data of the run
+        values["data"] |= {"eval": 0, "test": None, "format": overrides.get("data.format", "auto")}
+        if "data.eval" in overrides:
+            values["data"]["eval"] = overrides["data.eval"]
     if not needs_data and not values.get("data"):
         values["data"] = {"train": _UNUSED}
     for key in _TRAINING_ONLY:
