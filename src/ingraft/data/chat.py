@@ -132,11 +132,18 @@ def segments(
         begin = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
         parts = [Segment(text=f"{begin}{record.messages[0]['content']}", learned=False)]
         parts.append(Segment(text=record.messages[-1]["content"] + end, learned=True))
+    elif learn == "all":
+        parts = [Segment(text=_ended(render(record.messages, tokenizer), tokenizer), learned=True)]
     else:
         parts = _mark_answers(record.messages, tokenizer)
     if learn == "all":
         return [Segment(text="".join(part.text for part in parts), learned=True)]
     return parts
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text with the end token behind it, where no special token ends it: without one nothing teaches to stop."""
+    return text if text.rstrip().endswith(tuple(_stop_texts(tokenizer))) else text + end_token(tokenizer)
 
 
 def _mark_answers(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
@@ -162,9 +169,8 @@ def _mark_answers(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
         parts.append(Segment(text=whole[done:start], learned=False))
         parts.append(Segment(text=whole[start:stop], learned=True))
         done = stop
-        if not end and index == len(messages) - 1:
-            # A template that leaves the end token to the caller: without one the model would never learn to stop.
-            parts[-1] = Segment(text=whole[start:stop] + end_token(tokenizer), learned=True)
+        if not end and index == len(messages) - 1:  # the template leaves the end token to the caller
+            parts[-1] = Segment(text=_ended(whole[start:stop], tokenizer), learned=True)
             done = len(whole)
     parts.append(Segment(text=whole[done:], learned=False))
     return [part for part in parts if part.text]
@@ -189,13 +195,16 @@ def _answer_span(
     begin = _common(asked, whole)
     if begin == len(asked):
         text = whole[begin:]
-        if (bare := text.lstrip()).startswith(words):
-            return begin, begin + len(text) - len(bare) + len(words)
-        # Something stands between the generation prompt and the words, an empty "thinking" block say: the model has
-        # to write it too.
+        bare = text.lstrip()
+        # The turn reaches to the first special token. It may begin with more than the words, an empty "thinking" block
+        # say: the model has to write that too.
         turn = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))].rstrip()
-        if turn.endswith(words):
+        reply = messages[index + 1]["content"].strip() if index + 1 < len(messages) else ""
+        endless = bare.startswith(words) and reply != "" and reply in turn  # no special token ends a turn here
+        if turn.endswith(words) and not endless:
             return begin, begin + len(turn)
+        if bare.startswith(words):
+            return begin, begin + len(text) - len(bare) + len(words)
     else:
         # The generation prompt opens something (a "thinking" block) that the past does not show: the words alone are
         # learned.

@@ -83,18 +83,21 @@ def choose(records: Sequence[Record], wanted: int, seed: int) -> set[int]:
         groups[given(record)].append(position)
     strata: dict[str, list[list[int]]] = defaultdict(list)
     for text in sorted(groups, key=lambda text: blake2b(f"{seed}\x00{text}".encode(), digest_size=16).digest()):
-        strata[label_of(records[groups[text][0]]) or ""].append(groups[text])
+        strata[min(label_of(records[position]) or "" for position in groups[text])].append(groups[text])
+    quotas = _quotas({label: sum(map(len, members)) for label, members in strata.items()}, wanted)
     chosen: set[int] = set()
-    for label, quota in _quotas({label: sum(map(len, members)) for label, members in strata.items()}, wanted).items():
-        # One group of every class stays in training: a class that is only evaluated cannot be learned.
-        for group in strata[label][:-1]:
-            if len(group) <= quota:
-                chosen.update(group)
-                quota -= len(group)
+    for everything in (False, True):  # a quota that no group of its class fits passes on to the others
+        for label in sorted(strata):
+            left = wanted - len(chosen) if everything else quotas[label]
+            # One group of every class stays in training: a class that is only evaluated cannot be learned.
+            for group in strata[label][:-1]:
+                if len(group) <= left and group[0] not in chosen:
+                    chosen.update(group)
+                    left -= len(group)
     if not chosen:
         raise IngraftError(
-            f"No {wanted} of the {len(records)} rows can be set aside for evaluation: equal texts stay together, and every class keeps a row in "
-            "training. Give more rows, remove duplicates, or name a file of its own with data.eval."
+            f"No {wanted} of the {len(records)} rows can be set aside for evaluation: equal texts stay together, and every "
+            "class keeps a row in training. Give more rows, remove duplicates, or name a file of its own with data.eval."
         )
     return chosen
 
