@@ -1,0 +1,183 @@
+"""A chat model as a classifier: which of the given answers does it find likeliest?
+
+The score of an answer is the log-likelihood of its tokens after the prompt, exactly as training would show them. What follows every answer
+alike (the end of the turn) is left out: then answers of one token each, such as label words, need one forward pass for all of them.
+
+Summed by default, which is the model's own probability of the answer. Answers of very different length can be compared per token instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from ingraft.data.examples import IGNORED, Example, as_chat, encode_chats
+from ingraft.data.records import Labelled
+from ingraft.data.rows import Row
+from ingraft.evaluate.classes import macro_f1
+from ingraft.evaluate.head import CausalHead
+from ingraft.evaluate.loss import Poll, by_length, device_of, score_loss, scoring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Normalise = Literal["sum", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceRow:
+    """A prompt and the answers to choose from, as tokens.
+
+    Attributes:
+        prompt: the tokens before the answer.
+        choices: one sequence of tokens for each answer, none empty.
+        answer: the position of the right one.
+        row_id: the row it came from.
+    """
+
+    prompt: list[int]
+    choices: tuple[tuple[int, ...], ...]
+    answer: int
+    row_id: int
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceScores:
+    """Scores of some rows' answers.
+
+    Attributes:
+        scores: per row and answer, the log-likelihood in nats (per token if normalised so).
+        answers: per row, the right one.
+    """
+
+    scores: tuple[tuple[float, ...], ...]
+    answers: tuple[int, ...]
+
+    @property
+    def predictions(self) -> tuple[int, ...]:
+        """Per row, the likeliest answer; the first of equals."""
+        return tuple(max(range(len(row)), key=row.__getitem__) for row in self.scores)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of rows whose likeliest answer is the right one."""
+        return sum(p == y for p, y in zip(self.predictions, self.answers, strict=True)) / max(1, len(self.answers))
+
+    @property
+    def macro_f1(self) -> float:
+        """F1 averaged over the answers."""
+        return macro_f1(self.predictions, self.answers)
+
+
+def choice_rows(
+    records: Sequence[Labelled],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    max_length: int = 512,
+) -> list[ChoiceRow]:
+    """Rows of text and label as prompts with one answer a label, encoded as training encodes them.
+
+    A row whose answer is cut away at `max_length` for some label is left out, as in training.
+    """
+    options = []
+    for label in labels:
+        chats = [as_chat(replace(record, label=label)) for record in records]
+        options.append({example.row_id: example for example in encode_chats(chats, rows, tokenizer, max_length)})
+    found: list[ChoiceRow] = []
+    for number, record in enumerate(records):
+        examples = [option.get(number) for option in options]
+        whole = [e for e in examples if e is not None and len(e) < max_length]
+        if len(whole) == len(labels):
+            prompt = whole[0].input_ids[: _start(whole[0])]
+            answers = [tuple(e.input_ids[_start(e) : _end(e)]) for e in whole]
+            found.append(
+                ChoiceRow(
+                    prompt=prompt, choices=_without_tail(answers), answer=labels.index(record.label), row_id=number
+                )
+            )
+    return found
+
+
+def score_choices(
+    model: nn.Module,
+    rows: Sequence[ChoiceRow],
+    pad_id: int,
+    batch_size: int = 8,
+    normalise: Normalise = "sum",
+    poll: Poll | None = None,
+) -> ChoiceScores:
+    """The log-likelihood of every answer of every row. Equal calls give equal bits.
+
+    Args:
+        model: a causal language model, with whatever adapters act.
+        normalise: "sum", or "tokens" to divide by the answer's tokens.
+        poll: called between batches; may raise to stop.
+    """
+    single = all(len(choice) == 1 for row in rows for choice in row.choices)
+    scores = (
+        _of_single_tokens(model, rows, pad_id, batch_size, poll)
+        if single
+        else _of_sequences(model, rows, pad_id, batch_size, poll)
+    )
+    if normalise == "tokens":
+        scores = [
+            [s / len(c) for s, c in zip(line, row.choices, strict=True)] for line, row in zip(scores, rows, strict=True)
+        ]
+    return ChoiceScores(scores=tuple(map(tuple, scores)), answers=tuple(row.answer for row in rows))
+
+
+def _of_single_tokens(
+    model: nn.Module, rows: Sequence[ChoiceRow], pad_id: int, batch_size: int, poll: Poll | None
+) -> list[list[float]]:
+    prompts = [Example(input_ids=row.prompt, row_id=n) for n, row in enumerate(rows)]
+    scores: list[list[float]] = [[] for _ in rows]
+    with scoring(model):
+        head = CausalHead(model)
+        for positions, batch in by_length(prompts, pad_id, batch_size, device_of(model), poll):
+            last_B = batch["attention_mask"].sum(1) - 1
+            logits_BV = head.logits(batch, torch.arange(len(positions), device=last_B.device), last_B)
+            likelihoods_BV = logits_BV.log_softmax(-1)
+            for line, position in zip(likelihoods_BV, positions, strict=True):
+                scores[position] = line[[choice[0] for choice in rows[position].choices]].tolist()
+    return scores
+
+
+def _of_sequences(
+    model: nn.Module, rows: Sequence[ChoiceRow], pad_id: int, batch_size: int, poll: Poll | None
+) -> list[list[float]]:
+    sequences = [
+        Example(input_ids=[*row.prompt, *choice], labels=[*[IGNORED] * len(row.prompt), *choice], row_id=row.row_id)
+        for row in rows
+        for choice in row.choices
+    ]
+    sums = iter(score_loss(model, sequences, pad_id, batch_size, poll).sums)
+    return [[-next(sums) for _ in row.choices] for row in rows]
+
+
+def _start(example: Example) -> int:
+    """Where the last learned stretch begins."""
+    labels = example.labels or []
+    position = _end(example)
+    while position > 0 and labels[position - 1] != IGNORED:
+        position -= 1
+    return position
+
+
+def _end(example: Example) -> int:
+    labels = example.labels or []
+    return max(i for i, label in enumerate(labels) if label != IGNORED) + 1
+
+
+def _without_tail(answers: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """The answers without the tokens in which all of them end, but never empty."""
+    while len({answer[-1] for answer in answers}) == 1 and min(map(len, answers)) > 1:
+        answers = [answer[:-1] for answer in answers]
+    return tuple(answers)

@@ -1,0 +1,86 @@
+"""Scores of a sequence classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn import functional as F
+
+from ingraft.data.examples import Example
+from ingraft.evaluate.loss import Poll, by_length, device_of, scoring
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """What a classifier said about some rows, in their order.
+
+    Attributes:
+        losses: negative log-likelihood of the right class, in nats.
+        predictions, labels: the likeliest class, and the right one.
+        probabilities: per row, of each class.
+    """
+
+    losses: tuple[float, ...]
+    predictions: tuple[int, ...]
+    labels: tuple[int, ...]
+    probabilities: tuple[tuple[float, ...], ...]
+
+    @property
+    def loss(self) -> float:
+        """The mean over rows, in nats."""
+        return math.fsum(self.losses) / max(1, len(self.losses))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of rows whose likeliest class is the right one."""
+        return sum(p == y for p, y in zip(self.predictions, self.labels, strict=True)) / max(1, len(self.labels))
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean over classes of F1, where a class that occurs neither in labels nor in predictions is left out."""
+        return macro_f1(self.predictions, self.labels)
+
+
+def score_classes(
+    model: nn.Module, examples: Sequence[Example], pad_id: int, batch_size: int = 8, poll: Poll | None = None
+) -> ClassScores:
+    """Score every example; its `label` must be set. Equal calls give equal bits.
+
+    Args:
+        model: a sequence classifier, with whatever adapters act.
+        pad_id: what to fill short rows with.
+        poll: called between batches; may raise to stop.
+    """
+    found: dict[int, tuple[float, int, int, tuple[float, ...]]] = {}
+    with scoring(model):
+        for positions, batch in by_length(examples, pad_id, batch_size, device_of(model), poll):
+            labels_B = batch.pop("labels")
+            logits_BK = model(**batch).logits.float()
+            losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none")
+            columns = (
+                losses_B.tolist(),
+                logits_BK.argmax(-1).tolist(),
+                labels_B.tolist(),
+                logits_BK.double().softmax(-1).tolist(),
+            )
+            for position, (loss, prediction, label, probabilities) in zip(positions, zip(*columns), strict=True):
+                found[position] = (loss, prediction, label, tuple(probabilities))
+    ordered = [found[i] for i in range(len(examples))]
+    return ClassScores(
+        losses=tuple(row[0] for row in ordered),
+        predictions=tuple(row[1] for row in ordered),
+        labels=tuple(row[2] for row in ordered),
+        probabilities=tuple(row[3] for row in ordered),
+    )
+
+
+def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """F1 of each class that occurs, averaged with equal weight."""
+    scores = []
+    for kind in sorted({*predictions, *labels}):
+        hits = sum(p == kind == y for p, y in zip(predictions, labels, strict=True))
+        scores.append(2 * hits / (predictions.count(kind) + labels.count(kind)))
+    return sum(scores) / max(1, len(scores))

@@ -1,0 +1,214 @@
+"""The language-model head, applied only where something is asked.
+
+A vocabulary of 49,152 makes the head's output the largest tensor of a run: 8 rows of 256 tokens are 400 MB in float32, several times over
+with the gradient. In instruction tuning most positions are prompt, whose logits nobody looks at. So the head runs on the asked positions
+only, and for the loss of a frozen head in pieces whose gradient is computed in the forward pass: logits of one piece are all that exists.
+
+No architecture is known by name here. The model's own forward runs as always (adapters, prompts and shared parts act in it); a hook on its
+output embedding takes the hidden states that the model hands to its head. What a model does behind its head (soft cap, scale) is found by
+comparing with its own logits on a short probe; a model that none of the candidates explains keeps its plain logits.
+
+Legend: B rows, T positions, N asked positions, D width, V vocabulary, C positions in a piece.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ingraft.adapt.control import control_of, host_state
+
+log = logging.getLogger(__name__)
+
+PIECE = 256
+"""Positions whose logits exist at once: 50 MB in float32 at a vocabulary of 49,152."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behind:
+    """What a model does to its head's output: `scale * logits`, then `cap * tanh(logits / cap)` if cap is set."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """In place, on float32 logits."""
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
+
+
+class CausalHead:
+    """How to get losses and logits of chosen positions out of a causal language model. Cheap to make: one probe of a few tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = cast("nn.Module | None", cast(Any, model).get_output_embeddings())
+        self._behind = self._probe()
+
+    @property
+    def by_pieces(self) -> bool:
+        """Whether the loss is computed in pieces from hidden states, rather than from the model's own logits."""
+        return self._behind is not None
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The summed negative log-likelihood (nats) of the batch's learned tokens; `labels` (B, T) holds -100 elsewhere. Differentiable."""
+        rows_N, at_N, targets_N = learned(batch["labels"])
+        inputs = _inputs(batch)
+        if self._behind is None:
+            return F.cross_entropy(self._logits(inputs, rows_N, at_N), targets_N, reduction="sum")
+        h_ND = self._hidden(inputs)[rows_N, at_N]
+        weight_VD, bias_V = self._matrix()
+        return cast(Tensor, _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[0])
+
+    @torch.no_grad()
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Per learned token its negative log-likelihood in nats (N,) and its row (N,)."""
+        rows_N, at_N, targets_N = learned(batch["labels"])
+        inputs = _inputs(batch)
+        if self._behind is None:
+            return F.cross_entropy(self._logits(inputs, rows_N, at_N), targets_N, reduction="none"), rows_N
+        h_ND = self._hidden(inputs)[rows_N, at_N]
+        weight_VD, bias_V = self._matrix()
+        return _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[1], rows_N
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
+        """Float32 logits (N, V) at the given positions."""
+        inputs = _inputs(batch)
+        if self._behind is None:
+            return self._logits(inputs, rows_N, at_N)
+        h_ND = self._hidden(inputs)[rows_N, at_N]
+        weight_VD, bias_V = self._matrix()
+        return self._behind.apply_(F.linear(h_ND, weight_VD, bias_V).float())
+
+    def _matrix(self) -> tuple[Tensor, Tensor | None]:
+        head = cast(nn.Linear, self._head)
+        return head.weight, head.bias
+
+    def _logits(self, inputs: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
+        logits_BTV = self._model(**inputs, use_cache=False).logits
+        return logits_BTV[:, -inputs["input_ids"].shape[1] :][rows_N, at_N].float()
+
+    def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The hidden states (B, T, D) that the model hands to its head, which itself gets to see one position a row."""
+        seen: list[Tensor] = []
+
+        def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            del module
+            seen.append(args[0])
+            return (args[0][:, -1:], *args[1:])
+
+        assert self._head is not None
+        handle = self._head.register_forward_pre_hook(take)
+        try:
+            self._model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        # Virtual tokens, where an adapter has some, stand in front of the real ones.
+        return seen[0][:, -inputs["input_ids"].shape[1] :]
+
+    @torch.no_grad()
+    def _probe(self) -> Behind | None:
+        """The candidate that reproduces the model's own logits, or None."""
+        head = self._head
+        if not isinstance(head, nn.Linear) or host_state(head) is not None or head.weight.requires_grad:
+            return None  # an adapted or trained head: its own forward and its gradient are wanted
+        config = cast(Any, self._model).config.get_text_config()
+        # What the config declares comes first: on small logits a soft cap looks like nothing at all.
+        caps = dict.fromkeys([getattr(config, "final_logit_softcapping", None), None])
+        declared = [getattr(config, "logit_scale", None), _inverse(getattr(config, "logits_scaling", None))]
+        scales = [scale for scale in declared if scale is not None] + [1.0]
+        ids = torch.arange(1, 9, device=head.weight.device).clamp(max=head.weight.shape[0] - 1)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        step = _step_of(self._model)
+        try:
+            wanted = self._model(**inputs, use_cache=False).logits[0, -8:].float()
+            h_BTD = self._hidden(inputs)
+            if h_BTD.shape != (1, 8, head.weight.shape[1]):
+                raise ValueError("hidden states of another shape")
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            log.info("The loss is computed from the model's whole logits: %s.", " ".join(str(error).split())[:120])
+            return None
+        finally:
+            step()
+        plain = F.linear(h_BTD[0], *self._matrix()).float()
+        tolerance = 1e-4 if head.weight.dtype == torch.float32 else 0.05
+        for scale in scales:
+            for cap in caps:
+                behind = Behind(scale=float(scale), cap=None if cap is None else float(cap))
+                if torch.allclose(behind.apply_(plain.clone()), wanted, rtol=tolerance, atol=tolerance):
+                    return behind
+        log.info("The loss is computed from the model's whole logits: what it does behind its head is not known.")
+        return None
+
+
+def learned(labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, position and target of every learned token: position t predicts the label at t + 1."""
+    rows_N, at_N = torch.nonzero(labels_BT[:, 1:] != -100, as_tuple=True)
+    return rows_N, at_N, labels_BT[rows_N, at_N + 1]
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _inverse(x: float | None) -> float | None:
+    return 1.0 / x if x else None
+
+
+def _step_of(model: nn.Module) -> Callable[[], None]:
+    """Restores what a probe's forward passes would otherwise leave moved on: the step that dropout is a function of."""
+    control = control_of(model)
+    if control is None:
+        return lambda: None
+    before = control.call
+
+    def restore() -> None:
+        control.call = before
+
+    return restore
+
+
+class _PiecewiseLoss(torch.autograd.Function):
+    """Summed cross entropy through a frozen head, piece by piece; the gradient to the hidden states is made along with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, behind: Behind
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        grad_ND = torch.empty_like(h_ND) if wanted else None
+        losses_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
+        for start in range(0, h_ND.shape[0], PIECE):
+            piece = slice(start, start + PIECE)
+            targets_C = targets_N[piece, None]
+            z_CV = behind.apply_(F.linear(h_ND[piece], weight_VD, bias_V).float())
+            bend_CV = None
+            if wanted and behind.cap is not None:
+                bend_CV = 1 - (z_CV / behind.cap).square_()  # the derivative of the soft cap
+            normaliser_C1 = torch.logsumexp(z_CV, dim=-1, keepdim=True)
+            losses_N[piece] = (normaliser_C1 - z_CV.gather(1, targets_C)).squeeze(1)
+            if grad_ND is not None:
+                p_CV = z_CV.sub_(normaliser_C1).exp_()
+                p_CV.scatter_add_(1, targets_C, torch.full_like(normaliser_C1, -1.0))
+                if bend_CV is not None:
+                    p_CV.mul_(bend_CV)
+                if behind.scale != 1.0:
+                    p_CV.mul_(behind.scale)
+                torch.mm(p_CV.to(h_ND.dtype), weight_VD, out=grad_ND[piece])
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND)
+        ctx.mark_non_differentiable(losses_N)
+        return losses_N.sum(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grads[0], None, None, None, None
