@@ -40,6 +40,8 @@ class Adapter:
         sites: paths of its hosts in model order, with the role of each.
         saved_whole: paths of the modules that are trained in full beside the method's own sites (`modules_to_save`).
         seed: of its initial values and its dropout.
+        dropout: whether it has any.
+        virtual: how many virtual tokens or prefix slots it puts in front of a row.
         facts: what a loaded adapter's file said beyond its tensors (base fingerprint, metrics).
     """
 
@@ -50,6 +52,7 @@ class Adapter:
     saved_whole: tuple[str, ...]
     seed: int
     dropout: bool = False
+    virtual: int = 0
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -64,7 +67,20 @@ class Kept:
 
 @dataclass(kw_only=True, eq=False)
 class Control:
-    """Which adapters a model has, which act, and what a merge set aside."""
+    """Which adapters a model has, which act, and what a merge set aside.
+
+    Attributes:
+        call: what acts now.
+        replaying: a checkpointed block is being run, forward or again, with the call it was first run with.
+        merged, kept: the adapters written into the base, and the parameters they displaced.
+        required_grad: which base parameters required gradients before the first attach.
+        unchecked: the next forward verifies that no host is bypassed.
+        auto_step: dropout moves on with every forward; False once a trainer says where it stands.
+        keep_virtual: leave virtual positions in the output (PEFT's habit).
+        spans: inputs remembered on the way through a span; empty between forwards.
+        shared: outputs of shared modules in this forward; empty between forwards.
+        restore: what to put back when adapters go.
+    """
 
     adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
     call: Call = field(default_factory=Call)
@@ -73,10 +89,15 @@ class Control:
     kept: list[Kept] = field(default_factory=list[Kept])
     required_grad: dict[str, bool] = field(default_factory=dict[str, bool])
     unchecked: bool = True
+    keep_virtual: bool = False
     auto_step: bool = True
     spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     shared: dict[str, Any] = field(default_factory=dict[str, Any])
     restore: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def shared_of(self, name: str) -> Any:
+        """What the adapter's shared module returned for this forward, None if it has none."""
+        return self.shared.get(name)
 
     def require(self, name: str) -> Adapter:
         """The adapter of that name.

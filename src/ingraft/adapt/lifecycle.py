@@ -38,7 +38,7 @@ from ingraft.adapt.swap import is_swapped, original_class, swap, unswap
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import Method, MethodConfig, ParameterPart, Part, SiteFacts
+from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, ParameterPart, Part, SiteFacts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,6 +86,7 @@ def attach(
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
     parts, shared = _make_parts(model, adapter)
+    adapter.virtual = next((part.length for part in parts.values() if isinstance(part, AttentionPart | InputPart)), 0)
     for remark in remarks:
         warnings.warn(f"{name}: {remark}", stacklevel=2)
     # From here on nothing can fail.
@@ -93,7 +94,6 @@ def attach(
         control.required_grad = {path: parameter.requires_grad for path, parameter in base_parameters(model).items()}
         model.__dict__[ATTRIBUTE] = control
         swap(model, models.root_mixin(model))
-        models.enter(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     control.adapters[name] = adapter
@@ -104,6 +104,7 @@ def attach(
     for part in _trained(model, name):
         part.requires_grad_(True)
     _assign_roles(model, control, name)
+    models.settle(model)
     _act(control, replace(control.call, active=(name,), rows=None))
     return model
 
@@ -339,12 +340,13 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
             host._modules.pop(child_name(name), None)
         model._modules.pop(child_name(name), None)
         del control.adapters[name]
+    models.settle(model)
     for module in base_modules(model).values():
         state = host_state(module)
         if state is None:
             continue
         state.opens = {exit_path: left for exit_path, users in state.opens.items() if (left := users - set(names))}
-        if not any(part_of(module, name) for name in control.adapters) and not state.opens:
+        if not (any(part_of(module, name) for name in control.adapters) or state.opens or models.in_use(model, module)):
             models.leave_host(module)
             for mixin in HOSTS:
                 unswap(module, mixin)
@@ -354,7 +356,6 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
     if control.adapters:
         _act(control, replace(control.call, active=tuple(n for n in control.call.active if n not in names), rows=None))
         return model
-    models.leave(model)
     unswap(model, models.root_mixin(model))
     del model.__dict__[ATTRIBUTE]
     for path, parameter in base_parameters(model).items():

@@ -50,18 +50,23 @@ def check_method(model: nn.Module, method: Method) -> None:
         )
 
 
-def enter(model: nn.Module) -> None:
-    """Prepare the model for its first adapter."""
+def settle(model: nn.Module) -> None:
+    """Bring the model in line with what is attached now; called after every attach and detach."""
     hf = _hf(model)
     if hf:
-        hf.enter(model)
+        hf.settle(model)
 
 
-def leave(model: nn.Module) -> None:
-    """Undo `enter` after the last adapter."""
+def in_use(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module of the model needs its host state although no part lies in it."""
     hf = _hf(model)
-    if hf:
-        hf.leave(model)
+    return bool(hf and hf.in_use(module))
+
+
+def input_path(model: nn.Module) -> str:
+    """Path of the module that embeds tokens."""
+    hf = _hf(model)
+    return hf.inner_path(model) if hf else ""
 
 
 def enter_host(model: nn.Module, path: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ingraft.adapt import models
 from ingraft.adapt.roles import ROLES, sites_of_role
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
@@ -86,7 +87,7 @@ def _targets(
     for name in named:
         if name in ROLES:
             try:
-                found.update({"": "input"} if name == "input" else sites_of_role(model, name))
+                found.update({models.input_path(model): "input"} if name == "input" else sites_of_role(model, name))
             except IngraftError as error:
                 problems.extend(error.problems)
         elif name == ALL_LINEAR:

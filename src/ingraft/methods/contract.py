@@ -191,6 +191,9 @@ class OutputPart(Part):
 class AttentionPart(Part):
     """A part that gives the attention of one layer learned keys and values. Abstract."""
 
+    length: int
+    """P; the same at every site of an adapter."""
+
     @abstractmethod
     def keys_values(self, shared: Any) -> tuple[Tensor, Tensor]:
         """Keys and values, each (H, P, D), seen by every query ahead of the real tokens.
@@ -202,6 +205,9 @@ class AttentionPart(Part):
 
 class InputPart(Part):
     """A part that gives the model virtual tokens. Abstract."""
+
+    length: int
+    """P."""
 
     @abstractmethod
     def embeddings(self) -> Tensor:

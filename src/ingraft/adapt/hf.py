@@ -1,0 +1,255 @@
+"""All that knows transformers' models: the root's class, checkpointing, generation, and where attention and input parts sit.
+
+`ModelRoot` is laid over the model's class, which keeps its name, so that Trainer, `pipeline` and output capture go on working:
+
+* `save_pretrained` writes adapters only; in a Trainer's `checkpoint-N` it also leaves the float32 tensors under the file name that the Trainer
+  looks for when it resumes.
+* Gradient checkpointing: whatever function transformers calls to checkpoint a block is wrapped in a `Carry`, which remembers the acting
+  adapters of the forward pass and restores them for the recomputation.
+* `generate`: a static cache gets room for virtual tokens, and masks stay two-dimensional where a prompt has to be put in front.
+
+`settle` brings all of this in line with what is attached, and is called after every attach and detach.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ingraft.adapt import prefixes
+from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, control_of, host_state, require_control
+from ingraft.adapt.roles import blocks
+from ingraft.adapt.root import Root
+from ingraft.adapt.swap import beneath, is_swapped, original_class, swap, unswap
+from ingraft.adapt.virtual import Decoder, Inner, lengths
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A checkpointing function that replays a block with the adapters its forward pass saw."""
+
+    control: Control
+    function: Callable[..., Any]
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        control = self.control
+        call, shared = control.call, dict(control.shared)
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            before = control.call, control.replaying, control.shared
+            control.call, control.replaying, control.shared = call, True, shared
+            try:
+                return block(*inputs, **named)
+            finally:
+                control.call, control.replaying, control.shared = before
+
+        return self.function(run, *args, **kwargs)
+
+
+class ModelRoot(Root):
+    """A transformers model with adapters. Its functions are copied into the generated class (see `swap.Mixin`)."""
+
+    _hf_peft_config_loaded = True  # what the Trainer asks before it trains over a quantised base
+
+    def save_pretrained(self: Any, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+        """Write the adapters only: `default`, or a lone adapter, at the top; others in folders of their names.
+
+        Raises:
+            IngraftError: for `push_to_hub`; saving opens no socket.
+        """
+        from ingraft.adapt.files import save, save_resumable
+
+        if options.get("push_to_hub"):
+            raise IngraftError("save_pretrained: adapters are written to this machine only; upload the folder with huggingface_hub.")
+        if not is_main_process:
+            return
+        control = require_control(self)
+        names = list(control.adapters)
+        for name in names:
+            top = name == "default" or len(names) == 1
+            save(self, Path(save_directory) if top else Path(save_directory) / name, name, overwrite=True)
+        if Path(save_directory).name.startswith("checkpoint-"):  # the Trainer's; it will look for the model's own file name
+            save_resumable(self, Path(save_directory))
+
+    def load_state_dict(self: Any, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; a dictionary that holds adapters only may leave the base out."""
+        if any("adapter:" not in key for key in state_dict):
+            return beneath(self, ModelRoot).load_state_dict(state_dict, strict, assign)
+        result = beneath(self, ModelRoot).load_state_dict(state_dict, False, assign)
+        missing = [key for key in result.missing_keys if "adapter:" in key]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"adapters in the file and in the model differ: missing {missing}, unexpected {result.unexpected_keys}")
+        result.missing_keys[:] = missing
+        return result
+
+    def active_adapters(self: Any) -> list[str]:
+        """Names of the adapters that act."""
+        return list(require_control(self).call.active)
+
+    def get_adapter_state_dict(self: Any, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The trained tensors of one adapter, by the names of `ingraft.adapt.parameters`."""
+        from ingraft.adapt.lifecycle import parameters
+
+        del state_dict
+        name = adapter_name or require_control(self).call.active[0]
+        return {key: value.detach() for key, value in parameters(self, name).items()}
+
+    def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
+        beneath(self, ModelRoot)._set_gradient_checkpointing(*args, **kwargs)
+        _carry(self, require_control(self))
+
+    def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Virtual tokens of prompts lie in the cache: make room for them."""
+        control = require_control(self)
+        room = max(lengths(control, control.call, InputPart).values(), default=0)
+        below = beneath(self, ModelRoot)._prepare_cache_for_generation
+        bound = inspect.signature(below).bind(*args, **kwargs)
+        bound.arguments["max_cache_length"] += room
+        return below(*bound.args, **bound.kwargs)
+
+    def create_masks_for_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leave the mask two-dimensional where the inner model has a prompt to put in front."""
+        from transformers.masking_utils import create_masks_for_generate
+
+        control = require_control(self)
+        if lengths(control, control.call, InputPart):
+            return kwargs["attention_mask"]
+        own = vars(original_class(self)).get("create_masks_for_generate")
+        if own is not None:
+            return getattr(beneath(self, ModelRoot), "create_masks_for_generate")(*args, **kwargs)
+        signature = inspect.signature(create_masks_for_generate).parameters
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
+            kwargs = {name: value for name, value in kwargs.items() if name in signature}
+        return create_masks_for_generate(*args, **kwargs)
+
+
+def inner_path(model: nn.Module) -> str:
+    """Path of the model that embeds tokens: the encoder of an encoder-decoder, else the base model."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inner = model.get_encoder()  # type: ignore[operator]
+    else:
+        inner = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
+        while inner is not model and getattr(inner, "decoder", None) is not None and "input_ids" in inspect.signature(inner.decoder.forward).parameters:
+            inner = inner.decoder  # OPT nests the stack that works out masks once more
+    return next(path for path, module in model.named_modules() if module is inner)
+
+
+def check_method(model: nn.Module, method: Method) -> None:
+    """Refuse attention and input parts where the model has no place for them.
+
+    Raises:
+        IngraftError: naming the model's class and the reason.
+    """
+    what = original_class(model).__name__
+    if issubclass(method.part, InputPart):
+        parameters = inspect.signature(original_class(model.get_submodule(inner_path(model))).forward).parameters
+        if "inputs_embeds" not in parameters:
+            raise IngraftError(f"{method.name}: {what} embeds no tokens (its forward takes no inputs_embeds), so there is nothing to put a prompt in front of.")
+    if issubclass(method.part, AttentionPart):
+        outside = [block.attention for block in blocks(model) if not prefixes.uses_registry(model.get_submodule(block.attention))]
+        if outside:
+            raise IngraftError(f"{method.name}: {what} does not take its attention from transformers' registry ({outside[0]}), so a prefix cannot join it.")
+        implementation = _implementation(model)
+        if implementation not in (*prefixes.OURS, *prefixes.OURS.values()):
+            raise IngraftError(
+                f"{method.name}: works with the attention implementations {' and '.join(prefixes.OURS)}, and {what} uses {implementation}. "
+                "Load it with attn_implementation='sdpa'."
+            )
+
+
+def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> SiteFacts:
+    """Sizes of an attention's keys and values, or of the input embedding."""
+    if role == "input":
+        tokens = module.get_input_embeddings()  # type: ignore[operator]
+        return SiteFacts(path=path, role=role, module=module, width=_embedding_width(tokens), tokens=tokens)
+    width = next((value for name in ("head_dim", "attention_head_size", "key_value_proj_dim") if isinstance(value := getattr(module, name, None), int)), None)
+    config: Any = module.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if width is None:
+        width = config.hidden_size // config.num_attention_heads
+    return SiteFacts(path=path, role=role, module=module, heads=heads, head_width=width, width=config.hidden_size)
+
+
+def _embedding_width(tokens: nn.Module) -> int:
+    weight = tokens.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1]
+
+
+def carries_rows(module: nn.Module, path: str) -> bool:
+    """T5's relative bias is looked up by (query, key), once for all rows."""
+    del module
+    return path.rpartition(".")[2] != "relative_attention_bias"
+
+
+def settle(model: nn.Module) -> None:
+    """Bring checkpointing, attention names and the inner model's class in line with what is attached."""
+    control = control_of(model)
+    assert control is not None
+    kinds = [adapter.method.part for adapter in control.adapters.values()]
+    _carry(model, control if kinds else None)
+    _name_attention(model, control, any(issubclass(kind, AttentionPart) for kind in kinds))
+    _lay_inner(model, control, any(issubclass(kind, AttentionPart | InputPart) for kind in kinds))
+
+
+def _carry(model: nn.Module, control: Control | None) -> None:
+    """Wrap (or unwrap) the checkpointing functions that blocks hold."""
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is None:
+            continue
+        plain = function.function if isinstance(function, Carry) else function
+        module.__dict__["_gradient_checkpointing_func"] = plain if control is None else Carry(control, plain)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config object in the model, once; T5's stacks have copies of their own."""
+    found = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation")}
+    return list(found.values())
+
+
+def _implementation(model: nn.Module) -> str:
+    config: Any = model.config
+    return str(config._attn_implementation)
+
+
+def _name_attention(model: nn.Module, control: Control, wanted: bool) -> None:
+    """Switch the configs to our names in the attention registry, or back."""
+    if wanted and "attention" not in control.restore:
+        prefixes.register()
+        control.restore["attention"] = _implementation(model)
+        name = prefixes.OURS[_implementation(model)]
+    elif not wanted and "attention" in control.restore:
+        name = control.restore.pop("attention")
+    else:
+        return
+    for config in _configs(model):
+        config._attn_implementation = name
+
+
+def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
+    """Swap the class of the model that embeds tokens (and of the decoder beside an encoder), or back."""
+    places = [(inner_path(model), Inner)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        decoder = model.get_decoder()  # type: ignore[operator]
+        places.append((next(path for path, module in model.named_modules() if module is decoder), Decoder))
+    for path, mixin in places:
+        module = model.get_submodule(path)
+        if wanted and not is_swapped(module, (mixin,)):
+            if host_state(module) is None:
+                module.__dict__[HOST_ATTRIBUTE] = HostState(control=control, path=path, kind=None, known_forward=False)
+            swap(module, mixin)
+        elif not wanted and is_swapped(module, (mixin,)):
+            unswap(module, mixin)
+
+
+def in_use(module: nn.Module) -> bool:
+    """Whether a module needs its host state although no part lies in it."""
+    return is_swapped(module, (Inner, Decoder))

@@ -1,0 +1,189 @@
+"""Learned keys and values in the attention of transformers models.
+
+Prefix tuning has always been written through the KV cache: fill it with the learned keys and values, then pretend they were tokens. That
+needs code for each family, breaks static caches, and clashes with gradient checkpointing. Here the prefix joins in where the attention is
+computed: transformers looks its attention function up in a registry by the config's name, so two names of ours are registered
+("ingraft_sdpa", "ingraft_eager"), each with its *mask* function, because a name without one gets no mask at all. The cache then holds real
+tokens only, whatever its kind.
+
+* Several queries (training, prefill): keys and values are put behind the prefix and the base's own attention function runs. The mask is
+  always explicit: `is_causal` would count the prefix as tokens.
+* One query (a decode step): putting prefix and cache together would copy the cache at every step, so only the *scores* are put together:
+  softmax([q K_p'; q K']) and two products.
+
+Real tokens stand at positions P, P+1, ... (P = the row's own prefix length), as they would behind a filled cache; `virtual.py` shifts them.
+T5's relative bias knows no position for a prefix: its slots get no bias.
+
+Legend: B batch, H key-value heads, G queries a key-value head, Q queries, K keys, P prefix length, D head width, n rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ingraft.adapt.control import HostState, host_state, part_of
+from ingraft.adapt.rows import entries_of
+from ingraft.adapt.swap import original_class
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import AttentionPart
+
+Output = tuple[Tensor, Tensor | None]
+OURS = {"sdpa": "ingraft_sdpa", "eager": "ingraft_eager"}
+"""transformers' attention implementations that a prefix works with, and the names under which it joins them."""
+
+
+def register() -> None:
+    """Enter our names in transformers' two registries. Repeating it changes nothing."""
+    if OURS["sdpa"] not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(OURS["sdpa"], _sdpa)
+        ALL_ATTENTION_FUNCTIONS.register(OURS["eager"], _eager)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(OURS["sdpa"], _sdpa_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(OURS["eager"], eager_mask)
+
+
+def uses_registry(module: nn.Module) -> bool:
+    """Whether an attention module finds its function in the registry: its file imports it and its config names the choice."""
+    source = sys.modules.get(original_class(module).__module__)
+    has_name = isinstance(getattr(getattr(module, "config", None), "_attn_implementation", None), str)
+    return has_name and vars(source).get("ALL_ATTENTION_FUNCTIONS") is ALL_ATTENTION_FUNCTIONS
+
+
+def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' own mask, never skipped in favour of `is_causal`."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Output:
+    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, kwargs)
+
+
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Output:
+    """Every modeling file has its own eager function (soft caps, sinks); this finds the module's."""
+    own = vars(sys.modules[original_class(module).__module__])["eager_attention_forward"]
+    return _attend(own, module, query, key, value, attention_mask, kwargs)
+
+
+def _attend(
+    base: Callable[..., Output],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Output:
+    state = host_state(module)
+    prefix = _prefix(module, state, query.shape[0], key) if state is not None else None
+    if prefix is None:
+        return base(module, query, key, value, mask, **kwargs)
+    key_BHPD, value_BHPD, seen_BP = prefix
+    if query.shape[2] == 1 and not kwargs.get("dropout") and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        return _one_query(query, key, value, mask, key_BHPD, value_BHPD, seen_BP, kwargs.get("scaling")), None
+    if kwargs.get("position_bias") is not None:
+        kwargs = {**kwargs, "position_bias": F.pad(kwargs["position_bias"], (key_BHPD.shape[2], 0))}
+    mask = _widened(module, query, key, mask, seen_BP, key_BHPD.shape[2])
+    return base(module, query, torch.cat([key_BHPD, key], 2), torch.cat([value_BHPD, value], 2), mask, **kwargs)
+
+
+def _prefix(module: nn.Module, state: HostState, batch: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Keys and values (B, H, P, D) of the acting prefixes, and which of their slots each entry sees (B, P), None for all."""
+    call, control = state.current(), state.control
+    state.ran = True
+
+    def of(names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+        parts = [(name, part) for name in names if isinstance(part := part_of(module, name), AttentionPart)]
+        pairs = [part.keys_values(control.shared_of(name)) for name, part in parts]
+        if not pairs:
+            return None
+        return torch.cat([k for k, _ in pairs], 1).to(like.dtype), torch.cat([v for _, v in pairs], 1).to(like.dtype)
+
+    groups = [(of(group.names), group.rows) for group in call.groups]
+    found = [pair for pair, _ in groups if pair is not None]
+    if not found:
+        return None
+    if len(groups) == 1:
+        key_HPD, value_HPD = found[0]
+        return key_HPD.expand(batch, *key_HPD.shape), value_HPD.expand(batch, *value_HPD.shape), None
+    assert call.rows is not None
+    longest = max(k.shape[1] for k, _ in found)
+    H, D = found[0][0].shape[0], found[0][0].shape[2]
+    order: list[Tensor] = []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    seen: list[Tensor] = []
+    for pair, rows in groups:
+        assert rows is not None
+        entries = entries_of(rows, batch, len(call.rows), state.path).to(like.device)
+        key_HPD, value_HPD = pair if pair is not None else (like.new_zeros(H, 0, D), like.new_zeros(H, 0, D))
+        blank = longest - key_HPD.shape[1]
+        count = entries.shape[0]
+        keys.append(F.pad(key_HPD, (0, 0, blank, 0)).expand(count, H, longest, D))
+        values.append(F.pad(value_HPD, (0, 0, blank, 0)).expand(count, H, longest, D))
+        seen.append((torch.arange(longest, device=like.device) >= blank).expand(count, longest))
+        order.append(entries)
+    inverse = torch.argsort(torch.cat(order))
+    key_BHPD, value_BHPD, seen_BP = (torch.cat(pieces).index_select(0, inverse) for pieces in (keys, values, seen))
+    return key_BHPD, value_BHPD, seen_BP
+
+
+def _widened(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, seen_BP: Tensor | None, P: int) -> Tensor | None:
+    """The mask with a column for each prefix slot, in the form (bool or additive) it came in."""
+    Q, K = query.shape[2], key.shape[2]
+    if mask is None:
+        if getattr(module, "is_causal", False) and Q > 1:
+            mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)[None, None]
+        elif seen_BP is None:
+            return None
+        else:
+            mask = torch.ones(1, 1, Q, K, dtype=torch.bool, device=query.device)
+        if module.config._attn_implementation == OURS["eager"]:  # type: ignore[union-attr]
+            mask = _additive(mask, query.dtype)
+    if mask.dim() != 4:
+        raise IngraftError(f"{original_class(module).__name__}: a prefix needs a four-dimensional attention mask, got shape {tuple(mask.shape)}.")
+    seen = torch.ones(1, P, dtype=torch.bool, device=query.device) if seen_BP is None else seen_BP
+    columns = seen[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    if mask.dtype != torch.bool:
+        columns = _additive(columns, mask.dtype)
+    batch = max(columns.shape[0], mask.shape[0])
+    return torch.cat([columns.expand(batch, -1, -1, -1), mask.expand(batch, -1, -1, -1)], -1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _one_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_BHPD: Tensor,
+    value_BHPD: Tensor,
+    seen_BP: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """A decode step: one softmax over prefix and cache without putting the two together. Returns (B, 1, heads, D)."""
+    B, heads, _, D = query.shape
+    H = key.shape[1]
+    scale = D**-0.5 if scaling is None else scaling
+    query_BHGD = query.reshape(B, H, heads // H, D)
+    scores = (query_BHGD @ key.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask.float()
+    prefix_scores = (query_BHGD @ key_BHPD.transpose(-1, -2)).float() * scale
+    if seen_BP is not None:
+        prefix_scores = prefix_scores.masked_fill(~seen_BP[:, None, None, :], torch.finfo(torch.float32).min)
+    weights = torch.softmax(torch.cat([prefix_scores, scores], -1), -1).to(value.dtype)
+    P = key_BHPD.shape[2]
+    out_BHGD = weights[..., :P] @ value_BHPD + weights[..., P:] @ value
+    return out_BHGD.reshape(B, heads, 1, D).transpose(1, 2).contiguous()

@@ -1,0 +1,88 @@
+"""Prompt tuning: learned embeddings in front of the input.
+
+    x' = [p_1 ... p_P; x]
+
+Paper: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021 (arXiv:2104.08691).
+Read against: Hugging Face PEFT's `prompt_tuning`.
+What differs: the default start is embeddings of real tokens (the paper's "sampled vocabulary"), not random numbers, which decides whether
+prompt tuning works at all; outputs hold real tokens only.
+
+Legend: P virtual tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import InputPart, Method, MethodConfig, PeftLayout, SiteFacts
+
+STARTS = ("sample", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(MethodConfig):
+    """Prompt tuning's hyperparameters.
+
+    Attributes:
+        num_virtual_tokens: P, at least 1.
+        prompt_init: "sample": embeddings of tokens drawn from the vocabulary's first 5,000; "random": normal, deviation 0.02.
+        prompt_init_ids: start from the embeddings of these token ids instead, repeated or cut to P.
+    """
+
+    method: ClassVar[str] = "prompt"
+
+    num_virtual_tokens: int = 20
+    prompt_init: str = "sample"
+    prompt_init_ids: tuple[int, ...] | None = None
+
+    def problems(self) -> list[str]:
+        found = [] if self.num_virtual_tokens >= 1 else [f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}."]
+        if self.prompt_init not in STARTS:
+            found.append(f"prompt_init must be one of {', '.join(STARTS)}, got {self.prompt_init!r}.")
+        return found
+
+
+class Prompt(InputPart):
+    """See the file's header."""
+
+    def __init__(self, config: PromptTuningConfig, facts: SiteFacts) -> None:
+        super().__init__()
+        self.length = config.num_virtual_tokens
+        assert facts.tokens is not None
+        vocabulary = facts.tokens.weight
+        assert isinstance(vocabulary, Tensor)
+        if config.prompt_init_ids is not None or config.prompt_init == "sample":
+            ids = config.prompt_init_ids or tuple(torch.randint(min(vocabulary.shape[0], 5000), (self.length,)).tolist())
+            if wrong := [token for token in ids if not 0 <= token < vocabulary.shape[0]]:
+                raise IngraftError(f"prompt_init_ids: {wrong} lie outside the vocabulary of {vocabulary.shape[0]} tokens.")
+            picked = torch.tensor([ids[slot % len(ids)] for slot in range(self.length)], device=vocabulary.device)
+            with torch.no_grad():
+                start = facts.tokens(picked).float()
+        else:
+            start = torch.randn(self.length, facts.width, device=vocabulary.device) * 0.02
+        self.prompt = nn.Parameter(start.detach().clone())
+
+    def embeddings(self) -> Tensor:
+        return self.prompt
+
+
+def count(config: MethodConfig, facts: SiteFacts) -> int:
+    """P embeddings."""
+    assert isinstance(config, PromptTuningConfig)
+    return config.num_virtual_tokens * facts.width
+
+
+METHOD = Method(
+    name="prompt",
+    config=PromptTuningConfig,
+    part=Prompt,
+    sites=("input",),
+    identity_at_init=False,
+    count=count,
+    peft=PeftLayout(peft_type="PROMPT_TUNING", tensors={"prompt": "prompt_embeddings"}, stacked="prompt_embeddings"),
+)
