@@ -48,7 +48,13 @@ HOSTS = (SequentialHost, Host)
 
 
 def attach(
-    model: M, config: MethodConfig, name: str = "default", *, seed: int | None = None, strict: bool = True
+    model: M,
+    config: MethodConfig,
+    name: str = "default",
+    *,
+    seed: int | None = None,
+    strict: bool = True,
+    fill: Callable[[Adapter, dict[str, Part], nn.Module | None], None] | None = None,
 ) -> M:
     """Graft an adapter onto a model, in place. It alone acts and is trainable afterwards; the base is frozen.
 
@@ -58,6 +64,8 @@ def attach(
         name: letters, digits, `.`, `_`, `-`; not one that is attached already.
         seed: of the initial values and of dropout; drawn from torch's generator if None, so `torch.manual_seed` governs.
         strict: refuse a pattern that matches nothing while others match; False warns.
+        fill: called with the adapter, its parts by path and its shared module before the model is changed, to give them values of its own
+            (a file's, when loading); what it raises stops the attaching.
 
     Returns:
         The same object.

@@ -252,20 +252,43 @@ class SiteFacts:
 class PeftLayout:
     """Where Hugging Face PEFT keeps this method's config and tensors, as data that `peft_format` interprets.
 
-    Attributes:
+    Config fields:
         peft_type: their upper-case name.
-        fields: our config field -> theirs, where the names differ.
+        fields: our field -> theirs, where the names differ; None where they have none (it concerns the start of training alone).
         constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`).
+        accepted: their fields with the values at which they change nothing; any other value is refused by name.
+        off: their fields that must be empty (null, false, nothing in them), likewise.
+        written: their fields that we always write so, and do not read.
+        ignored: their fields that say nothing about what a trained adapter computes.
+        aliases: values of theirs that mean one of ours, by our field.
+        role_fields: our field that lists sites by name -> the role of those sites.
+        transposed_field: their field that is true where the adapted layers store (in, out).
+        unshared: values of our fields where a file lacks the tensors of the adapter's shared module, which they do not keep.
+
+    Tensors:
         tensors: our tensor name -> their suffix behind the module path.
         embedding_tensors: the same for embedding layers, where it differs.
-        stacked: the one method-wide tensor that holds every site's tensors side by side (prompt_embeddings), or None.
+        shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("" for all others): 0 keeps the dimension,
+            -1 is inferred, "kernel" stands for the dimensions of a convolution's kernel. None: they do something else there.
+        stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
     """
 
     peft_type: str
-    fields: Mapping[str, str] = field(default_factory=dict[str, str])
+    fields: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     constants: Mapping[str, object] = field(default_factory=dict[str, object])
+    accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
+    off: tuple[str, ...] = ()
+    written: Mapping[str, object] = field(default_factory=dict[str, object])
+    ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
+    role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
+    transposed_field: str | None = None
+    unshared: Mapping[str, object] = field(default_factory=dict[str, object])
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+    shapes: Mapping[str, Mapping[str, tuple[int | str, ...] | None]] = field(
+        default_factory=dict[str, Mapping[str, "tuple[int | str, ...] | None"]]
+    )
     stacked: str | None = None
 
 

@@ -12,14 +12,14 @@ Legend: O out, I in, R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ingraft.methods.contract import Method, MethodConfig, PeftLayout, Site, SiteFacts
-from ingraft.methods.lora import LORA_EMBEDDING_TENSORS, LORA_TENSORS, LoraConfig, LowRank
+from ingraft.methods.contract import Method, MethodConfig, Site, SiteFacts
+from ingraft.methods.lora import LORA_LAYOUT, LoraConfig, LowRank
 from ingraft.methods.lora import count as count_lora
 
 
@@ -66,10 +66,11 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
-    peft=PeftLayout(
-        peft_type="LORA",
+    peft=replace(
+        LORA_LAYOUT,
         constants={"use_dora": True, "use_rslora": False},
-        tensors={**LORA_TENSORS, "magnitude": "lora_magnitude_vector"},
-        embedding_tensors={**LORA_EMBEDDING_TENSORS, "magnitude": "lora_magnitude_vector"},
+        tensors={**LORA_LAYOUT.tensors, "magnitude": "lora_magnitude_vector"},
+        embedding_tensors={**LORA_LAYOUT.embedding_tensors, "magnitude": "lora_magnitude_vector"},
+        shapes={**LORA_LAYOUT.shapes, "magnitude": {"conv2d": (1, -1, 1, 1)}},
     ),
 )

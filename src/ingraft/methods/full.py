@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ingraft.methods.contract import Method, MethodConfig, ParameterPart, PeftLayout, SiteFacts
+from ingraft.methods.contract import Method, MethodConfig, ParameterPart, SiteFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +53,4 @@ METHOD = Method(
     sites=("parameters",),
     identity_at_init=True,
     count=count,
-    peft=PeftLayout(peft_type="FULL"),
 )

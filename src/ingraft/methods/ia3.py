@@ -51,7 +51,7 @@ class IA3(ShortcutPart):
         W_OI = facts.matrix()
         self.on_input = facts.role == "mlp-out"
         if self.on_input and isinstance(facts.module, nn.Conv2d):
-            self.on_input = False  # a kernel's columns are not channels; PEFT scales the output of convolutions too
+            self.on_input = False  # a kernel's columns are not channels
         self.l = nn.Parameter(torch.ones(W_OI.shape[1] if self.on_input else W_OI.shape[0], device=W_OI.device))
 
     def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -88,5 +88,13 @@ METHOD = Method(
     identity_at_init=True,
     count=count,
     role=role,
-    peft=PeftLayout(peft_type="IA3", tensors={"l": "ia3_l"}),
+    peft=PeftLayout(
+        peft_type="IA3",
+        ignored=("init_ia3_weights",),
+        role_fields={"feedforward_modules": "mlp-out"},
+        transposed_field="fan_in_fan_out",
+        tensors={"l": "ia3_l"},
+        # They scale a feed-forward convolution's input.
+        shapes={"l": {"": (-1, 1), "mlp-out": (1, -1), "conv2d": (1, -1, 1, 1), "conv2d mlp-out": None}},
+    ),
 )

@@ -111,8 +111,27 @@ def count(config: MethodConfig, facts: SiteFacts) -> int:
     return config.r * sum(facts.matrix().shape)
 
 
-LORA_TENSORS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-LORA_EMBEDDING_TENSORS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+LORA_LAYOUT = PeftLayout(
+    peft_type="LORA",
+    constants={"use_dora": False, "use_rslora": False},
+    accepted={"bias": ("none",)},
+    off=(
+        *("lora_bias", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "layer_replication"),
+        *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
+        *("monteclora_config", "ensure_weight_tying"),
+    ),
+    written={"bias": "none"},
+    ignored=(
+        *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        "qalora_group_size",
+    ),
+    aliases={"init_lora_weights": {"eva": True, "orthogonal": True}},
+    transposed_field="fan_in_fan_out",
+    tensors={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+    embedding_tensors={"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    shapes={"lora_A": {"conv2d": (0, "kernel")}, "lora_B": {"conv2d": (0, 0, 1, 1)}},
+)
+"""PEFT keeps LoRA and its variants under one type; a variant replaces what differs."""
 
 METHOD = Method(
     name="lora",
@@ -121,10 +140,5 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
-    peft=PeftLayout(
-        peft_type="LORA",
-        constants={"use_dora": False, "use_rslora": False},
-        tensors=LORA_TENSORS,
-        embedding_tensors=LORA_EMBEDDING_TENSORS,
-    ),
+    peft=LORA_LAYOUT,
 )

@@ -110,5 +110,14 @@ METHOD = Method(
     identity_at_init=False,
     count=count,
     shared=shared,
-    peft=PeftLayout(peft_type="PREFIX_TUNING", tensors={"key": "key", "value": "value"}, stacked="prompt_embeddings"),
+    peft=PeftLayout(
+        peft_type="PREFIX_TUNING",
+        fields={"init_std": None},
+        accepted={"num_transformer_submodules": (None, 1)},
+        written={"num_transformer_submodules": 1},
+        ignored=("token_dim", "num_attention_heads", "num_layers", "init_weights"),
+        unshared={"prefix_projection": False, "encoder_hidden_size": None},
+        tensors={"key": "key", "value": "value"},
+        stacked="prompt_embeddings",
+    ),
 )

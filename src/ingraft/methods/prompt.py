@@ -84,5 +84,16 @@ METHOD = Method(
     sites=("input",),
     identity_at_init=False,
     count=count,
-    peft=PeftLayout(peft_type="PROMPT_TUNING", tensors={"prompt": "prompt_embeddings"}, stacked="prompt_embeddings"),
+    peft=PeftLayout(
+        peft_type="PROMPT_TUNING",
+        fields={"prompt_init": None, "prompt_init_ids": None},
+        accepted={"num_transformer_submodules": (None, 1)},
+        written={"num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"},
+        ignored=(
+            *("token_dim", "num_attention_heads", "num_layers"),
+            *("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+        ),
+        tensors={"prompt": "prompt_embeddings"},
+        stacked="prompt_embeddings",
+    ),
 )
