@@ -92,7 +92,7 @@ def test_a_base_that_cannot_read_the_script_is_refused(tmp_path: Path, bert_like
     file = write(tmp_path / "a.jsonl", {"text": "很好 good", "label": 1}, {"text": "不好", "label": 0})
     with pytest.raises(
         IngraftError,
-        match=r"30 % of the tokens are unknown|\d+% of the tokens are unknown to the tokenizer.*multilingual",
+        match=r"a\.jsonl: 67% of the tokens are unknown to the tokenizer.*multilingual",
     ):
         data.load(file, bert_like("good"), task="classify")
 

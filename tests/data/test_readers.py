@@ -87,6 +87,11 @@ def test_plain_text_keeps_its_line_numbers() -> None:
     assert [(row.line, row.values["text"]) for row in rows] == [(1, "One."), (3, "[Two] {really}"), (4, "Three, four")]
 
 
+def test_text_that_only_looks_like_json_is_text() -> None:
+    for text in ("[Verse 1]\nLa la", "{curly}", "[" * 100_000, '{"a": 1'):
+        assert read_bytes(text.encode(), "song.txt")[0].values["text"] == text.split("\n")[0]
+
+
 def test_long_cells_and_loose_quotes_in_tsv() -> None:
     long = "x" * 300_000
     assert read_bytes(f"text,label\n{long},a\n".encode(), "a.csv")[0].values["text"] == long

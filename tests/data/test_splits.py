@@ -45,6 +45,14 @@ def test_classes_keep_their_shares(make_rows: Callable[..., Any]) -> None:
     assert held != split(rows, 0.2, 1)[1]
 
 
+def test_no_class_is_only_evaluated(make_rows: Callable[..., Any]) -> None:
+    rows = make_rows(*[{"text": f"t{n}", "label": n // 2} for n in range(20)])
+    for seed in range(5):
+        train, held = split(rows, 15, seed)
+        assert {row.values["label"] for row in train} == set(range(10))
+        assert len(held) == 10, "as many as the law allows"
+
+
 def test_more_rows_keep_most_of_the_split(make_rows: Callable[..., Any]) -> None:
     values = [{"instruction": f"q{n}", "output": "A"} for n in range(1100)]
     before = {row.values["instruction"] for row in split(make_rows(*values[:1000]), 100, 7)[1]}

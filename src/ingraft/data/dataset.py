@@ -203,10 +203,13 @@ def _encoder(
 
 
 def _refuse_unknown(shares: Sequence[tuple[str, float]], tokenizer: PreTrainedTokenizerBase) -> None:
+    worst: dict[str, float] = {}
+    for source, share in shares:  # one line a file, also where it was split
+        worst[source] = max(share, worst.get(source, 0.0))
     problems = [
-        f"{source}: {share:.0%} of the tokens are unknown to the tokenizer of {name_of(tokenizer)} (limit {UNKNOWN_LIMIT:.0%}); "
-        "it does not know this language or script. Use a base that does (a multilingual one)."
-        for source, share in shares
+        f"{source}: {share:.0%} of the tokens are unknown to the tokenizer of {name_of(tokenizer)} "
+        f"(limit {UNKNOWN_LIMIT:.0%}): it does not know this language or script. Use a base that does (a multilingual one)."
+        for source, share in worst.items()
         if share > UNKNOWN_LIMIT
     ]
     if problems:

@@ -333,6 +333,9 @@ def encode_labelled(
     whole = tokenizer(firsts, seconds, verbose=False)
     both = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)] if seconds else firsts
     count_unknown(both, cast("list[list[int]]", whole["input_ids"]), tokenizer, tally)
+    tally.tokens -= len(both) * tokenizer.num_special_tokens_to_add(
+        pair=seconds is not None
+    )  # they are no part of the text
     short = tokenizer(firsts, seconds, truncation=True, max_length=max_length, verbose=False)
     types = cast("list[list[int]] | None", short.get("token_type_ids"))
     sequences = zip(
