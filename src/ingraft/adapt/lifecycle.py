@@ -95,6 +95,8 @@ def attach(
     )
     parts, shared = _make_parts(model, adapter)
     adapter.virtual = next((part.length for part in parts.values() if isinstance(part, AttentionPart | InputPart)), 0)
+    if fill is not None:
+        fill(adapter, parts, shared)
     for remark in remarks:
         warnings.warn(f"{name}: {remark}", stacklevel=2)
     # From here on nothing can fail.
