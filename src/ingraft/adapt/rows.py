@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,27 +52,32 @@ class Call:
     rows: tuple[Names, ...] | None = None
     step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
     row_ids: Tensor | None = field(default=None, compare=False)
+    groups: tuple[Group, ...] = field(init=False, compare=False)
+    """Rows by adapters, in order of first appearance; together they cover every row once. Made at once, not when asked for: compiled
+    code can follow neither a lock nor a cache."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", _groups(self.active, self.rows))
 
     @property
     def acting(self) -> tuple[Names, tuple[Names, ...] | None]:
         """What two calls must share to compute the same function."""
         return self.active, self.rows
 
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups, in order of first appearance; together they cover every row once."""
-        if self.rows is None:
-            return (Group(self.active, None),)
-        members: dict[Names, list[int]] = {}
-        for index, names in enumerate(self.rows):
-            members.setdefault(names, []).append(index)
-        if len(members) == 1:
-            return (Group(next(iter(members)), None),)
-        return tuple(Group(names, tuple(rows)) for names, rows in members.items())
-
     def at_step(self, step: Tensor, row_ids: Tensor | None) -> Call:
         """The same adapters at another step of training."""
         return replace(self, step=step, row_ids=row_ids)
+
+
+def _groups(active: Names, rows: tuple[Names, ...] | None) -> tuple[Group, ...]:
+    if rows is None:
+        return (Group(active, None),)
+    members: dict[Names, list[int]] = {}
+    for index, names in enumerate(rows):
+        members.setdefault(names, []).append(index)
+    if len(members) == 1:
+        return (Group(next(iter(members)), None),)
+    return tuple(Group(names, tuple(indices)) for names, indices in members.items())
 
 
 def rows_of(entries: Sequence[str | None | Sequence[str]], known: Sequence[str]) -> tuple[Names, ...]:
