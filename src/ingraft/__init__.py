@@ -1,0 +1,70 @@
+"""Ingraft: graft small trained parts onto a pretrained model and leave the model itself untouched.
+
+    import ingraft
+    from ingraft import LoraConfig
+
+    ingraft.attach(model, LoraConfig(r=8))     # same object, same type
+    ...                                        # train it as you always did
+    ingraft.save(model, "my-adapter")
+    ingraft.load(another_model, "my-adapter")
+
+The names below are resolved when they are first used: importing this package imports neither torch nor transformers, so that the command
+line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ingraft.adapt import activate as activate
+    from ingraft.adapt import attach as attach
+    from ingraft.adapt import detach as detach
+    from ingraft.adapt import disabled as disabled
+    from ingraft.adapt import load as load
+    from ingraft.adapt import merge as merge
+    from ingraft.adapt import parameters as parameters
+    from ingraft.adapt import rows as rows
+    from ingraft.adapt import save as save
+    from ingraft.adapt import status as status
+    from ingraft.adapt import trainable as trainable
+    from ingraft.adapt import unmerge as unmerge
+    from ingraft.errors import IngraftError as IngraftError
+    from ingraft.methods.bitfit import BitFitConfig as BitFitConfig
+    from ingraft.methods.dora import DoraConfig as DoraConfig
+    from ingraft.methods.full import FullConfig as FullConfig
+    from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
+    from ingraft.methods.ia3 import IA3Config as IA3Config
+    from ingraft.methods.lora import LoraConfig as LoraConfig
+    from ingraft.methods.parallel import ParallelConfig as ParallelConfig
+    from ingraft.methods.pfeiffer import PfeifferConfig as PfeifferConfig
+    from ingraft.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
+    from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
+
+_VERBS = (
+    *("activate", "attach", "detach", "disabled", "load", "merge"),
+    *("parameters", "rows", "save", "status", "trainable", "unmerge"),
+)
+_NAMES = {"IngraftError": "ingraft.errors", **dict.fromkeys(_VERBS, "ingraft.adapt")}
+"""Public name -> module that defines it. The methods' configs come from the catalogue."""
+
+
+def __getattr__(name: str) -> Any:
+    module = _NAMES.get(name) or _configs().get(name)
+    if module is None:
+        raise AttributeError(f"module 'ingraft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES, *_configs()})
+
+
+def _configs() -> dict[str, str]:
+    """Config class -> module, for every method in the catalogue."""
+    from ingraft.methods.registry import records
+
+    return {record.config: record.target.partition(":")[0] for record in records().values()}

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -90,11 +90,18 @@ def folder(
 
 
 @contextlib.contextmanager
-def completion(path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def completion(
+    path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None, only: Collection[str] | None = None
+) -> Iterator[Path]:
     """Finish a folder that was built up over a long time, such as a run folder with its log and checkpoints.
 
     The block fills a temporary folder; at its end the files move into `path` and the manifest, which makes the folder complete, follows
     as the last step. It covers the files that were moved and the plain files that lay in `path` already, not its subfolders.
+
+    Args:
+        path: the folder; made if it is not there.
+        facts: JSON data to keep in the manifest.
+        only: names of the files to cover, where the others belong to somebody else and may change.
 
     Raises:
         IngraftError: the folder is complete already, or the disk refused.
@@ -113,7 +120,7 @@ def completion(path: str | os.PathLike[str], facts: Mapping[str, Any] | None = N
                 _disk.sync(item)
                 _disk.rename(item, path / item.name)
             files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
-            _seal(path, facts or {}, files)
+            _seal(path, facts or {}, [p for p in files if only is None or p.name in only])
         finally:
             _disk.discard(staging)
             _disk.LIVE.discard(staging.name)

@@ -1,5 +1,6 @@
 """Adapters inside a model: the verbs of Ingraft's Python interface."""
 
+from ingraft.adapt.files import load, save
 from ingraft.adapt.lifecycle import (
     activate,
     attach,
@@ -23,9 +24,11 @@ __all__ = [
     "disabled",
     "dropout_step",
     "expected_count",
+    "load",
     "merge",
     "parameters",
     "rows",
+    "save",
     "status",
     "trainable",
     "unmerge",

@@ -1,0 +1,336 @@
+"""Adapter folders: `save` and `load`.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's format (`peft_format.py`) and `ingraft.json`, the
+manifest: digests of both files, the base's fingerprint, method, seed and versions. The same adapter gives the same bytes every time.
+
+Loading trusts nothing. Everything a file says is compared with what the model needs before the model is touched: fields by name and type,
+tensors by name, shape, dtype and finiteness, the base by its fingerprint. A file from elsewhere (no manifest) gets the same checks but for
+digests and fingerprint. Only safetensors is read: the older `.bin` is a pickle, which runs code when it is opened. No socket is opened.
+
+Tensors are saved in the base's dtype unless asked otherwise: adapters compute in that dtype, so nothing is lost for use; float32 keeps what
+the optimiser sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from ingraft import durable
+from ingraft.adapt import peft_format
+from ingraft.adapt.control import Adapter, child_name, control_of, part_of, require_control
+from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
+from ingraft.adapt.lifecycle import attach, base_parameters, parameters
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import Part, PeftLayout
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+RESUMABLE = "model.safetensors"
+CONFIG_LIMIT = 1 << 22
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Safetensors' names of the dtypes an adapter may be stored in."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ save
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save one adapter to a folder, as one step: afterwards it is there whole, or nothing has changed.
+
+    Args:
+        name: which; may be left out if only one is attached, or one is called "default".
+        dtype: of the tensors; the base's by default (with which an adapter computes), `torch.float32` for the optimiser's values.
+        extra: JSON data to keep in the manifest, under `extra`.
+        overwrite: replace an adapter that is there. Other files in the folder stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        IngraftError: no such adapter, values that are not finite, a folder that is occupied, a disk that refuses.
+    """
+    folder = Path(folder)
+    name = _the_name(model, name)
+    config, weights, facts = serialised(model, name, dtype=dtype)
+    if extra:
+        facts["extra"] = dict(extra)
+    others = folder.is_dir() and any(item.name not in (CONFIG, WEIGHTS, durable.MANIFEST) for item in folder.iterdir())
+    with ExitStack() as stack:
+        if overwrite and others:  # replacing the folder would take the other files with it
+            if (folder / durable.MANIFEST).exists():
+                durable.remove(folder / durable.MANIFEST)
+            staging = stack.enter_context(durable.completion(folder, facts, only=(CONFIG, WEIGHTS)))
+        else:
+            staging = stack.enter_context(durable.folder(folder, overwrite, facts))
+        durable.write_file(staging / CONFIG, config)
+        durable.write_file(staging / WEIGHTS, weights)
+    return folder
+
+
+def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None) -> tuple[bytes, bytes, dict[str, Any]]:
+    """One adapter as the bytes of its two files, and the facts for a manifest.
+
+    Raises:
+        IngraftError: no such adapter, or values that are not finite.
+    """
+    adapter = require_control(model).require(name)
+    if dtype is None:
+        own = main_dtype(base_parameters(model).values())
+        dtype = getattr(torch, own) if own is not None else torch.float32
+    layout = peft_format.layout_of(model, adapter.method, adapter.sites)
+    tensors = {
+        entry.key: entry.take().to(dtype).cpu().contiguous().clone() for entry in _entries(model, adapter, layout)
+    }
+    bad = [key for key, tensor in sorted(tensors.items()) if not torch.isfinite(tensor).all()]
+    if bad:
+        raise IngraftError(
+            *(
+                f"save: {key} of adapter {name!r} holds values that are not finite. The training diverged; nothing was saved."
+                for key in bad
+            )
+        )
+    config = durable.to_json(peft_format.write_config(model, adapter, layout))
+    facts: dict[str, Any] = {
+        "name": name,
+        "method": adapter.method.name,
+        "seed": adapter.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "sites": sorted(adapter.sites),
+        "parameters": sum(parameter.numel() for parameter in parameters(model, name).values()),
+        "base": fingerprint(model, adapter.saved_whole),
+        "versions": {package: _version(package) for package in ("ingraft", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+    return config, to_bytes(tensors, metadata={"format": "pt"}), facts
+
+
+def save_resumable(model: nn.Module, folder: Path) -> None:
+    """Leave all adapters in float32 under the name by which transformers' Trainer looks for a checkpoint of the model."""
+    tensors = {
+        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items() if "adapter:" in key
+    }
+    durable.write_file(folder / RESUMABLE, to_bytes(tensors, metadata={"format": "pt"}))
+
+
+def _the_name(model: nn.Module, name: str | None) -> str:
+    attached = list(require_control(model).adapters)
+    if name is None and len(attached) > 1 and "default" not in attached:
+        raise IngraftError(f"save: several adapters are attached ({', '.join(attached)}); say which one by name.")
+    return name if name is not None else "default" if "default" in attached else attached[0]
+
+
+def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> list[peft_format.Entry]:
+    parts = {
+        path: part for path in adapter.sites if (part := part_of(model.get_submodule(path), adapter.name)) is not None
+    }
+    shared = model._modules.get(child_name(adapter.name))
+    return peft_format.entries(
+        model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------------ load
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    allow_base_mismatch: bool = False,
+) -> str:
+    """Load an adapter from a folder written here or by Hugging Face PEFT, and let it alone act.
+
+    Args:
+        name: to give it; by default the one it was saved under, or "default".
+        trainable: make it (and no other) trainable; otherwise trainability of what is attached stays as it is, and this one is frozen.
+        allow_base_mismatch: load it although it was trained on another base. The difference is then recorded in the adapter's facts.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        IngraftError: everything in which the files and the model differ. The model is then unchanged.
+    """
+    folder = Path(folder)
+    raw, facts = _read(folder)
+    weights = folder / WEIGHTS
+    header = read_header(weights)
+    name = name if name is not None else str((facts or {}).get("name", "default"))
+    control = control_of(model)
+    if control is not None and name in control.adapters:
+        raise IngraftError(
+            f"load: an adapter named {name!r} is attached already; give another name (name=...) or detach it first."
+        )
+    config, layout = peft_format.read_config(
+        model, raw, list(header), ours=facts is not None, where=str(folder / CONFIG)
+    )
+    kept: dict[str, Any] = dict(facts or {})
+
+    def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
+        if layout is not None and (reason := peft_format.uncovered(layout, model, adapter.method, adapter.sites)):
+            raise IngraftError(f"{folder}: {reason}, so the file cannot be read as it is meant.")
+        wanted = peft_format.entries(model, adapter.method, adapter.sites, parts, shared, layout)
+        kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))
+        _fill(model, weights, header, wanted)
+
+    before = (
+        {id(p): p.requires_grad for other in control.adapters for p in parameters(model, other).values()}
+        if control
+        else {}
+    )
+    attach(model, config, name, seed=int(kept.get("seed", 0)), strict=False, fill=fill)
+    adapter = require_control(model).adapters[name]
+    adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
+    if not trainable:
+        for other in require_control(model).adapters:
+            for parameter in parameters(model, other).values():
+                parameter.requires_grad_(before.get(id(parameter), False))
+    return name
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The config as it stands, and the manifest's facts if Ingraft wrote the folder; both checked against their digests."""
+    if not folder.is_dir():
+        raise IngraftError(f"load: {folder} is no folder.")
+    durable.recover(folder)
+    if not (folder / CONFIG).is_file():
+        raise IngraftError(f"load: {folder} holds no {CONFIG}, so it is not an adapter.")
+    if not (folder / WEIGHTS).is_file():
+        pickled = (
+            f" {PICKLED} is not read: it is a pickle, which can run code. Convert it with safetensors' convert script."
+            * (folder / PICKLED).is_file()
+        )
+        raise IngraftError(f"load: {folder} holds no {WEIGHTS}.{pickled}")
+    facts = None
+    if (folder / durable.MANIFEST).is_file():
+        manifest = durable.read_manifest(folder)
+        facts = manifest["facts"]
+        problems: list[str] = []
+        for file in (CONFIG, WEIGHTS):
+            with (folder / file).open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != manifest["files"].get(file, {}).get("sha256"):
+                problems.append(
+                    f"{folder / file}: damaged or changed: its sha256 is {digest}, {durable.MANIFEST} says otherwise."
+                )
+        if problems:
+            raise IngraftError(*problems)
+    raw = durable.read_json(folder / CONFIG, limit=CONFIG_LIMIT)
+    if not isinstance(raw, dict):
+        raise IngraftError(f"{folder / CONFIG}: not an object with fields.")
+    return raw, facts
+
+
+def read_header(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor in a file, by name; the values stay on the disk.
+
+    Raises:
+        IngraftError: not a safetensors file.
+    """
+    try:
+        with safe_open(weights, framework="pt") as handle:
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
+            return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise IngraftError(f"{weights}: not a readable safetensors file: {error}.") from error
+
+
+def _check_base(
+    model: nn.Module,
+    adapter: Adapter,
+    raw: Mapping[str, Any],
+    facts: Mapping[str, Any] | None,
+    folder: Path,
+    allowed: bool,
+) -> dict[str, Any]:
+    """Compare the base with the one the adapter was trained on. Returns what to record about a difference that was allowed."""
+    if facts is None or not isinstance(recorded := facts.get("base"), dict):
+        theirs, here = raw.get("base_model_name_or_path"), peft_format.base_name(model)
+        if theirs and here and Path(str(theirs)).name.lower() != Path(here).name.lower():
+            warnings.warn(
+                f"{folder}: the adapter was trained on {theirs!r} and is put into {here!r}; it has no fingerprint to compare.",
+                stacklevel=2,
+            )
+        return {}
+    differing = differences(recorded, fingerprint(model, adapter.saved_whole))
+    if not differing:
+        return {}
+    if allowed:
+        return {"base_mismatch": differing}
+    raise IngraftError(
+        f"{folder}: the adapter was trained on another base ({recorded.get('name') or 'unnamed'}): this one differs in {' and '.join(differing)}. "
+        "Load the base it was trained on (a head that starts at random belongs into modules_to_save), or accept the difference with "
+        "allow_base_mismatch=True (--allow-base-mismatch)."
+    )
+
+
+def _fill(
+    model: nn.Module, weights: Path, header: Mapping[str, tuple[tuple[int, ...], str]], wanted: list[peft_format.Entry]
+) -> None:
+    """Copy a file's tensors into the parts, once everything about them is known to be right."""
+    known = {entry.key: entry for entry in wanted}
+    problems = [
+        f"{weights}: {key} is missing (shape {list(entry.shape)})." for key, entry in known.items() if key not in header
+    ]
+    base = {**base_parameters(model), **dict(model.named_buffers())}
+    with safe_open(weights, framework="pt") as handle:
+        for key, (shape, dtype) in header.items():
+            entry = known.get(key)
+            if entry is None:
+                problems += _extra(weights, key, base, handle)
+            elif shape != entry.shape:
+                problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
+            elif dtype not in DTYPES:
+                problems.append(f"{weights}: {key} has dtype {dtype}; an adapter is stored in {', '.join(DTYPES)}.")
+            elif not torch.isfinite(handle.get_tensor(key)).all():
+                problems.append(f"{weights}: {key} holds values that are not finite; the adapter is damaged.")
+        if problems:
+            raise IngraftError(*problems)
+        for key, entry in known.items():
+            entry.put(handle.get_tensor(key).float())
+
+
+def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any) -> list[str]:
+    """PEFT stores copies of base weights beside some adapters (a whole embedding): harmless if they are this base's."""
+    name = key.removeprefix(peft_format.PREFIX).replace("base_layer.", "")
+    mine = base.get(name)
+    if mine is None:
+        return [f"{weights}: {key} belongs to no module of this base that the adapter is to sit in."]
+    value = handle.get_tensor(key)
+    if value.shape == mine.shape and torch.equal(value.to(mine.dtype), mine.detach().cpu()):
+        return []
+    return [
+        f"{weights}: {key} is a copy of the base's {name} with other values (a trained or resized weight); the adapter is for another base."
+    ]

@@ -1,0 +1,139 @@
+"""Which base an adapter was trained on, in three digests.
+
+An adapter put into another base of the same shapes computes nonsense without complaint, so every saved adapter carries its base's
+fingerprint and loading compares it:
+
+* `config`: what the weights' shapes do not show (kind of model, heads, activation, norm, positions). A list of names rather than the whole
+  config, because configs grow fields with every release of transformers and collect run-time settings.
+* `tensors`: names and shapes.
+* `content`: up to 64 values of each tensor at fixed places, rounded to bfloat16, so that a float32 and a bfloat16 copy of one base agree.
+  It takes about 10 ms for a model of 135 million parameters, so nothing is kept from one call to the next.
+
+Modules that the adapter itself replaces in full (a fresh classification head) are left out: their random start differs from run to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.adapt.control import control_of
+from ingraft.adapt.select import base_modules
+
+SAMPLES = 64
+
+FIELDS = frozenset(
+    {
+        *("model_type", "is_encoder_decoder", "is_decoder", "position_embedding_type", "layer_types", "sliding_window"),
+        *("num_attention_heads", "num_heads", "n_head", "num_key_value_heads", "n_heads", "decoder_attention_heads"),
+        *(
+            "encoder_attention_heads",
+            "head_dim",
+            "d_kv",
+            "scale_attn_weights",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+        ),
+        *("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "activation"),
+        *(
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "norm_epsilon",
+            "scale_embedding",
+            "final_logit_softcapping",
+        ),
+        *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "relative_attention_num_buckets"),
+        *(
+            "relative_attention_max_distance",
+            "num_experts_per_tok",
+            "norm_topk_prob",
+            "image_size",
+            "patch_size",
+            "multi_query",
+        ),
+    }
+)
+"""Config entries that change what the same weights compute."""
+
+COMPARED = {
+    "config": "the architecture's settings (heads, activation, norms, positions)",
+    "tensors": "the names or shapes of the weights",
+    "content": "the values of the weights",
+}
+
+
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+    """The base's fingerprint, whatever is attached or merged.
+
+    Args:
+        without: paths of modules to leave out.
+
+    Returns:
+        `config`, `tensors`, `content` (hex sha256; None where the model has no config, or no data: the meta device), and for information
+        `name` and `dtype`.
+    """
+    control = control_of(model)
+    originals = {(item.path, item.name): item.parameter for item in control.kept} if control is not None else {}
+    found: dict[str, Tensor] = {}
+    for path, module in base_modules(model).items():
+        for name, value in module._parameters.items():
+            parameter = originals.get((path, name), value)
+            if parameter is not None and path not in without:
+                found[f"{path}.{name}" if path else name] = parameter
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    return {
+        "name": name or None,
+        "dtype": main_dtype(found.values()),
+        "config": _digest(_settings(config.to_dict())) if config is not None and hasattr(config, "to_dict") else None,
+        "tensors": _digest(sorted((name, list(parameter.shape)) for name, parameter in found.items())),
+        "content": _content(found),
+    }
+
+
+def main_dtype(parameters: Collection[Tensor]) -> str | None:
+    """The dtype that all floating parameters share ("bfloat16"), or None where they differ or there are none."""
+    kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    return str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else None
+
+
+def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words; entries that either side lacks are not compared."""
+    return [
+        f"{words} ({field})"
+        for field, words in COMPARED.items()
+        if recorded.get(field) is not None and present.get(field) is not None and recorded[field] != present[field]
+    ]
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config that count, those of its sub-configs included."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name.endswith("config"):
+            found[name] = _settings(cast(Mapping[str, Any], value))
+        elif name in FIELDS and value is not None:
+            found[name] = value
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _content(parameters: Mapping[str, Tensor]) -> str | None:
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        flat = parameters[name].detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        digest.update(sample.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

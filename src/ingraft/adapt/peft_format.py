@@ -1,0 +1,473 @@
+"""Adapters in Hugging Face PEFT's file format, both directions, as each method's `PeftLayout` describes it.
+
+Nothing here knows a method by name: a layout is data, and this file is its interpreter. The grammar is PEFT's: a tensor is called
+`base_model.model.<module path>.<suffix>`, a module trained in full keeps its parameters' names, and soft prompts are one tensor for the whole
+adapter. A method that PEFT does not have, or has with another meaning at one of the sites, uses the same two files under a `peft_type` of
+our own (`INGRAFT_HOULSBY`), so that PEFT refuses it by name instead of misreading it.
+
+Which modules an adapter sits in is always written as the shortest list of names that PEFT's own rule resolves to exactly these modules:
+"all-linear", roles and patterns mean different things to different libraries and versions, a list of names does not.
+
+In reading, everything that would change what the adapter computes and that we do not have is refused by name; PEFT itself drops unknown fields
+with a warning, which is kept for files that are not ours.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.adapt.control import Adapter
+from ingraft.adapt.lifecycle import WHOLE_ROLE
+from ingraft.adapt.select import base_modules, matches
+from ingraft.adapt.swap import original_class
+from ingraft.adapt.weights import kind_of
+from ingraft.errors import IngraftError, nearest
+from ingraft.methods import registry
+from ingraft.methods.contract import AttentionPart, Method, MethodConfig, Part, PeftLayout
+
+OWN = "INGRAFT_"
+PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model.shared."
+
+_COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+_UNREAD = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
+
+TASKS = (
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+)
+"""PEFT's task types by the end of a model's class name; PEFT cannot load a soft prompt without one."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ tensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        key, shape: as in the file.
+        take: the adapter's values in that shape.
+        put: write the file's values into the adapter.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    take: Callable[[], Tensor]
+    put: Callable[[Tensor], None]
+
+
+def layout_of(model: nn.Module, method: Method, sites: Mapping[str, str]) -> PeftLayout | None:
+    """The PEFT layout to write, or None where PEFT lacks the method or means something else by it at one of the sites."""
+    layout = method.peft
+    return layout if layout is not None and not uncovered(layout, model, method, sites) else None
+
+
+def entries(
+    model: nn.Module,
+    method: Method,
+    sites: Mapping[str, str],
+    parts: Mapping[str, Part],
+    shared: nn.Module | None,
+    layout: PeftLayout | None,
+) -> list[Entry]:
+    """Every tensor of an adapter's file, each once. Tensors that the base's ties make one are kept under the first name."""
+    stacked: dict[str, Part] = {}
+    found: list[Entry] = []
+    seen: set[int] = set()
+    for path, part in parts.items():
+        if layout is not None and layout.stacked and sites[path] != WHOLE_ROLE:
+            stacked[path] = part
+            continue
+        start = f"{PREFIX}{path}." if path else PREFIX
+        if layout is not None and layout.stacked:
+            start = start.replace(PREFIX, "base_model.", 1)  # around a soft prompt PEFT does not wrap the model
+        for name, parameter in part.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if layout is None or sites[path] == WHOLE_ROLE:
+                found.append(_plain(start + name, parameter, tuple(parameter.shape)))
+            else:
+                module = model.get_submodule(path)
+                suffixes = layout.embedding_tensors if isinstance(module, nn.Embedding) else {}
+                suffix = suffixes.get(name) or layout.tensors[name]
+                template = _template(layout, name, module, sites[path])
+                assert template is not None, "layout_of has asked"
+                found.append(_plain(start + suffix, parameter, _shape(template, parameter, module)))
+    if stacked and layout is not None:
+        found.append(_stack(layout, stacked, shared))
+    if shared is not None:
+        found += [
+            _plain(SHARED_PREFIX + name, parameter, tuple(parameter.shape))
+            for name, parameter in shared.named_parameters()
+        ]
+    return found
+
+
+def _plain(key: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Entry:
+    def put(value: Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(value.reshape(parameter.shape))
+
+    return Entry(key=key, shape=shape, take=lambda: parameter.detach().reshape(shape), put=put)
+
+
+def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | None) -> Entry:
+    """The one tensor (P, everything else) in which PEFT keeps a soft prompt: for each site in order its tensors in order, heads inside."""
+    assert layout.stacked is not None
+
+    def tensors() -> list[Tensor]:
+        """Each site's tensors, computed by the shared module where there is one."""
+        made = shared() if shared is not None else None
+        if made is None:
+            return [getattr(part, name) for part in parts.values() for name in layout.tensors]
+        return [
+            tensor for part in parts.values() if isinstance(part, AttentionPart) for tensor in part.keys_values(made)
+        ]
+
+    @torch.no_grad()
+    def take() -> Tensor:
+        return torch.cat([_rows(tensor).flatten(1) for tensor in tensors()], dim=1)
+
+    @torch.no_grad()
+    def put(value: Tensor) -> None:
+        if shared is not None:
+            return  # computed from tensors that the file holds as well
+        own = tensors()
+        pieces = value.split([_rows(tensor).flatten(1).shape[1] for tensor in own], dim=1)
+        for tensor, piece in zip(own, pieces, strict=True):
+            _rows(tensor).copy_(piece.reshape(_rows(tensor).shape))
+
+    return Entry(key=layout.stacked, shape=tuple(take().shape), take=take, put=put)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A view with the virtual tokens first: keys and values are (H, P, D)."""
+    return tensor.transpose(0, 1) if tensor.dim() == 3 else tensor
+
+
+def _template(layout: PeftLayout, tensor: str, module: nn.Module, role: str) -> tuple[int | str, ...] | None:
+    """The shape on disk by the most particular rule there is; (...) unchanged where there is none."""
+    rules = layout.shapes.get(tensor, {})
+    kind = kind_of(module)
+    name = kind.name if kind is not None else ""
+    for rule in (f"{name} {role}", name, role, ""):
+        if rule in rules:
+            return rules[rule]
+    return ("same",)
+
+
+def _shape(template: tuple[int | str, ...], parameter: Tensor, module: nn.Module) -> tuple[int, ...]:
+    if template == ("same",):
+        return tuple(parameter.shape)
+    sizes: list[int] = []
+    for position, item in enumerate(template):
+        if item == "kernel":
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            sizes += weight.shape[1:]
+        else:
+            assert isinstance(item, int)
+            sizes.append(parameter.shape[position] if item == 0 else item)
+    return tuple(torch.empty(parameter.shape, device="meta").reshape(sizes).shape)
+
+
+def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mapping[str, str]) -> str | None:
+    """Where PEFT means something else by this method, in words; None if nowhere."""
+    if (
+        layout.stacked
+        and issubclass(method.part, AttentionPart)
+        and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    ):
+        return f"{method.name} on an encoder-decoder: PEFT puts the prefix into the decoder alone"
+    for path, role in sites.items():
+        module = model.get_submodule(path)
+        for tensor in layout.tensors if role != WHOLE_ROLE else ():
+            template = _template(layout, tensor, module, role)
+            if template is None or ("kernel" in template and getattr(module, "groups", 1) > 1):
+                return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} computes something else there"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------ config, out
+
+
+def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter."""
+    modules = base_modules(model)
+    head: dict[str, Any] = {
+        "base_model_name_or_path": base_name(model),
+        "task_type": adapter.facts.get("task_type") or task_of(model),
+        "inference_mode": True,
+        "auto_mapping": None,
+        "revision": None,
+    }
+    options = adapter.config.options()
+    if layout is None:
+        return {
+            "peft_type": own_type(adapter.method),
+            **head,
+            **{name: _json(value) for name, value in options.items()},
+        }
+    sites = {path: role for path, role in adapter.sites.items() if role != WHOLE_ROLE}
+    written: dict[str, Any] = {"peft_type": layout.peft_type, **head, **layout.written, **layout.constants}
+    for name, value in options.items():
+        theirs = layout.fields.get(name, name)
+        if name not in _COMMON and theirs is not None:
+            written[theirs] = _json(value)
+    written["modules_to_save"] = _written_whole(modules, adapter) or None
+    if layout.stacked:
+        return written
+    names: list[str] = []
+    special = {role: field for field, role in layout.role_fields.items()}
+    for role in sorted(set(special) | {""}):
+        group = [path for path, own in sites.items() if own == role or (role == "" and own not in special)]
+        chosen = names_for(group, modules, dotted=role == "")
+        names += chosen
+        if role:
+            written[special[role]] = sorted(chosen)
+    written["target_modules"] = sorted(set(names))
+    if layout.transposed_field is not None:
+        kinds = {kind.name for path in sites if (kind := kind_of(modules[path]))}
+        written[layout.transposed_field] = kinds == {"conv1d-transposed"}
+    return written
+
+
+def own_type(method: Method) -> str:
+    """The `peft_type` of a method that PEFT does not have."""
+    return OWN + re.sub(r"[^A-Z0-9]", "_", method.name.upper())
+
+
+def base_name(model: nn.Module) -> str | None:
+    """What the base was loaded as, if it says so."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's task type for this class of model, or None."""
+    name = original_class(model).__name__
+    return next((task for ending, task in TASKS if name.endswith(ending)), None)
+
+
+def _json(value: object) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # as PEFT writes them, and the same whichever of the two the user gave
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _written_whole(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """modules_to_save in names that PEFT, which compares ends of strings, resolves to the same modules."""
+    whole = set(adapter.saved_whole)
+    given = adapter.config.modules_to_save
+    reached = {path for path in modules if path and any(path.endswith(name) for name in given)}
+    owners = {path for path, module in modules.items() if any(p is not None for p in module._parameters.values())}
+    inside = {path for path in owners if _within(path, reached)}
+    return sorted(given) if inside == whole else sorted(whole)
+
+
+def names_for(paths: Collection[str], modules: Iterable[str], *, dotted: bool = True) -> list[str]:
+    """The shortest names that mean exactly these modules: last components where that is unambiguous, whole paths elsewhere.
+
+    Args:
+        dotted: names match whole components; otherwise ends of strings, as PEFT does for some fields.
+    """
+    wanted = set(paths)
+    endings: dict[str, set[str]] = {}
+    for path in wanted:
+        endings.setdefault(path.rpartition(".")[2], set()).add(path)
+    names: list[str] = []
+    everything = list(modules)
+    for ending, mine in endings.items():
+        hits = {path for path in everything if (matches(ending, path) if dotted else path.endswith(ending))}
+        names += [ending] if hits <= wanted else mine
+    return sorted(names)
+
+
+# ------------------------------------------------------------------------------------------------------------------ config, in
+
+
+def read_config(
+    model: nn.Module, raw: Mapping[str, Any], keys: Collection[str], *, ours: bool, where: str
+) -> tuple[MethodConfig, PeftLayout | None]:
+    """The method's config that a file means for this model, and the layout of its tensors (None: our own).
+
+    Args:
+        keys: names of the tensors that come with it.
+        ours: whether Ingraft wrote the file; then an unknown field is an error, not a warning.
+        where: the file, for messages.
+
+    Raises:
+        IngraftError: every field that cannot be honoured, by name.
+    """
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str):
+        raise IngraftError(f"{where}: has no peft_type, so it is not the config of an adapter.")
+    methods = [registry.load(name) for name in registry.records()]
+    own = next((method for method in methods if kind == own_type(method)), None)
+    if own is not None:
+        _unknown(raw, {*_UNREAD, *_option_names(own)}, ours=True, where=where)
+        return _make(own, {name: value for name, value in raw.items() if name in _option_names(own)}, where), None
+    method, layout = _identify(methods, kind, raw, where)
+    theirs = {ours_: layout.fields.get(ours_, ours_) for ours_ in _option_names(method) if ours_ not in _COMMON}
+    known = {
+        *_UNREAD,
+        *_COMMON,
+        "layers_pattern",
+        *layout.constants,
+        *layout.accepted,
+        *layout.off,
+        *layout.written,
+        *layout.ignored,
+    }
+    known |= {name for name in theirs.values() if name is not None}
+    _unknown(raw, known | ({layout.transposed_field} if layout.transposed_field else set()), ours=ours, where=where)
+    problems = [
+        f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else."
+        for name in sorted({*layout.accepted, *layout.off} & set(raw))
+        if not (raw[name] in layout.accepted[name] if name in layout.accepted else not raw[name])
+    ]
+    if problems:
+        raise IngraftError(*problems)
+    options: dict[str, Any] = {}
+    for name, their in theirs.items():
+        if their is not None and raw.get(their) is not None:
+            aliases = layout.aliases.get(name, {})
+            value = raw[their]
+            options[name] = aliases[value] if isinstance(value, str) and value in aliases else value
+    if layout.unshared and not any(key.startswith(SHARED_PREFIX) for key in keys):
+        options |= layout.unshared
+    options["modules_to_save"] = tuple(_read_whole(model, raw))
+    if not layout.stacked:
+        options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)
+    config = _make(method, options, where)
+    return config, layout
+
+
+def _option_names(method: Method) -> list[str]:
+    return list(method.config.__dataclass_fields__)
+
+
+def _identify(methods: list[Method], kind: str, raw: Mapping[str, Any], where: str) -> tuple[Method, PeftLayout]:
+    """The method whose PEFT type and constants a config has."""
+    candidates = [
+        (method, method.peft) for method in methods if method.peft is not None and method.peft.peft_type == kind
+    ]
+    if not candidates:
+        known = sorted(
+            {m.peft.peft_type for m in methods if m.peft is not None} | {own_type(m) for m in methods if m.peft is None}
+        )
+        raise IngraftError(
+            f"{where}: peft_type {kind!r} is none that this version of Ingraft has{nearest(kind, known)}. It has {', '.join(known)}."
+        )
+    for method, layout in candidates:
+        if all((raw.get(name) or False) == value for name, value in layout.constants.items()):
+            return method, layout
+    names = sorted({name for _, layout in candidates for name in layout.constants})
+    shown = ", ".join(f"{name} = {raw.get(name)!r}" for name in names)
+    raise IngraftError(f"{where}: {kind} with {shown} is a method that this version of Ingraft does not have.")
+
+
+def _unknown(raw: Mapping[str, Any], known: Collection[str], *, ours: bool, where: str) -> None:
+    names = sorted(set(raw) - set(known))
+    if names and ours:
+        raise IngraftError(*(f"{where}: there is no field {name!r}{nearest(name, known)}." for name in names))
+    if names:
+        warnings.warn(f"{where}: unknown fields are ignored, as PEFT does: {', '.join(names)}.", stacklevel=2)
+
+
+def _make(method: Method, options: Mapping[str, Any], where: str) -> MethodConfig:
+    try:
+        return registry.make_config(method.name, options)
+    except IngraftError as error:
+        raise IngraftError(
+            *(
+                f"{where}: {text.removeprefix('method_config.').removeprefix('method_config: ')}"
+                for text in error.problems
+            )
+        ) from None
+
+
+def _read_whole(model: nn.Module, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Paths of the modules that PEFT trains in full: those whose full name ends in one of the names."""
+    names = raw.get("modules_to_save") or ()
+    for path in base_modules(model):
+        if path and any(path.endswith(name) for name in names):
+            yield path
+
+
+def _read_sites(
+    model: nn.Module, raw: Mapping[str, Any], layout: PeftLayout, whole: set[str], where: str
+) -> dict[str, Any]:
+    """Our target fields for the modules that PEFT's rule finds."""
+    modules = base_modules(model)
+    targets = raw.get("target_modules")
+    if targets is None:
+        raise IngraftError(f"{where}: target_modules is missing.")
+    try:
+        paths = [path for path in modules if path and not _within(path, whole) and peft_matches(raw, path)]
+    except re.error as error:
+        raise IngraftError(f"{where}: target_modules or exclude_modules is no regular expression: {error}.") from None
+    if not paths:
+        raise IngraftError(
+            f"{where}: target_modules = {targets!r} matches no module of {original_class(model).__name__}. The adapter is for another base."
+        )
+    found: dict[str, Any] = {}
+    names: list[str] = []
+    for field in layout.role_fields:
+        listed = raw.get(layout.fields.get(field) or field) or ()
+        special = [
+            p
+            for p in paths
+            if (re.fullmatch(listed, p) if isinstance(listed, str) else any(p.endswith(name) for name in listed))
+        ]
+        chosen = names_for(special, modules)
+        found[field] = chosen
+        names += chosen
+        paths = [path for path in paths if path not in special]
+    found["target_modules"] = sorted({*names, *names_for(paths, modules)})
+    return found
+
+
+def _within(path: str, tops: Collection[str]) -> bool:
+    return any(path == top or path.startswith(top + ".") for top in tops)
+
+
+def peft_matches(raw: Mapping[str, Any], path: str) -> bool:
+    """PEFT's rule for whether a config's targets include a module."""
+
+    def named(patterns: str | Collection[str]) -> bool:
+        if isinstance(patterns, str):
+            return re.fullmatch(patterns, path) is not None
+        return any(matches(pattern, path) for pattern in patterns)
+
+    targets, excluded, layers = raw["target_modules"], raw.get("exclude_modules"), raw.get("layers_to_transform")
+    if (excluded and named(excluded)) or not named(targets):
+        return False
+    if isinstance(targets, str) or path in targets or layers is None or layers == []:
+        return True
+    patterns = raw.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    hit = next((match for rule in rules if (match := re.match(rule, path))), None)
+    return hit is not None and int(hit[1]) in ([layers] if isinstance(layers, int) else layers)
