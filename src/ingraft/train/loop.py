@@ -1,0 +1,306 @@
+"""The training loop: steps, evaluations, checkpoints.
+
+A step is a pure function of (tensors, moments, step number): the rows of step n are batch n of an order that depends on seed and epoch,
+dropout depends on step and row, the learning rate on the step. Nothing else enters, so a run that is stopped anywhere and goes on from its
+last checkpoint ends with the same bits.
+
+The loop trains a list of adapters over one base. Each has its own optimiser and its own gradients; all see the same rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ingraft import adapt
+from ingraft.adapt.control import child_name
+from ingraft.data import batches
+from ingraft.data.examples import Example
+from ingraft.errors import IngraftError
+from ingraft.recipe import Recipe
+from ingraft.train import checkpoint
+from ingraft.train.journal import Journal
+from ingraft.train.learner import Learner
+from ingraft.train.machine import peak_memory
+from ingraft.train.objectives import Objective
+from ingraft.train.objectives.base import finite
+from ingraft.train.schedule import Plan, factor
+from ingraft.train.stop import Stop
+
+PATIENCE = 5
+"""Steps in a row that may be not finite before the run gives up."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is; all of it goes into checkpoints.
+
+    Attributes:
+        step: optimiser steps made.
+        evaluated, saved: the last step that was evaluated, or written as a checkpoint.
+        masked: steps without a single learned token.
+        early: whether early stopping ended it.
+        loss_sum, units, steps: since the last line of the log, for its means.
+        before: what the run found before its first step (metrics, samples).
+    """
+
+    step: int = 0
+    evaluated: int = 0
+    saved: int = 0
+    masked: int = 0
+    early: bool = False
+    loss_sum: float = 0.0
+    units: int = 0
+    steps: int = 0
+    before: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Session:
+    """Everything a run works with, settled before its first step.
+
+    Attributes:
+        who: the run's identity, for its checkpoints.
+        metric: what best means.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    model: nn.Module
+    objective: Objective
+    learners: Sequence[Learner]
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
+    folder: Path
+    journal: Journal
+    stop: Stop
+    accelerator: Accelerator
+    who: dict[str, Any]
+    metric: str
+
+
+class Order:
+    """Which rows each step sees; the batches of the epoch at hand are kept."""
+
+    def __init__(self, examples: Sequence[Example], plan: Plan, seed: int) -> None:
+        self._examples, self._plan, self._seed = examples, plan, seed
+        self._epoch, self._batches = -1, list[list[int]]()
+
+    def rows(self, step: int) -> list[Example]:
+        """The rows of a step, longest first, so that those of one micro-batch are alike."""
+        epoch, index = self._plan.position(step)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._batches = batches(self._examples, self._plan.effective, self._seed, epoch)
+        return sorted((self._examples[i] for i in self._batches[index]), key=lambda row: (-len(row), row.row_id))
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Seconds and tokens since the last line of the log. Not kept in checkpoints: they describe a machine at an hour."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    learned: int = 0
+    steps: int = 0
+
+
+def fit(session: Session, progress: Progress) -> None:
+    """Train until the plan is done, early stopping ends it, or a signal comes.
+
+    Raises:
+        Stopped: a signal came; `progress` says what is complete.
+        IngraftError: the loss stays not finite, or the disk refused.
+    """
+    recipe, plan = session.recipe, session.plan
+    clock, order = Clock(), Order(session.train, plan, recipe.seed)
+    adapt.trainable(session.model, *(learner.name for learner in session.learners))
+    adapting(session.model, session.learners, True)
+    session.objective.begin()
+    session.journal.begin(progress.step, plan.total)
+    try:
+        if progress.step and _due(progress.step, recipe.eval_steps) and progress.evaluated < progress.step:
+            evaluate(session, progress)  # the checkpoint was written on the way out of this evaluation
+        while progress.step < plan.total and not progress.early:
+            session.stop.check()
+            norms = step(session, progress, clock, order.rows(progress.step))
+            progress.step += 1
+            values: dict[str, float] = {}
+            if _due(progress.step, recipe.logging_steps) or progress.step == plan.total:
+                values = log_line(session, progress, clock, norms)
+            session.journal.step(progress.step, values)
+            if session.evaluation and _due(progress.step, recipe.eval_steps):
+                evaluate(session, progress)
+            if _due(progress.step, recipe.save_steps):
+                save(session, progress)
+        if recipe.save_steps and progress.saved != progress.step:
+            save(session, progress)  # what follows (the best adapter, the last evaluation) may be cut short too
+    finally:
+        session.journal.end()
+        adapting(session.model, session.learners, False)
+
+
+def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Example]) -> list[float | None]:
+    """One optimiser step of every adapter. Returns the gradients' norms, None where the step was skipped."""
+    began = time.perf_counter()
+    recipe, plan, objective = session.recipe, session.plan, session.objective
+    units = sum(map(objective.units, rows))
+    if not units:
+        progress.masked += 1
+        return [0.0 for _ in session.learners]
+    rate = recipe.learning_rate * factor(recipe.lr_scheduler_type, progress.step, plan.total, plan.warmup)
+    norms: list[float | None] = []
+    loss_sum = 0.0
+    for learner in session.learners:
+        if len(session.learners) > 1:
+            adapt.activate(session.model, learner.name)
+        total = gradients(session, learner, rows, units, progress.step)
+        norm = None
+        if finite(total):
+            norm = learner.apply(rate, recipe.max_grad_norm)
+        else:
+            learner.skip()
+        if norm is None and learner.skipped_in_row >= PATIENCE:
+            names = ", ".join(str(row.row_id) for row in rows)
+            raise IngraftError(
+                f"The loss or its gradient was not finite in {PATIENCE} steps in a row (the last: step {progress.step + 1}, rows {names}). "
+                "Lower learning_rate, or train in dtype float32; the last checkpoint is from before."
+            )
+        norms.append(norm)
+        loss_sum += float(total) if norm is not None else 0.0
+    if any(norm is not None for norm in norms):
+        progress.loss_sum += loss_sum / len(session.learners)
+        progress.units += units
+        progress.steps += 1
+    clock.seconds += time.perf_counter() - began
+    clock.tokens += sum(map(len, rows))
+    clock.learned += units
+    clock.steps += 1
+    return norms
+
+
+def gradients(session: Session, learner: Learner, rows: Sequence[Example], units: int, number: int) -> torch.Tensor:
+    """Forward and backward of the effective batch, micro-batch by micro-batch. Returns its summed loss.
+
+    Raises:
+        Stopped: between two micro-batches; the gradients so far are dropped, nothing else has changed.
+    """
+    size = session.recipe.per_device_train_batch_size
+    total = torch.zeros((), device=session.accelerator.device)
+    try:
+        for start in range(0, len(rows), size):
+            session.stop.check()
+            micro = rows[start : start + size]
+            if not any(map(session.objective.units, micro)):
+                continue
+            row_ids = torch.tensor([row.row_id for row in micro])
+            adapt.dropout_step(session.model, number, row_ids)
+            loss = session.objective.loss(session.objective.batch(micro))
+            session.accelerator.backward(loss * (learner.scale / units))
+            total += loss.detach()
+    except BaseException:
+        learner.optimizer.zero_grad(set_to_none=True)
+        raise
+    return total
+
+
+def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence[float | None]) -> dict[str, float]:
+    """Write the line of a step, and begin new means."""
+    recipe, plan = session.recipe, session.plan
+    made = max(1, clock.steps)
+    seconds = max(clock.seconds, 1e-9)
+    norm = max((norm for norm in norms if norm is not None), default=float("nan"))
+    values: dict[str, Any] = {
+        "step": progress.step,
+        "epoch": round(progress.step / plan.steps_per_epoch, 4),
+        "loss": progress.loss_sum / progress.units if progress.units else float("nan"),
+        "learning_rate": recipe.learning_rate
+        * factor(recipe.lr_scheduler_type, progress.step - 1, plan.total, plan.warmup),
+        "grad_norm": norm,
+        "step_seconds": clock.seconds / made,
+        "tokens_per_second": clock.tokens / seconds,
+        "learned_tokens_per_second": clock.learned / seconds,
+        "peak_memory": peak_memory(),
+    }
+    if skipped := sum(learner.skipped for learner in session.learners):
+        values["skipped_steps"] = skipped
+    if progress.masked:
+        values["masked_steps"] = progress.masked
+    session.journal.write(**values)
+    progress.loss_sum, progress.units, progress.steps = 0.0, 0, 0
+    clock.seconds, clock.tokens, clock.learned, clock.steps = 0.0, 0, 0, 0
+    return values
+
+
+def evaluate(session: Session, progress: Progress) -> None:
+    """Score every adapter on the evaluation rows, log it, and note the best.
+
+    Raises:
+        Stopped: a signal came; the evaluation counts as not made.
+    """
+    recipe, objective = session.recipe, session.objective
+    whole = session.metric not in objective.cheap_metrics
+    results: list[dict[str, float]] = []
+    for learner in session.learners:
+        if len(session.learners) > 1:
+            adapt.activate(session.model, learner.name)
+        found = objective.evaluate(
+            session.evaluation, recipe.per_device_eval_batch_size, whole=whole, poll=session.stop.check
+        )
+        results.append(found.metrics)
+    lower = objective.lower_is_better(session.metric)
+    for learner, metrics in zip(session.learners, results, strict=True):
+        best = learner.consider(metrics[session.metric], progress.step, lower=lower, keep=recipe.load_best_model_at_end)
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        extra = {"adapter": learner.name} if len(session.learners) > 1 else {}
+        session.journal.write(
+            step=progress.step, epoch=round(progress.step / session.plan.steps_per_epoch, 4), **named, **extra
+        )
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
+        session.journal.say(f"step {progress.step}/{session.plan.total}  {shown}{'  (best)' if best else ''}")
+    progress.evaluated = progress.step
+    patience = recipe.early_stopping_patience
+    if patience is not None and all(learner.waited >= patience for learner in session.learners):
+        progress.early = True
+        session.journal.say(f"Stopped early: no better {session.metric} in {patience} evaluations.")
+
+
+def save(session: Session, progress: Progress) -> None:
+    """Write a checkpoint of the last completed step.
+
+    Raises:
+        IngraftError: the disk refused; former checkpoints are still there.
+    """
+    progress.saved = progress.step
+    checkpoint.save(
+        session.folder,
+        progress.step,
+        session.learners,
+        dataclasses.asdict(progress),
+        session.who,
+        session.recipe.save_total_limit,
+    )
+
+
+def adapting(model: nn.Module, learners: Sequence[Learner], mode: bool) -> None:
+    """Put these adapters, and nothing of the base, into training or evaluation mode.
+
+    The base stays in evaluation mode: frozen, it needs no dropout of its own. Blocks that recompute themselves in backward ask their own
+    flag whether to, so with gradient checkpointing that one flag is set, without what lies inside.
+    """
+    names = {child_name(learner.name) for learner in learners}
+    for path, module in model.named_modules():
+        if names.intersection(path.split(".")) or getattr(module, "gradient_checkpointing", False):
+            module.training = mode
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0

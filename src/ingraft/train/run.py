@@ -1,0 +1,399 @@
+"""`train`: from a recipe to a finished run folder.
+
+The order of things is the point of this file: what can be refused is refused before the model is loaded, what can fail on the disk is
+tried before the first step, and the run folder becomes an adapter folder (its manifest is written) only when everything else is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+
+from ingraft import adapt, durable
+from ingraft.adapt.files import CONFIG, WEIGHTS, serialised
+from ingraft.adapt.files import load as load_adapter
+from ingraft.bases import load_base, load_tokenizer
+from ingraft.data import load, pad_id
+from ingraft.data.dataset import DataSet
+from ingraft.data.examples import Example
+from ingraft.data.records import Labelled
+from ingraft.errors import IngraftError, nearest
+from ingraft.evaluate import ChoiceRow, choice_rows
+from ingraft.methods import registry
+from ingraft.recipe import Recipe, as_recipe, to_yaml
+from ingraft.train import checkpoint, journal, samples
+from ingraft.train.learner import make_learner
+from ingraft.train.lock import NAME as LOCK
+from ingraft.train.lock import locked
+from ingraft.train.loop import Progress, Session, fit, save
+from ingraft.train.machine import environment, keep_freed_memory, peak_memory
+from ingraft.train.objectives import Objective, objective_for
+from ingraft.train.objectives.classify import head_modules
+from ingraft.train.report import write_report
+from ingraft.train.schedule import plan
+from ingraft.train.stop import Stop, Stopped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "default"
+MOST_CHOICES = 20
+"""Above so many labels, scoring each of them as an answer takes too long to do by the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        metrics: {"before": {...}, "after": {...}}, empty without evaluation rows.
+        samples: rows with what was expected and what was said before and after.
+        steps: optimiser steps made. seconds: of this process.
+        skipped, masked: steps left out because something was not finite, or nothing was learned.
+        model, tokenizer: the trained model, adapter active.
+    """
+
+    folder: Path
+    metrics: dict[str, dict[str, float]]
+    samples: list[dict[str, str]]
+    steps: int
+    seconds: float
+    skipped: int
+    masked: int
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """What a run is made of, before it touches its folder."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: DataSet
+    objective: Objective
+    choices: Mapping[str, Sequence[ChoiceRow]]
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    resume_from_checkpoint: str | None = None,
+    overwrite_output_dir: bool = False,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Train an adapter from a recipe and write its run folder.
+
+    Args:
+        recipe: a `Recipe`, a mapping with its keys, or a YAML file.
+        resume_from_checkpoint: "last", or a checkpoint folder of this run; the result has the same bits as a run that was never stopped.
+            "last" begins anew where no checkpoint was written yet.
+        overwrite_output_dir: remove a former run in the output folder first.
+        trust_remote_code: let the base's own Python code run.
+        quiet: say nothing on the way.
+
+    Raises:
+        IngraftError: anything wrong with recipe, data, base, method or folder; the loss stays not finite; the disk refused.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint of the last completed step was written.
+        SystemExit: with code 143 after SIGTERM, likewise.
+    """
+    began = time.perf_counter()
+    recipe = as_recipe(recipe)
+    folder = Path(recipe.output_dir)
+    _check_folder(folder, resume_from_checkpoint, overwrite_output_dir)
+    notes = journal.Journal(folder / "log.jsonl", quiet=quiet)
+    notes.listen()
+    try:
+        keep_freed_memory()
+        prepared = _prepare(recipe, notes, trust_remote_code)
+        with locked(folder):
+            return _run(prepared, folder, notes, resume_from_checkpoint, overwrite_output_dir, began)
+    finally:
+        notes.hush()
+
+
+def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) -> Prepared:
+    """Data, base, adapter and objective, nothing written yet."""
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code)
+    wanted = recipe.data
+    data = load(
+        wanted.train,
+        tokenizer,
+        task=recipe.task,
+        eval=wanted.eval or None,
+        test=wanted.test,
+        form=wanted.format,
+        max_length=wanted.max_length,
+        learn=wanted.learn,
+        seed=recipe.seed,
+    )
+    for line in data.report.lines():
+        notes.say(line)
+    if not any(example.learned for example in data.train):
+        raise IngraftError(f"{wanted.train}: no row has a learned token, so there is nothing to train on.")
+    torch.manual_seed(recipe.seed)  # the fresh head of a classifier
+    labels = list(data.labels) if data.labels is not None else None
+    base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels)
+    model = base.model
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _attach(model, recipe)
+    choices = {part: _choices(recipe, data, part, tokenizer) for part in ("eval", "test")}
+    objective = objective_for(recipe.task, model, pad_id(tokenizer), choices["eval"])
+    return Prepared(
+        recipe=recipe, model=model, tokenizer=base.tokenizer, data=data, objective=objective, choices=choices
+    )
+
+
+def _attach(model: PreTrainedModel, recipe: Recipe) -> None:
+    if recipe.init_adapter is not None:
+        load_adapter(model, recipe.init_adapter, name=ADAPTER, trainable=True)
+        return
+    config = registry.make_config(recipe.method, recipe.method_config)
+    if recipe.task == "classify" and not config.modules_to_save:
+        config = dataclasses.replace(config, modules_to_save=head_modules(model))
+    adapt.attach(model, config, name=ADAPTER, seed=recipe.seed)
+
+
+def _choices(recipe: Recipe, data: DataSet, part: str, tokenizer: PreTrainedTokenizerBase) -> list[ChoiceRow]:
+    """The rows of a part as choices between label words, where they are rows of text and label."""
+    if recipe.task != "sft" or part not in data.parts:
+        return []
+    records = data.parts[part].records
+    labelled = [record for record in records if isinstance(record, Labelled)]
+    known = sorted({r.label for each in data.parts.values() for r in each.records if isinstance(r, Labelled)})
+    if len(labelled) != len(records) or not 2 <= len(known) <= MOST_CHOICES:
+        return []
+    return choice_rows(labelled, data.parts[part].rows, tokenizer, known, recipe.data.max_length)
+
+
+def _run(
+    prepared: Prepared, folder: Path, notes: journal.Journal, resume: str | None, overwrite: bool, began: float
+) -> Run:
+    from accelerate import Accelerator
+
+    recipe, data, model = prepared.recipe, prepared.data, prepared.model
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise IngraftError("Training on several processes comes later; start a single one.")
+    half = model.dtype == torch.float16
+    learner = make_learner(ADAPTER, adapt.parameters(model, ADAPTER), recipe, half)
+    session = Session(
+        recipe=recipe,
+        plan=plan(recipe, len(data.train)),
+        model=model,
+        objective=prepared.objective,
+        learners=[learner],
+        train=data.train,
+        evaluation=data.eval,
+        folder=folder,
+        journal=notes,
+        stop=Stop(),
+        accelerator=accelerator,
+        who=checkpoint.identity(recipe, data.train, data.eval),
+        metric=recipe.metric_for_best_model.removeprefix("eval_"),
+    )
+    progress = _begin(session, resume, overwrite)
+    trained = sum(p.numel() for p in learner.parameters.values())
+    notes.say(
+        f"{recipe.method}: {trained:,} trained parameters; {session.plan.total} steps of {session.plan.effective} rows, "
+        f"{len(data.train):,} rows an epoch."
+    )
+    shown = samples.choose(data.eval or data.train)
+    with session.stop.listening():
+        try:
+            if not progress.before:
+                progress.before = _measure_base(prepared, session, shown)
+            fit(session, progress)
+            if recipe.load_best_model_at_end and learner.best_tensors:
+                learner.use_best()
+                notes.say(f"The best evaluation was at step {learner.best_step}; that adapter is kept.")
+            after = _measure(prepared, session, shown)
+        except Stopped:
+            _leave(session, progress)
+        return _result(prepared, session, progress, after, shown, began)
+
+
+def _result(
+    prepared: Prepared,
+    session: Session,
+    progress: Progress,
+    after: Mapping[str, Any],
+    shown: Sequence[Example],
+    began: float,
+) -> Run:
+    """The finished run, written. A signal that comes now is too late to matter: what is left takes a second."""
+    learner, data = session.learners[0], prepared.data
+    run = Run(
+        folder=session.folder,
+        metrics={"before": progress.before["metrics"], "after": after["metrics"]} if after["metrics"] else {},
+        samples=[
+            {**question, "before": was, "after": now}
+            for question, was, now in zip(
+                samples.questions(shown, prepared.tokenizer, data.labels),
+                progress.before["answers"],
+                after["answers"],
+                strict=True,
+            )
+        ],
+        steps=progress.step,
+        seconds=time.perf_counter() - began,
+        skipped=learner.skipped,
+        masked=progress.masked,
+        model=prepared.model,
+        tokenizer=prepared.tokenizer,
+    )
+    _finish(run, prepared, session)
+    for text in _remarks(run):
+        session.journal.say(text)
+    return run
+
+
+def _check_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
+    """Refuse a folder that must not be written, before anything is loaded."""
+    if folder.is_file() or (folder.exists() and not folder.is_dir()):
+        raise IngraftError(f"output_dir: {folder} is a file.")
+    if (folder / durable.MANIFEST).exists() and resume is not None:
+        raise IngraftError(f"output_dir: the run in {folder} is complete; there is nothing to go on with.")
+    inside = [path.name for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+    if not inside or resume is not None:
+        return
+    if not overwrite:
+        unfinished = any(name.startswith("checkpoint-") for name in inside) and durable.MANIFEST not in inside
+        more = "; go on with it by --resume-from-checkpoint last" if unfinished else ""
+        raise IngraftError(
+            f"output_dir: {folder} exists and is not empty. Choose another, or replace it with --overwrite-output-dir{more}."
+        )
+    if not {"recipe.yaml", "log.jsonl", durable.MANIFEST, "adapter_config.json"}.intersection(inside):
+        raise IngraftError(
+            f"output_dir: {folder} is not a run folder (it holds {inside[0]}); it will not be deleted. Choose another."
+        )
+
+
+def _begin(session: Session, resume: str | None, overwrite: bool) -> Progress:
+    """The run folder made ready: emptied, or gone on with; and the disk tried before work is spent."""
+    folder, recipe = session.folder, session.recipe
+    progress = Progress()
+    found = checkpoint.find(folder, resume, session.who) if resume is not None else None
+    if found is not None:
+        checkpoint.restore(found, session.learners)
+        progress = Progress(**found.state)
+        session.journal.rewind(progress.step)
+        session.journal.say(f"Going on from {found.path} (step {progress.step} of {session.plan.total}).")
+    else:
+        if resume is not None:
+            session.journal.say("There is no checkpoint yet; beginning anew.")
+        if overwrite or resume is not None:
+            for item in folder.iterdir():
+                if item.name != LOCK:
+                    durable.remove(item)
+    saves = session.plan.total // recipe.save_steps if recipe.save_steps else 1
+    durable.require_space(folder, checkpoint.forecast(session.learners, recipe.save_total_limit, saves))
+    durable.write_file(folder / "recipe.yaml", to_yaml(recipe))
+    if found is None:  # a rehearsal: what cannot be saved should be known now and not in an hour
+        durable.remove(checkpoint.save(folder, 0, session.learners, {}, session.who, None))
+    return progress
+
+
+def _measure_base(prepared: Prepared, session: Session, shown: Sequence[Example]) -> dict[str, Any]:
+    """Metrics and answers of the base, without the adapter."""
+    with adapt.disabled(prepared.model):
+        found = _measure(prepared, session, shown)
+    for name, value in found["metrics"].items():
+        session.journal.say(f"before: {name} {value:.4f}")
+    metrics = cast(dict[str, float], found["metrics"])
+    if metrics:
+        named = {f"eval_{name}": value for name, value in metrics.items() if not name.startswith("test_")}
+        session.journal.write(step=0, epoch=0.0, **named)
+        if session.metric not in metrics:
+            raise IngraftError(
+                f"metric_for_best_model: {session.metric!r} is not measured here{nearest(session.metric, metrics)}; "
+                f"these are: {', '.join(metrics)}."
+            )
+    return found
+
+
+def _measure(prepared: Prepared, session: Session, shown: Sequence[Example]) -> dict[str, Any]:
+    """Every metric of evaluation and test rows, and answers to the rows that are shown, from the model as it stands."""
+    recipe, data, poll = prepared.recipe, prepared.data, session.stop.check
+    size = recipe.per_device_eval_batch_size
+    metrics: dict[str, float] = {}
+    if data.eval:
+        metrics |= prepared.objective.evaluate(data.eval, size, whole=True, poll=poll).metrics
+    if data.test:
+        scorer = objective_for(recipe.task, prepared.model, prepared.objective.pad_id, prepared.choices["test"])
+        found = scorer.evaluate(data.test, size, whole=True, poll=poll).metrics
+        metrics |= {f"test_{name}": value for name, value in found.items()}
+    said = samples.answers(prepared.model, prepared.tokenizer, shown, data.labels, prepared.objective.pad_id, poll)
+    return {"metrics": metrics, "answers": said}
+
+
+def _leave(session: Session, progress: Progress) -> NoReturn:
+    """After a signal: keep the last completed step, say how to go on, and end with the signal's exit code."""
+    text = "No step was complete, so there is nothing to go on from."
+    complete = (
+        progress.step == session.plan.total or progress.early
+    )  # the best adapter may be in place of the last by now
+    if progress.step and (progress.saved == progress.step or not complete):
+        if progress.saved != progress.step:
+            save(session, progress)
+        text = f"Stopped after step {progress.step}; go on with --resume-from-checkpoint last."
+    if session.stop.received == signal.SIGTERM:
+        session.journal.say(text)
+        raise SystemExit(143)
+    raise KeyboardInterrupt(text)
+
+
+def _finish(run: Run, prepared: Prepared, session: Session) -> None:
+    """The result: adapter, metrics, report, and the manifest that makes the folder complete."""
+    recipe, learner = prepared.recipe, session.learners[0]
+    config, weights, facts = serialised(run.model, ADAPTER)
+    about: dict[str, Any] = {
+        "task": recipe.task,
+        "labels": list(prepared.data.labels) if prepared.data.labels is not None else None,
+        "seed": recipe.seed,
+        "steps": run.steps,
+        "metrics": run.metrics,
+        "skipped_steps": run.skipped,
+        "masked_steps": run.masked,
+        "best_step": learner.best_step if recipe.load_best_model_at_end else None,
+        "peak_memory": peak_memory(),
+        "training_rows": session.who["training rows"],
+        **environment(),
+    }
+    with durable.completion(run.folder, {**facts, "run": about}) as tmp:
+        durable.write_file(tmp / CONFIG, config)
+        durable.write_file(tmp / WEIGHTS, weights)
+        durable.write_json(tmp / "metrics.json", run.metrics)
+        log = journal.entries(session.journal.path)
+        text = write_report(
+            recipe=recipe,
+            metrics=run.metrics,
+            samples=run.samples,
+            log=log,
+            data=prepared.data.report.lines(),
+            about=about,
+            trained=sum(p.numel() for p in learner.parameters.values()),
+            total=sum(p.numel() for p in adapt.base_parameters(run.model).values()),
+        )
+        durable.write_file(tmp / "report.html", text)
+
+
+def _remarks(run: Run) -> list[str]:
+    """Counters that are above zero."""
+    found: list[str] = []
+    if run.skipped:
+        found.append(f"warning: {run.skipped} steps were left out because loss or gradient was not finite.")
+    if run.masked:
+        found.append(f"warning: {run.masked} steps had no learned token and changed nothing.")
+    return found
