@@ -1,0 +1,282 @@
+"""One method on one subject, and the measures the laws are stated with.
+
+A *case* makes bases and adapted models that are the same each time it is asked: an adapter's values depend on its name alone, so that the
+adapter `a` of a pair, of a copy and of a model of its own is one adapter. Values are drawn anew after attaching (`randomise`): at its
+initial values an adapter changes nothing, and every law about it would hold of one that does nothing.
+
+The tolerances stand in `TOLERANCE` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ingraft.adapt as adapt
+from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state
+from ingraft.adapt.select import base_modules
+from ingraft.errors import IngraftError
+from ingraft.methods import registry
+from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, OutputPart, ParameterPart, ShortcutPart, WeightPart
+from ingraft.testing.subjects import Row, Subject
+
+TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+"""Largest difference allowed, as a share of the root mean square of what is expected, where two ways of computing the same are compared.
+
+bfloat16 rounds at 4e-3; an output gathers some ten roundings on its way through a model of two layers.
+"""
+
+EFFECT = 1e-2
+"""The least an adapter under test must change, as a share of the output: less, and the comparison would prove nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method, with the options it is tried with, on one subject."""
+
+    row: Row
+    subject: Subject
+
+    def __str__(self) -> str:
+        return f"{self.method.name}-{self.subject.name}"
+
+    @property
+    def method(self) -> Method:
+        """The facts of the method."""
+        return registry.load(self.row.config.method)
+
+    @property
+    def config(self) -> MethodConfig:
+        """The options on this subject; a plain module's layers are named unless the options name some already."""
+        config = self.row.elsewhere.get(self.subject.name, self.row.config)
+        if config.target_modules is not None or self.subject.targets is None:
+            return config
+        if issubclass(self.method.part, WeightPart) and self.method.sites != ("biases",):
+            return replace(config, target_modules=self.subject.targets)
+        if issubclass(self.method.part, OutputPart):
+            return replace(config, target_modules=self.subject.outputs or self.subject.targets)
+        return config
+
+    @property
+    def part(self) -> type[nn.Module]:
+        """The method's part class, which says what kind of method it is."""
+        return self.method.part
+
+    def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The subject with nothing attached."""
+        return self.subject.make_redrawn().to(dtype)
+
+    def batch(self, n: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """n rows for the subject."""
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.subject.batch(n).items()}
+
+    def adapted(self, *names: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
+        """The subject with adapters of these names, values drawn from the names; only the first one acts."""
+        model = self.base(dtype)
+        for name in names:
+            self.attach(model, name, dropout=dropout)
+        if len(names) > 1:
+            adapt.activate(model, names[0])
+        return model
+
+    def attach(self, model: nn.Module, name: str, *, dropout: float = 0.0) -> None:
+        """Attach an adapter whose values depend on its name."""
+        config = self.config if not dropout or self.row.dropout is None else replace(self.config, **{self.row.dropout: dropout})  # type: ignore[arg-type]
+        adapt.attach(model, config, name, seed=zlib.crc32(name.encode()))
+        randomise(model, name)
+
+
+def why_not(case: Case) -> str | None:
+    """Why this method cannot be attached to this subject, or None. Law 0 asserts that it is then refused."""
+    part, subject = case.part, case.subject
+    if issubclass(part, AttentionPart | InputPart) and not subject.transformers:
+        return "has its place in a transformers model's attention or input"
+    if issubclass(part, OutputPart) and not subject.transformers and not subject.outputs:
+        return "a bottleneck acts on vectors of features, which neither a lookup nor a picture's channels are"
+    if case.method.sites == ("biases",) and subject.name == "embedding":
+        return "an embedding has no bias"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------- measures
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, name: str, *, scale: float = 1.0) -> None:
+    """Move an adapter's values away from where they started, by half their size and at least 0.2, from a seed of its name."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + 1)
+    for parameter in adapt.parameters(model, name).values():
+        size = max(float(parameter.square().mean().sqrt()), 0.2)
+        parameter += (0.5 * scale * size * torch.randn(parameter.shape, generator=generator)).to(parameter)
+
+
+def output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model is for: its result, or the first tensor of it."""
+    result = model(**batch)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def run(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """`output` without gradients."""
+    with torch.no_grad():
+        return output(model, batch)
+
+
+def gradients(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of one adapter under a fixed loss of the batch."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss_of(output(model, batch)).backward()
+    return taken(model, name)
+
+
+def taken(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The gradients an adapter has now."""
+    missing = [key for key, p in adapt.parameters(model, name).items() if p.grad is None]
+    assert not missing, f"no gradient for {', '.join(missing)}"
+    return {key: p.grad.clone() for key, p in adapt.parameters(model, name).items() if p.grad is not None}
+
+
+def loss_of(y: Tensor) -> Tensor:
+    """A loss that no symmetry of the output makes flat."""
+    weights = torch.linspace(-1.0, 1.5, y.numel(), dtype=torch.float32).sin().reshape(y.shape)
+    return (y.float() * weights + 0.1 * y.float().square()).mean()
+
+
+def close(actual: Tensor, expected: Tensor, what: str, *, dtype: torch.dtype | None = None, times: float = 1.0) -> None:
+    """Assert that two tensors agree within the tolerance of the dtype they were computed in."""
+    assert actual.shape == expected.shape, f"{what}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    allowed = times * TOLERANCE[dtype or expected.dtype]
+    distance = difference(actual, expected)
+    assert distance <= allowed, f"{what}: differ by {distance:.2e} of their size, {allowed:.0e} is allowed"
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the expected tensor's root mean square; infinite if not a number."""
+    if not expected.numel():
+        return 0.0
+    size = float(expected.double().square().mean().sqrt())
+    distance = float((actual.double() - expected.double()).abs().max())
+    return float("inf") if distance != distance else distance / max(size, 1e-12)
+
+
+def close_each(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None = None, times: float = 1.0) -> None:
+    """`close` for tensors by name. One yardstick for all: a gradient that is zero in exact arithmetic is noise of the others' size."""
+    assert list(actual) == list(expected), f"{what}: {sorted(set(actual) ^ set(expected))}"
+    size = max((float(value.double().square().mean().sqrt()) for value in expected.values()), default=0.0)
+    allowed = times * TOLERANCE[dtype or torch.float32]
+    for name, value in expected.items():
+        own = max(float(value.double().square().mean().sqrt()), 0.02 * size)
+        distance = float((actual[name].double() - value.double()).abs().max()) / max(own, 1e-12)
+        assert distance <= allowed, f"{what}: {name} differs by {distance:.2e} of its size, {allowed:.0e} is allowed"
+
+
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Assert that two tensors have the same bits."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} and {expected.dtype}"
+    assert torch.equal(actual, expected), f"{what}: not the same bits, largest difference {difference(actual, expected):.2e} of their size"
+
+
+def differs(actual: Tensor, other: Tensor, what: str, *, least: float = EFFECT) -> None:
+    """Assert that two tensors are visibly not the same."""
+    assert actual.shape == other.shape, f"{what}: shapes {tuple(actual.shape)} and {tuple(other.shape)}"
+    distance = difference(actual, other)
+    assert distance >= least, f"{what}: hardly differ ({distance:.1e} of their size), so nothing is shown"
+
+
+def refused(action: Any, *words: str) -> None:
+    """Assert that an action raises an IngraftError whose text has these words."""
+    try:
+        action()
+    except IngraftError as error:
+        text = str(error)
+        assert text.strip(), "the refusal says nothing"
+        missing = [word for word in words if word not in text]
+        assert not missing, f"the refusal does not say {missing}: {text}"
+    else:
+        raise AssertionError("should have been refused")
+
+
+def force_general_path(model: nn.Module) -> int:
+    """Let no host use a shortcut any more; returns how many could."""
+    states = [state for module in model.modules() if (state := host_state(module)) is not None]
+    forced = sum(state.known_forward for state in states)
+    for state in states:
+        state.known_forward = False
+    return forced
+
+
+def has_shortcut(case: Case) -> bool:
+    """Whether the method has a way round the weight."""
+    return issubclass(case.part, ShortcutPart)
+
+
+def on_weights(case: Case) -> bool:
+    """Whether the method is defined by weights, and so can be merged."""
+    return issubclass(case.part, WeightPart | ParameterPart)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Everything of a model that an adapter must give back."""
+
+    types: dict[str, type]
+    parameters: dict[str, tuple[int, bool, Tensor]]
+    buffers: dict[str, Tensor]
+    attributes: dict[str, tuple[str, ...]]
+    hooks: dict[str, int]
+    training: dict[str, bool]
+    config: object
+
+    @staticmethod
+    def of(model: nn.Module) -> Snapshot:
+        """Take it."""
+        modules = base_modules(model)
+        config = getattr(model, "config", None)
+        return Snapshot(
+            types={path: type(module) for path, module in modules.items()},
+            parameters={
+                key: (id(p), p.requires_grad, p.detach().clone()) for key, p in model.named_parameters(remove_duplicate=False)
+            },
+            buffers={key: buffer.clone() for key, buffer in model.named_buffers()},
+            attributes={path: tuple(sorted({*module.__dict__, *module._modules})) for path, module in modules.items()},
+            hooks={
+                path: len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+                for path, module in modules.items()
+            },
+            training={path: module.training for path, module in modules.items()},
+            config=config.to_dict() if config is not None and hasattr(config, "to_dict") else None,
+        )
+
+    def assert_restored(self, model: nn.Module) -> None:
+        """Assert that the model is as it was: the very classes, the very tensors, their bits, names, flags, hooks."""
+        now = Snapshot.of(model)
+        for field in ("types", "attributes", "hooks", "training", "config"):
+            was, is_now = getattr(self, field), getattr(now, field)
+            assert was == is_now, f"{field} changed: {_changes(was, is_now)}"
+        assert list(now.parameters) == list(self.parameters), sorted(set(now.parameters) ^ set(self.parameters))
+        for key, (identity, requires_grad, bits) in self.parameters.items():
+            new_identity, new_requires_grad, new_bits = now.parameters[key]
+            assert new_identity == identity, f"{key} is another tensor object than before"
+            assert new_requires_grad == requires_grad, f"{key}.requires_grad was {requires_grad}"
+            same(new_bits, bits, key)
+        assert list(now.buffers) == list(self.buffers)
+        for key, buffer in self.buffers.items():
+            same(now.buffers[key], buffer, key)
+        assert control_of(model) is None and all(HOST_ATTRIBUTE not in module.__dict__ for module in model.modules())
+
+
+def _changes(was: Any, is_now: Any) -> str:
+    if not (isinstance(was, dict) and isinstance(is_now, dict)):
+        return f"{was!r} -> {is_now!r}"
+    return "; ".join(f"{key}: {was.get(key)!r} -> {is_now.get(key)!r}" for key in {**was, **is_now} if was.get(key) != is_now.get(key))
+
+
+def states(model: nn.Module) -> list[HostState]:
+    """The states of a model's hosts."""
+    return [state for module in model.modules() if (state := host_state(module)) is not None]

@@ -1,0 +1,328 @@
+"""What the laws are tried on: tiny modules for every kind of layer, a tiny model of every family, and the table of methods.
+
+A *subject* is a seeded maker of a frozen, evaluated module with a batch for it. All weights are drawn anew with a spread that keeps
+activations near one, biases and norms included: a framework's own initial values (zero biases, deviation 0.02) would let most defects of
+a bias or a scale pass unseen.
+
+A new method costs one row in `ROWS`: the options it is tried with. Which subjects it may be tried on follows from its kind of part
+(`why_not` in `cases.py`); only what that cannot know stands in the row.
+
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.methods import registry
+from ingraft.methods.contract import MethodConfig
+
+VOCABULARY = 48
+"""Token ids of every subject; 0 pads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A module under test.
+
+    Attributes:
+        name: in test ids and in the matrix.
+        make: a new module in float32, the same one each time.
+        batch: keyword arguments of its forward for n rows, the same ones each time.
+        targets: modules that a weight method is pointed at; None leaves the method's own default.
+        outputs: those of `targets` whose output a bottleneck may change; empty if there is none.
+        transformers: whether it is a transformers model.
+        causal: whether it generates text.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Tensor]]
+    targets: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] = ()
+    transformers: bool = False
+    causal: bool = False
+
+    def make_redrawn(self) -> nn.Module:
+        """A new module with its weights drawn by `redrawn`."""
+        return redrawn(self.make())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method in the table.
+
+    Attributes:
+        config: the options it is tried with everywhere.
+        elsewhere: other options on some subjects, by name.
+        dropout: the name of its dropout option, None if it has none.
+        inexact: why its backward is not the derivative of its forward, None if it is.
+    """
+
+    config: MethodConfig
+    elsewhere: Mapping[str, MethodConfig] = field(default_factory=dict[str, MethodConfig])
+    dropout: str | None = None
+    inexact: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------------- modules
+
+
+class Layers(nn.Module):
+    """Two layers of a kind with a nonlinearity between, and a small head."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.head = first, second, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class Channels(nn.Module):
+    """(B, C, H, W) to (B, C): the mean over the picture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+class Rescaled(nn.Embedding):
+    """An embedding whose forward is its own, as Gemma's: no shortcut may go round it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 3.0
+
+
+class Embedded(nn.Module):
+    """Two embeddings of the same ids, one with a forward of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.rescaled, self.head = nn.Embedding(VOCABULARY, 16, padding_idx=0), Rescaled(VOCABULARY, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.plain(x) + self.rescaled(x)))
+
+
+def _conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Layers(Conv1D(16, 12), Conv1D(16, 16), nn.LayerNorm(16))
+
+
+def _conv2d() -> nn.Module:
+    first = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+    return Layers(first, nn.Conv2d(8, 6, (1, 3), padding=(0, 2), dilation=(1, 2), padding_mode="circular", bias=False), Channels())
+
+
+def _conv2d_groups() -> nn.Module:
+    return Layers(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8, bias=False), Channels())
+
+
+# ------------------------------------------------------------------------------------------------------------------- models
+
+
+def _quiet(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a model without the remarks transformers prints about tiny vocabularies."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return make()
+    finally:
+        logging.set_verbosity(level)
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return _quiet(lambda: LlamaForCausalLM(config))
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _quiet(lambda: GPT2LMHeadModel(config))
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return _quiet(lambda: BertForMaskedLM(config))
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+    )
+    return _quiet(lambda: T5ForConditionalGeneration(config))
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return _quiet(lambda: ViTForImageClassification(config))
+
+
+# ------------------------------------------------------------------------------------------------------------------- batches
+
+
+def _normal(*shape: int) -> Callable[[int], dict[str, Tensor]]:
+    return lambda n: {"x": torch.randn(n, *shape, generator=torch.Generator().manual_seed(7))}
+
+
+def _ids(n: int, length: int = 7, seed: int = 7) -> Tensor:
+    return torch.randint(3, VOCABULARY, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _text(n: int) -> dict[str, Tensor]:
+    """Rows of different lengths, padded on the right."""
+    ids = _ids(n)
+    mask = torch.ones_like(ids)
+    for row in range(1, n, 2):
+        ids[row, 5:], mask[row, 5:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _pair(n: int) -> dict[str, Tensor]:
+    return {**_text(n), "decoder_input_ids": _ids(n, 4, 8)}
+
+
+def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter anew, each once: matrices keep the size of what passes through them, biases and norms are visibly not neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter.copy_(0.2 * noise + (0.0 if name.endswith("bias") else 1.0))
+            else:
+                lookup = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+                parameter.copy_(noise * (0.7 if lookup else parameter[0].numel() ** -0.5))
+    return model.eval()
+
+
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject(
+            name="linear",
+            make=lambda: Layers(nn.Linear(12, 16), nn.Linear(16, 16, bias=False), nn.LayerNorm(16)),
+            batch=_normal(3, 12),
+            targets=("first", "second"),
+            outputs=("second",),
+        ),
+        Subject(name="conv1d", make=_conv1d, batch=_normal(3, 12), targets=("first", "second"), outputs=("second",)),
+        Subject(
+            name="embedding",
+            make=Embedded,
+            batch=lambda n: {"x": _ids(n)},
+            targets=("plain", "rescaled"),
+        ),
+        Subject(name="conv2d", make=_conv2d, batch=_normal(4, 9, 9), targets=("first", "second")),
+        Subject(name="conv2d-groups", make=_conv2d_groups, batch=_normal(4, 7, 7), targets=("first", "second")),
+        Subject(name="llama", make=_llama, batch=_text, transformers=True, causal=True),
+        Subject(name="gpt2", make=_gpt2, batch=_text, transformers=True, causal=True),
+        Subject(name="bert", make=_bert, batch=_text, transformers=True),
+        Subject(name="t5", make=_t5, batch=_pair, transformers=True),
+        Subject(
+            name="vit",
+            make=_vit,
+            batch=lambda n: {"pixel_values": torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(7))},
+            transformers=True,
+        ),
+    )
+}
+"""Layer kinds first, then models."""
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "lora_alpha": 12},
+    "dora": {"r": 4, "lora_alpha": 12},
+    "ia3": {},
+    "bitfit": {},
+    "full": {},
+    "houlsby": {"reduction_factor": 4.0},
+    "pfeiffer": {"reduction_factor": 4.0},
+    "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
+    "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3},
+}
+"""The options each method is tried with."""
+
+_ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
+    # A Llama and a T5 have no biases.
+    "bitfit": {name: {"add_bias": True} for name in ("llama", "t5", "linear", "conv2d", "conv2d-groups")},
+}
+
+_DROPOUT = {"lora": "lora_dropout", "dora": "lora_dropout", "houlsby": "dropout", "pfeiffer": "dropout", "parallel": "dropout"}
+
+
+_INEXACT = {"dora": "its norm is held constant in backward (section 4.3 of the paper); law 22 compares its gradients with PEFT's"}
+
+
+def row(name: str) -> Row:
+    """The table's row for a method, made when asked for, since it imports the method's file."""
+    options = _OPTIONS[name]
+    return Row(
+        config=registry.make_config(name, options),
+        elsewhere={where: registry.make_config(name, {**options, **other}) for where, other in _ELSEWHERE.get(name, {}).items()},
+        dropout=_DROPOUT.get(name),
+        inexact=_INEXACT.get(name),
+    )
+
+
+METHODS: tuple[str, ...] = tuple(_OPTIONS)
+"""Methods of the table, in its order."""

@@ -1,0 +1,148 @@
+"""Laws as data: what a law says, where it applies, why not elsewhere, and what it costs.
+
+A law is a function of a `Case` that returns nothing and raises AssertionError. `@law` records it with three answers that are data too:
+
+* `hole`: why it says nothing of a case (a reason a reader accepts), or None;
+* `refusal`: why the method must refuse what the law is about (a prefix has no weight form to merge), or None; the refusal is then the
+  thing asserted;
+* `heavy`: tried on a Llama with every method and on every subject with LoRA only, unless everything is asked for.
+
+`checks` multiplies methods, subjects and laws; nothing in it is left out without a reason, and `matrix` prints both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ingraft.testing.cases import Case, why_not
+from ingraft.testing.subjects import METHODS, SUBJECTS, Row, Subject, row
+
+Reason = Callable[[Case], str | None]
+
+LATER = {14: "packs", 15: "two processes", 17: "quantised bases"}
+"""Laws of the architecture that hold of parts still to be built."""
+
+HELD, REFUSED = "held", "refused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """One law, or one side of it; several may share a number."""
+
+    number: int
+    name: str
+    check: Callable[[Case], None]
+    hole: Reason
+    refusal: Reason
+    refuses: Callable[[Case], None] | None
+    heavy: bool
+
+    @property
+    def statement(self) -> str:
+        """The law in a sentence."""
+        return (self.check.__doc__ or "").strip().splitlines()[0]
+
+
+LAWS: list[Law] = []
+"""Filled by the files of laws, in the order in which `all_laws` imports them."""
+
+
+def nowhere(case: Case) -> str | None:
+    """The answer of a law without exceptions."""
+    del case
+    return None
+
+
+def law(
+    number: int,
+    *,
+    hole: Reason = nowhere,
+    refusal: Reason = nowhere,
+    refuses: Callable[[Case], None] | None = None,
+    heavy: bool = False,
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Record a function as a law. See the module docstring."""
+
+    def record(check: Callable[[Case], None]) -> Callable[[Case], None]:
+        assert check.__doc__, f"{check.__name__} has to state its law"
+        LAWS.append(
+            Law(number=number, name=check.__name__, check=check, hole=hole, refusal=refusal, refuses=refuses, heavy=heavy)
+        )
+        return check
+
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One law on one case. Calling it tries it; `hole` says why it cannot be tried."""
+
+    case: Case
+    law: Law
+    hole: str | None
+    study: bool
+
+    def __str__(self) -> str:
+        return f"{self.case}-{self.law.number:02d}-{self.law.name}"
+
+    @property
+    def cell(self) -> tuple[str, int, str]:
+        """Method, law, subject: where the result stands in the matrix."""
+        return self.case.method.name, self.law.number, self.case.subject.name
+
+    def __call__(self) -> str:
+        """Try it: HELD or REFUSED, where a refusal was due and came.
+
+        Raises:
+            AssertionError: the law is broken.
+        """
+        assert self.hole is None, self.hole
+        if self.law.refuses is not None and self.law.refusal(self.case) is not None:
+            self.law.refuses(self.case)
+            return REFUSED
+        self.law.check(self.case)
+        return HELD
+
+
+def all_laws() -> Sequence[Law]:
+    """Every law, in order of number."""
+    from ingraft.testing import laws, laws_files, laws_gradients, laws_models, laws_reference, laws_rows  # noqa: F401
+
+    return sorted(LAWS, key=lambda one: one.number)
+
+
+def checks(
+    rows: Sequence[Row] = (), subjects: Sequence[Subject] = (), numbers: Sequence[int] = (), *, with_holes: bool = False
+) -> Iterator[Check]:
+    """Every law on every case, by method, then subject, then law.
+
+    Args:
+        rows: methods with their options; the package's own table if empty.
+        subjects: modules to try them on; the package's own if empty.
+        numbers: of laws; all if empty.
+        with_holes: also those that cannot be tried, each with its reason.
+    """
+    for one in rows or [row(name) for name in METHODS]:
+        for subject in subjects or SUBJECTS.values():
+            case = Case(row=one, subject=subject)
+            unfit = why_not(case)
+            for each in all_laws():
+                if numbers and each.number not in numbers:
+                    continue
+                hole = _hole(each, case, unfit)
+                if hole is None or with_holes:
+                    yield Check(case=case, law=each, hole=hole, study=each.heavy and not _everyday(case))
+
+
+def _hole(each: Law, case: Case, unfit: str | None) -> str | None:
+    if each.number == 0:
+        return None if unfit is not None else "it can be attached"
+    if unfit is not None:
+        return f"refused at attach (law 0): {unfit}"
+    return each.hole(case)
+
+
+def _everyday(case: Case) -> bool:
+    """Whether a heavy law is tried on this case every day."""
+    return case.subject.name == "llama" or case.method.name == "lora"
