@@ -41,7 +41,9 @@ $(VENV)/.test: $(VENV)/.base
 setup: $(VENV)/.test
 
 demo: $(VENV)/.base
-	@$(BIN)/python examples/demo/demo.py
+	@$(BIN)/python examples/demo/prepare.py
+	@echo "== demo: LoRA on SmolLM2-135M-Instruct, 100 steps of 8 reviews; accuracy on held-out reviews before and after"
+	$(BIN)/ingraft train --config examples/demo/recipe.yaml --overwrite-output-dir
 
 test: lint types pytest
 

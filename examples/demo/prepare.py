@@ -23,7 +23,7 @@ from pathlib import Path
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 FILES = ("amazonReviewSnippets_GroundTruth.txt", "movieReviewSnippets_GroundTruth.txt")
-QUESTION = "Is this review positive or negative? Answer with one word."
+QUESTION = "Is this review positive or negative?"
 CLEAR = 1.0  # mean ratings nearer to zero than this are matters of opinion
 LONGEST = 60  # words
 TRAIN_ROWS, HELDOUT_ROWS = 1600, 480
@@ -108,10 +108,10 @@ def split(reviews: list[tuple[str, float, str]]) -> tuple[list[dict[str, str]], 
         for review, rating, text in ordered:
             label = "positive" if rating > 0 else "negative"
             if review not in taken and len(rows[label]) < size // 2:
-                rows[label].append({"instruction": QUESTION, "input": text, "output": label})
+                rows[label].append({"text": f"{text}\n\n{QUESTION}", "label": label})
                 touched.add(review)
         taken |= touched
-        sides.append(sorted(rows["positive"] + rows["negative"], key=lambda row: _rank(row["input"])))
+        sides.append(sorted(rows["positive"] + rows["negative"], key=lambda row: _rank(row["text"])))
     heldout, train = sides
     return train, heldout
 

@@ -1,1 +1,82 @@
-"""`ingraft eval`: loss and metrics of a base, or of a base with an adapter, on a data set, computed as training computes them."""
+"""`ingraft eval`: loss and metrics of a base, or of a base with an adapter, on a data set, computed as training computes them.
+
+Without --data the rows that the adapter's own run held out are scored, so that the loss must come out as the run logged it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ingraft.cli.options import adapter_option, given, trust_option, verb
+from ingraft.cli.output import Output
+from ingraft.errors import IngraftError
+
+if TYPE_CHECKING:
+    from ingraft.cli.sources import Opened
+    from ingraft.data import DataSet
+    from ingraft.evaluate import ChoiceRow
+
+MOST_CHOICES = 20
+
+
+@verb("model", "quantization", "task", "data", "dtype", "per_device_eval_batch_size", "seed")
+@adapter_option
+@trust_option
+def command(config: str | None, as_json: bool, adapter: str | None, trust_remote_code: bool, **arguments: Any) -> None:
+    """Score a base, or a base with an adapter, on a data set.
+
+    Rows named with --data are all scored. Without it, those that the recipe of the adapter (or of --config) holds out.
+    """
+    from ingraft.cli.sources import load_data, model_labels, open_model, settle
+
+    output = Output(as_json=as_json)
+    overrides = given(arguments)
+    whole = "data.train" in overrides
+    recipe = settle(overrides, config=config, adapter=adapter)
+    parts = (
+        ["train"]
+        if whole
+        else [part for part, rows in (("eval", recipe.data.eval), ("test", recipe.data.test)) if rows]
+    )
+    if not parts:
+        raise IngraftError("--data FILE is needed: the recipe holds no rows out.")
+    opened = open_model(recipe, adapter, output, trust_remote_code=trust_remote_code)
+    data = load_data(recipe, opened.tokenizer, model_labels(opened))
+    found: dict[str, Any] = {}
+    for part in parts:
+        metrics, rows = score(opened, data, part)
+        found[part] = {"rows": rows, "source": data.parts[part].rows[0].file, **metrics}
+    output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})
+    for part in parts:
+        values = {name: f"{value:.6f}" if isinstance(value, float) else value for name, value in found[part].items()}
+        output.facts({f"{part}_{name}" if len(parts) > 1 else name: value for name, value in values.items()})
+
+
+def score(opened: Opened, data: DataSet, part: str) -> tuple[dict[str, float], int]:
+    """The metrics of one part of the data, by name, and the number of sequences they were computed from."""
+    from ingraft.data import pad_id
+    from ingraft.evaluate import evaluate
+
+    examples = data.parts[part].examples
+    scores = evaluate(
+        opened.model,
+        examples,
+        task=opened.recipe.task,
+        pad_id=pad_id(opened.tokenizer),
+        batch_size=opened.recipe.per_device_eval_batch_size,
+        choices=_choices(opened, data, part),
+    )
+    return scores.metrics, len(examples)
+
+
+def _choices(opened: Opened, data: DataSet, part: str) -> list[ChoiceRow]:
+    """Rows of text and label as choices between the labels, as training makes them; none for other rows."""
+    from ingraft.data.records import Labelled
+    from ingraft.evaluate import choice_rows
+
+    records = data.parts[part].records
+    labelled = [record for record in records if isinstance(record, Labelled)]
+    known = sorted({r.label for each in data.parts.values() for r in each.records if isinstance(r, Labelled)})
+    if opened.recipe.task != "sft" or len(labelled) != len(records) or not 2 <= len(known) <= MOST_CHOICES:
+        return []
+    return choice_rows(labelled, data.parts[part].rows, opened.tokenizer, known, opened.recipe.data.max_length)

@@ -142,11 +142,10 @@ def token_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[Te
     recipe, tokenizer, device = opened.recipe, opened.tokenizer, opened.model.device
     if data is None:
         return [torch.tensor([tokenizer(TEXT)["input_ids"]], device=device)]
-    from ingraft.cli.sources import load_data
+    from ingraft.cli.sources import load_data, model_labels
 
-    labels = tuple(opened.model.config.id2label.values()) if recipe.task == "classify" else None
     wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)
-    examples = load_data(dataclasses.replace(recipe, data=wanted), tokenizer, labels).train[:rows]
+    examples = load_data(dataclasses.replace(recipe, data=wanted), tokenizer, model_labels(opened)).train[:rows]
     return [torch.tensor([example.input_ids], device=device) for example in examples]
 
 

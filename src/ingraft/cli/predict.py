@@ -98,33 +98,21 @@ def texts(opened: Opened, rows: Sequence[Row], size: int, max_new_tokens: int) -
 
 
 def classes(opened: Opened, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
-    """The likeliest class of every row and the probability of each, right-padded batches of rows of similar length."""
-    import torch
+    """The likeliest class of every row, and the probability of each class."""
+    from ingraft.cli.sources import model_labels
+    from ingraft.data import encode_classify, pad_id
+    from ingraft.evaluate import score_classes
 
-    from ingraft.data import collate, encode_classify, pad_id
-
-    model = cast(Any, opened.model)
-    names: dict[int, str] = model.config.id2label
-    first = next(iter(names.values()))
-    asked = [replace(row, values={**row.values, "label": first}) for row in rows]  # any class: it is not looked at
-    examples = encode_classify(
-        asked, opened.tokenizer, list(names.values()), opened.recipe.data.max_length, form=opened.recipe.data.format
-    )
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    out: list[dict[str, Any]] = [{} for _ in rows]
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        batch = collate([examples[i] for i in chosen], pad_id(opened.tokenizer))
-        with torch.inference_mode():
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-            shares_BC = model(**inputs).logits.float().softmax(-1).tolist()
-        for i, shares in zip(chosen, shares_BC, strict=True):
-            best = max(range(len(shares)), key=shares.__getitem__)
-            out[i] = {
-                "prediction": names[best],
-                "scores": {names[n]: round(share, 6) for n, share in enumerate(shares)},
-            }
-    return out
+    names = model_labels(opened)
+    assert names is not None, "only a classifier is asked for classes"
+    asked = [replace(row, values={**row.values, "label": names[0]}) for row in rows]  # any class: it is not looked at
+    recipe = opened.recipe
+    examples = encode_classify(asked, opened.tokenizer, names, recipe.data.max_length, form=recipe.data.format)
+    scores = score_classes(opened.model, examples, pad_id(opened.tokenizer), size)
+    return [
+        {"prediction": names[best], "scores": dict(zip(names, (round(p, 6) for p in shares), strict=True))}
+        for best, shares in zip(scores.predictions, scores.probabilities, strict=True)
+    ]
 
 
 def _records(opened: Opened, rows: Sequence[Row]) -> list[Record]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ingraft import durable
 from ingraft.errors import IngraftError
@@ -132,13 +132,29 @@ def open_model(
 
     if announce:
         output.say(f"base {recipe.model}" + (f", adapter {adapter}" if adapter else ""))
-    labels = _head_labels(adapter) if recipe.task == "classify" and adapter is not None else None
-    task = recipe.task if labels is not None or recipe.task != "classify" else None
-    base = load_base(recipe.model, dtype=recipe.dtype, task=task, labels=labels, trust_remote_code=trust_remote_code)
+    facts = manifest_facts(adapter_folder(adapter)) if adapter is not None else {}
+    labels = facts.get("run", {}).get("labels")
+    dtype = recipe.dtype
+    if dtype == "auto" and facts.get("dtype"):  # the dtype the adapter was trained in, not what is fast here today
+        dtype = facts["dtype"]
+    # A classifier saved by itself (merged, or trained elsewhere) brings its head and its labels.
+    task = None if recipe.task == "classify" and labels is None else recipe.task
+    base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels)
     model, tokenizer = base.model, base.tokenizer
-    name = None if adapter is None else cast(str, ingraft.load(model, adapter_folder(adapter)))
+    name = None if adapter is None else ingraft.load(model, adapter_folder(adapter))
     model.eval()
     return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name)
+
+
+def manifest_facts(folder: Path) -> dict[str, Any]:
+    """What the manifest of an adapter folder tells beside its digests; nothing for a folder written elsewhere."""
+    return durable.read_manifest(folder)["facts"] if (folder / durable.MANIFEST).is_file() else {}
+
+
+def model_labels(opened: Opened) -> tuple[str, ...] | None:
+    """A classifier's classes in the order of its outputs; None for other models."""
+    names = opened.model.config.id2label if opened.recipe.task == "classify" else None
+    return None if names is None else tuple(name for _, name in sorted(names.items()))
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] | None = None) -> DataSet:

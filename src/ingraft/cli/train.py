@@ -44,6 +44,8 @@ def command(
     if after:
         output.say("")
         output.table(["metric", "before", "after"], [[name, before.get(name), value] for name, value in after.items()])
+    for sample in run.samples:
+        output.say("", *sample_lines(sample))
     output.say(
         "",
         f"run folder  {run.folder}",
@@ -52,6 +54,15 @@ def command(
         "next:",
         *(f"  {line}" for line in next_commands(str(run.folder), recipe.task)),
     )
+
+
+def sample_lines(sample: dict[str, str], *, longest: int = 600) -> list[str]:
+    """A row, its answer, and what the model said before and after."""
+    prompt = sample["prompt"] if len(sample["prompt"]) <= longest else "... " + sample["prompt"][-longest:]
+    return [
+        *(f"  {line}" for line in prompt.splitlines() if line.strip()),
+        *(f"  {name + ':':<9} {sample[name]}" for name in ("expected", "before", "after")),
+    ]
 
 
 def next_commands(folder: str, task: str) -> list[str]:
