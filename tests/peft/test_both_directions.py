@@ -183,7 +183,7 @@ def test_ours_loads_in_peft(case: str, tmp_path: Path, tiny: SimpleNamespace) ->
     theirs = tiny.output(peft.PeftModel.from_pretrained(tiny.make(kind), tmp_path / "adapter").eval(), batch)
     assert difference(ours, theirs) < TOLERANCE
     written = set(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()))
-    assert written <= {field for field in type(CASES[case][3]).__dataclass_fields__}
+    assert written <= set(type(CASES[case][3]).__dataclass_fields__)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -33,6 +33,7 @@ from ingraft.adapt import peft_format
 from ingraft.adapt.control import Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
 from ingraft.adapt.lifecycle import attach, base_parameters, parameters
+from ingraft.adapt.peft_tensors import PREFIX, Entry, entries, layout_of, uncovered
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Part, PeftLayout
 
@@ -97,12 +98,12 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
         IngraftError: no such adapter, or values that are not finite.
     """
     adapter = require_control(model).require(name)
-    if dtype is None:
-        own = main_dtype(base_parameters(model).values())
-        dtype = getattr(torch, own) if own is not None else torch.float32
-    layout = peft_format.layout_of(model, adapter.method, adapter.sites)
+    own = main_dtype(base_parameters(model).values())
+    usual = dtype or (getattr(torch, own) if own is not None else torch.float32)
+    layout = layout_of(model, adapter.method, adapter.sites)
     tensors = {
-        entry.key: entry.take().to(dtype).cpu().contiguous().clone() for entry in _entries(model, adapter, layout)
+        entry.key: entry.take().to(dtype or entry.used_in or usual).cpu().contiguous().clone()
+        for entry in _entries(model, adapter, layout)
     }
     bad = [key for key, tensor in sorted(tensors.items()) if not torch.isfinite(tensor).all()]
     if bad:
@@ -117,7 +118,7 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
         "name": name,
         "method": adapter.method.name,
         "seed": adapter.seed,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(usual).removeprefix("torch."),
         "sites": sorted(adapter.sites),
         "parameters": sum(parameter.numel() for parameter in parameters(model, name).values()),
         "base": fingerprint(model, adapter.saved_whole),
@@ -142,14 +143,12 @@ def _the_name(model: nn.Module, name: str | None) -> str:
     return name if name is not None else "default" if "default" in attached else attached[0]
 
 
-def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> list[peft_format.Entry]:
+def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> list[Entry]:
     parts = {
         path: part for path in adapter.sites if (part := part_of(model.get_submodule(path), adapter.name)) is not None
     }
     shared = model._modules.get(child_name(adapter.name))
-    return peft_format.entries(
-        model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout
-    )
+    return entries(model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout)
 
 
 def _version(package: str) -> str | None:
@@ -199,9 +198,9 @@ def load(
     kept: dict[str, Any] = dict(facts or {})
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
-        if layout is not None and (reason := peft_format.uncovered(layout, model, adapter.method, adapter.sites)):
+        if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.sites)):
             raise IngraftError(f"{folder}: {reason}, so the file cannot be read as it is meant.")
-        wanted = peft_format.entries(model, adapter.method, adapter.sites, parts, shared, layout)
+        wanted = entries(model, adapter.method, adapter.sites, parts, shared, layout)
         kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))
         _fill(model, weights, header, wanted)
 
@@ -297,7 +296,7 @@ def _check_base(
 
 
 def _fill(
-    model: nn.Module, weights: Path, header: Mapping[str, tuple[tuple[int, ...], str]], wanted: list[peft_format.Entry]
+    model: nn.Module, weights: Path, header: Mapping[str, tuple[tuple[int, ...], str]], wanted: list[Entry]
 ) -> None:
     """Copy a file's tensors into the parts, once everything about them is known to be right."""
     known = {entry.key: entry for entry in wanted}
@@ -324,7 +323,7 @@ def _fill(
 
 def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any) -> list[str]:
     """PEFT stores copies of base weights beside some adapters (a whole embedding): harmless if they are this base's."""
-    name = key.removeprefix(peft_format.PREFIX).replace("base_layer.", "")
+    name = key.removeprefix(PREFIX).replace("base_layer.", "")
     mine = base.get(name)
     if mine is None:
         return [f"{weights}: {key} belongs to no module of this base that the adapter is to sit in."]

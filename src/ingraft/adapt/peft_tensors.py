@@ -1,0 +1,174 @@
+"""The tensors of an adapter's file: names and shapes in Hugging Face PEFT's grammar, as a method's `PeftLayout` describes them.
+
+A tensor is called `base_model.model.<module path>.<suffix>`; a module trained in full keeps its parameters' names; soft prompts are one
+tensor for the whole adapter. `entries` gives the file's side and the adapter's side of each, so that saving, loading and checking walk
+one list.
+
+What PEFT throws away (the encoder behind a projected prefix) is kept under `base_model.shared.`, which PEFT passes over: the adapter can
+then be trained further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ingraft.adapt.lifecycle import WHOLE_ROLE
+from ingraft.adapt.swap import original_class
+from ingraft.adapt.weights import kind_of
+from ingraft.methods.contract import AttentionPart, Method, Part, PeftLayout
+
+PREFIX = "base_model.model."
+SOFT_PREFIX = "base_model."
+"""Around a soft prompt PEFT does not wrap the model once more."""
+SHARED_PREFIX = "base_model.shared."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        key, shape: as in the file.
+        take: the adapter's values in that shape.
+        put: write the file's values into the adapter.
+        used_in: the dtype in which the adapter computes with it, where that is not the base's.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    take: Callable[[], Tensor]
+    put: Callable[[Tensor], None]
+    used_in: torch.dtype | None = None
+
+
+def layout_of(model: nn.Module, method: Method, sites: Mapping[str, str]) -> PeftLayout | None:
+    """The PEFT layout to write, or None where PEFT lacks the method or means something else by it at one of the sites."""
+    layout = method.peft
+    return layout if layout is not None and not uncovered(layout, model, method, sites) else None
+
+
+def entries(
+    model: nn.Module,
+    method: Method,
+    sites: Mapping[str, str],
+    parts: Mapping[str, Part],
+    shared: nn.Module | None,
+    layout: PeftLayout | None,
+) -> list[Entry]:
+    """Every tensor of an adapter's file, each once. Tensors that the base's ties make one are kept under the first name."""
+    stacked: dict[str, Part] = {}
+    found: list[Entry] = []
+    seen: set[int] = set()
+    for path, part in parts.items():
+        if layout is not None and layout.stacked and sites[path] != WHOLE_ROLE:
+            stacked[path] = part
+            continue
+        start = (SOFT_PREFIX if layout is not None and layout.stacked else PREFIX) + (f"{path}." if path else "")
+        for name, parameter in part.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if layout is None or sites[path] == WHOLE_ROLE:
+                found.append(_plain(start + name, parameter, tuple(parameter.shape)))
+            else:
+                module = model.get_submodule(path)
+                suffixes = layout.embedding_tensors if isinstance(module, nn.Embedding) else {}
+                suffix = suffixes.get(name) or layout.tensors[name]
+                template = _template(layout, name, module, sites[path])
+                assert template is not None, "layout_of has asked"
+                found.append(_plain(start + suffix, parameter, _shape(template, parameter, module)))
+    if stacked and layout is not None:
+        found.append(_stack(layout, stacked, shared))
+    for name, parameter in shared.named_parameters() if shared is not None else ():
+        plain = _plain(SHARED_PREFIX + name, parameter, tuple(parameter.shape))
+        found.append(replace(plain, used_in=torch.float32))
+    return found
+
+
+def _plain(key: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Entry:
+    def put(value: Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(value.reshape(parameter.shape))
+
+    return Entry(key=key, shape=shape, take=lambda: parameter.detach().reshape(shape), put=put)
+
+
+def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | None) -> Entry:
+    """The one tensor (P, everything else) in which PEFT keeps a soft prompt: for each site in order its tensors in order, heads inside."""
+    assert layout.stacked is not None
+
+    def tensors() -> list[Tensor]:
+        """Each site's tensors, computed by the shared module where there is one."""
+        made = shared() if shared is not None else None
+        if made is None:
+            return [getattr(part, name) for part in parts.values() for name in layout.tensors]
+        return [
+            tensor for part in parts.values() if isinstance(part, AttentionPart) for tensor in part.keys_values(made)
+        ]
+
+    @torch.no_grad()
+    def take() -> Tensor:
+        return torch.cat([_rows(tensor).flatten(1) for tensor in tensors()], dim=1)
+
+    @torch.no_grad()
+    def put(value: Tensor) -> None:
+        if shared is not None:
+            return  # computed from tensors that the file holds as well
+        own = tensors()
+        pieces = value.split([_rows(tensor).flatten(1).shape[1] for tensor in own], dim=1)
+        for tensor, piece in zip(own, pieces, strict=True):
+            _rows(tensor).copy_(piece.reshape(_rows(tensor).shape))
+
+    return Entry(key=layout.stacked, shape=tuple(take().shape), take=take, put=put)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A view with the virtual tokens first: keys and values are (H, P, D)."""
+    return tensor.transpose(0, 1) if tensor.dim() == 3 else tensor
+
+
+def _template(layout: PeftLayout, tensor: str, module: nn.Module, role: str) -> tuple[int | str, ...] | None:
+    """The shape on disk by the most particular rule there is; (...) unchanged where there is none."""
+    rules = layout.shapes.get(tensor, {})
+    kind = kind_of(module)
+    name = kind.name if kind is not None else ""
+    for rule in (f"{name} {role}", name, role, ""):
+        if rule in rules:
+            return rules[rule]
+    return ("same",)
+
+
+def _shape(template: tuple[int | str, ...], parameter: Tensor, module: nn.Module) -> tuple[int, ...]:
+    if template == ("same",):
+        return tuple(parameter.shape)
+    sizes: list[int] = []
+    for position, item in enumerate(template):
+        if item == "kernel":
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            sizes += weight.shape[1:]
+        else:
+            assert isinstance(item, int)
+            sizes.append(parameter.shape[position] if item == 0 else item)
+    return tuple(torch.empty(parameter.shape, device="meta").reshape(sizes).shape)
+
+
+def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mapping[str, str]) -> str | None:
+    """Where PEFT means something else by this method, in words; None if nowhere."""
+    if (
+        layout.stacked
+        and issubclass(method.part, AttentionPart)
+        and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    ):
+        return f"{method.name} on an encoder-decoder: PEFT puts the prefix into the decoder alone"
+    for path, role in sites.items():
+        module = model.get_submodule(path)
+        for tensor in layout.tensors if role != WHOLE_ROLE else ():
+            template = _template(layout, tensor, module, role)
+            if template is None or ("kernel" in template and getattr(module, "groups", 1) > 1):
+                return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} computes something else there"
+    return None
