@@ -164,6 +164,11 @@ def check_method(model: nn.Module, method: Method) -> None:
             )
 
 
+def output_head(model: Any) -> nn.Module | None:
+    """The layer over the vocabulary."""
+    return model.get_output_embeddings()
+
+
 def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> SiteFacts:
     """Sizes of an attention's keys and values, or of the input embedding."""
     if role == "input":

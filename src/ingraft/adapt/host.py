@@ -18,6 +18,7 @@ The rows of a mixed batch are sliced group by group behind the one base call, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,11 +119,11 @@ def _mixed(
     x = _first(args, kwargs)
     fast = all(not on_weight or _shortcuts(state, on_weight) for on_weight, _, _ in split) and len(args) == 1 and not kwargs
     touches_weight = any(on_weight for on_weight, _, _ in split)
-    if touches_weight and (len(args) != 1 or kwargs):
+    if touches_weight and any(isinstance(other, Tensor | tuple | list | dict) for other in (*args, *kwargs.values()) if other is not x):
         raise IngraftError(f"rows: {state.path} takes more than one input; its weight cannot differ from row to row. Run the rows separately.")
     if touches_weight or x.shape[0] == 1:
-        x = spread(x, n)
-        args = (x, *args[1:]) if args else args
+        x = spread(x, call)
+        args, kwargs = _with_first(x, args, kwargs)
     size = x.shape[0]
     pieces: list[Tensor] = []
     order: list[Tensor] = []
@@ -132,12 +133,14 @@ def _mixed(
         y_all, rest, bare = _base_once(host, state, call, split, x, n, base, args, kwargs)
     else:
         bare = False
-    for on_weight, on_output, rows in split:
+    for group, (on_weight, on_output, rows) in zip(call.groups, split, strict=True):
         assert rows is not None
         entries = entries_of(rows, size, n, state.path).to(x.device)
         x_rows = x.index_select(0, entries)
         if y_all is None:
-            y = _general(host, state.kind, on_weight, base, (x_rows,), {}) if on_weight else base(x_rows)
+            some_args, some_kwargs = _with_first(x_rows, args, kwargs)
+            with _alone(state, call.of_group(group)):
+                y = _general(host, state.kind, on_weight, base, some_args, some_kwargs) if on_weight else base(*some_args, **some_kwargs)
         else:
             y = y_all.index_select(0, entries)
             if on_weight:
@@ -153,6 +156,16 @@ def _mixed(
     inverse = torch.argsort(torch.cat(order))
     y = torch.cat(pieces).index_select(0, inverse)
     return (y, *rest) if rest else y
+
+
+@contextmanager
+def _alone(state: HostState, call: Call) -> Iterator[None]:
+    """Let hosts inside this module see the rows they are given as a whole batch."""
+    before, state.control.call = state.control.call, call
+    try:
+        yield
+    finally:
+        state.control.call = before
 
 
 def _base_once(
@@ -311,11 +324,12 @@ def composed(kind: Kind | None, parts: Sequence[WeightPart | ParameterPart], par
         values = {name: _sum_of_changes(old, [result[name] for result in results]) for name, old in parameters.items()}
     for part in chains:
         values = _changed(kind, part, values)
-    return {
-        name: value if value is None or (old := parameters[name]) is None else value.to(old.dtype)
-        for name, value in values.items()
-        if value is not parameters[name]
-    }
+    changed: dict[str, Tensor | None] = {}
+    for name, value in values.items():
+        old = parameters[name]
+        if value is not old:
+            changed[name] = value if value is None or old is None else value.to(old.dtype)
+    return changed
 
 
 def _changed(kind: Kind | None, part: WeightPart | ParameterPart, parameters: Values) -> dict[str, Tensor | None]:
@@ -363,6 +377,8 @@ def _outputs(
     kwargs: dict[str, Any],
 ) -> Tensor:
     def rerun(x_again: Tensor) -> Tensor:
+        nonlocal x
+        x = x_again  # a further part acts on what this one made of the input
         again = base(x_again, *args[1:], **kwargs)
         return again[0] if isinstance(again, tuple) else again
 
@@ -374,6 +390,11 @@ def _outputs(
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The module's first input, however it was passed."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same inputs with another first one."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
 def _open_spans(state: HostState, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

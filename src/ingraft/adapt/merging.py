@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, Kept, host_state, part_of, require_control
 from ingraft.adapt.host import composed, own_parameters
@@ -54,12 +54,17 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
     modules = base_modules(model)
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.sites))
     ties = _ties(modules)
-    _refuse_ties(modules, paths, names, ties, untie)
     kept: list[Kept] = []
     written: dict[int, nn.Parameter] = {}
     try:
         for path in _tracked(paths, progress):
-            _write(modules[path], path, names, safe, kept, written)
+            for name, value in _values(modules[path], names).items():
+                if not untie and (problem := _tied(modules, path, name, names, ties)) is not None:
+                    problems.append(problem)
+                else:
+                    _write(modules[path], path, name, value, safe, kept, written)
+        if problems:
+            raise IngraftError(*problems)
     except BaseException:
         _put_back(modules, kept)
         raise
@@ -68,23 +73,27 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
     _record_untied(model, control, modules, ties)
 
 
-def _write(module: nn.Module, path: str, names: tuple[str, ...], safe: bool, kept: list[Kept], written: dict[int, nn.Parameter]) -> None:
-    """Put the composed values of one module in place, keeping the originals."""
+def _values(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The parameters of one module as these adapters want them, those that change."""
     state = host_state(module)
     assert state is not None
     parts = [part for name in names if isinstance(part := part_of(module, name), WeightPart | ParameterPart)]
-    for name, value in composed(state.kind, parts, own_parameters(module)).items():
-        if value is None:
-            continue
-        old = module._parameters[name]
-        if safe and not torch.isfinite(value).all():
-            raise IngraftError(f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged.")
-        shared = written.get(id(old)) if old is not None and all(isinstance(part, ParameterPart) for part in parts) else None
-        new = shared if shared is not None else nn.Parameter(value.detach().clone(), requires_grad=False)
-        if old is not None:
-            written[id(old)] = new
-        kept.append(Kept(path=path, name=name, parameter=old))
-        module._parameters[name] = new
+    return {name: value for name, value in composed(state.kind, parts, own_parameters(module)).items() if value is not None}
+
+
+def _write(
+    module: nn.Module, path: str, name: str, value: Tensor, safe: bool, kept: list[Kept], written: dict[int, nn.Parameter]
+) -> None:
+    """Put one value in place, keeping the original. Full tuning of both sides of a tie gives them one tensor again."""
+    old = module._parameters[name]
+    if safe and not torch.isfinite(value).all():
+        raise IngraftError(f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged.")
+    new = nn.Parameter(value.detach().clone(), requires_grad=False)
+    if old is not None:
+        other = written.setdefault(id(old), new)
+        new = other if torch.equal(other, new) else new
+    kept.append(Kept(path=path, name=name, parameter=old))
+    module._parameters[name] = new
 
 
 def _put_back(modules: dict[str, nn.Module], kept: Iterable[Kept]) -> None:
@@ -119,25 +128,21 @@ def _ties(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def _refuse_ties(modules: dict[str, nn.Module], paths: list[str], names: tuple[str, ...], ties: dict[int, list[str]], untie: bool) -> None:
-    problems: list[str] = []
-    for path in paths:
-        parts = [part_of(modules[path], name) for name in names]
-        for name, parameter in modules[path]._parameters.items():
-            others = [other for other in ties.get(id(parameter), []) if other != path]
-            follows = all(
-                isinstance(part_of(modules[other], adapter), ParameterPart)
-                for other in [*others, path]
-                for adapter, part in zip(names, parts, strict=True)
-                if part is not None
-            )
-            if others and not follows and not untie:
-                problems.append(
-                    f"merge: {path}.{name} is tied to {', '.join(others)}; writing it would change both. "
-                    "Pass untie=True to give the merged weight a tensor of its own (the model grows by its size)."
-                )
-    if problems:
-        raise IngraftError(*problems)
+def _tied(modules: dict[str, nn.Module], path: str, name: str, names: tuple[str, ...], ties: dict[int, list[str]]) -> str | None:
+    """Why writing this parameter would change another module as well, or None. Parts of full tuning follow the tie themselves."""
+    others = [other for other in ties.get(id(modules[path]._parameters[name]), []) if other != path]
+    follows = all(
+        isinstance(part_of(modules[other], adapter), ParameterPart)
+        for other in [*others, path]
+        for adapter in names
+        if part_of(modules[path], adapter) is not None
+    )
+    if not others or follows:
+        return None
+    return (
+        f"merge: {path}.{name} is tied to {', '.join(others)}; writing it would change both. "
+        "Pass untie=True to give the merged weight a tensor of its own (the model grows by its size)."
+    )
 
 
 def _record_untied(model: nn.Module, control: Control, modules: dict[str, nn.Module], before: dict[int, list[str]]) -> None:

@@ -99,6 +99,12 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
     return hf.site_facts(model, path, module, role)
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, which "all-linear" leaves alone; None where the model names none."""
+    hf = _hf(model)
+    return hf.output_head(model) if hf else None
+
+
 def width_of(model: nn.Module, module: nn.Module) -> int:
     """Width of what a module returns: of its own weight, of the config, or of the last layer inside it."""
     kind = kind_of(module)

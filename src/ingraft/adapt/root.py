@@ -9,12 +9,13 @@ failure this package could have.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ingraft.adapt.control import Control, child_name, control_of, host_state
+from ingraft.adapt.control import Control, child_name, control_of, host_state, part_of
 from ingraft.adapt.swap import Forward, Mixin
 from ingraft.errors import IngraftError
 
@@ -24,13 +25,21 @@ class Root(Mixin):
 
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return around_model(module, lambda: base(*args, **kwargs))
+        return around_model(module, lambda: base(*args, **kwargs), _batch_size(args, kwargs))
 
 
-def around_model(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """Run one forward of the model with its control made ready."""
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of the batch, repeated ones counted; 0 if no input tells."""
+    inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
+    return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim() > 0), 0)
+
+
+def around_model(model: nn.Module, run: Callable[[], Any], size: int = 0) -> Any:
+    """Run one forward of the model, over a batch of this size, with its control made ready."""
     control = control_of(model)
     assert control is not None
+    if control.call.rows is not None and control.call.size != size:
+        control.call = replace(control.call, size=size)
     acting = {name for group in control.call.groups for name in group.names}
     if control.auto_step and any(control.adapters[name].dropout for name in acting):
         control.call = control.call.at_step(control.call.step + 1, None)
@@ -71,10 +80,14 @@ def _checked(model: nn.Module, control: Control, acting: set[str], run: Callable
     finally:
         for handle in handles:
             handle.remove()
+    # A tied parameter that some other host computed with is in use, wherever else it is registered (T5's `shared`).
+    used = {id(p) for path in hosts if _has_run(model, path) for name in acting for p in _tensors(model, path, name)}
     bypassed = [
         path
         for path in hosts
-        if path.rpartition(".")[0] in ran and (state := host_state(model.get_submodule(path))) is not None and not state.ran
+        if path.rpartition(".")[0] in ran
+        and not _has_run(model, path)
+        and not all(id(p) in used for name in acting for p in _tensors(model, path, name))
     ]
     if bypassed:
         raise IngraftError(
@@ -83,3 +96,13 @@ def _checked(model: nn.Module, control: Control, acting: set[str], run: Callable
         )
     control.unchecked = False
     return result
+
+
+def _has_run(model: nn.Module, path: str) -> bool:
+    state = host_state(model.get_submodule(path))
+    return state is None or state.ran
+
+
+def _tensors(model: nn.Module, path: str, adapter: str) -> list[nn.Parameter]:
+    part = part_of(model.get_submodule(path), adapter)
+    return [] if part is None else list(part.parameters())

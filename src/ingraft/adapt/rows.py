@@ -46,12 +46,14 @@ class Call:
         rows: the adapters of each row, or None.
         step: the optimiser step that dropout is a function of; a tensor, so that compiled graphs need not be made anew.
         row_ids: (n,) the identity of each row for dropout; None counts from zero.
+        size: entries of the model's own input in dimension 0, which is more than n where rows are repeated (beams); 0 if unknown.
     """
 
     active: Names = ()
     rows: tuple[Names, ...] | None = None
     step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
     row_ids: Tensor | None = field(default=None, compare=False)
+    size: int = field(default=0, compare=False)
     groups: tuple[Group, ...] = field(init=False, compare=False)
     """Rows by adapters, in order of first appearance; together they cover every row once. Made at once, not when asked for: compiled
     code can follow neither a lock nor a cache."""
@@ -67,6 +69,14 @@ class Call:
     def at_step(self, step: Tensor, row_ids: Tensor | None) -> Call:
         """The same adapters at another step of training."""
         return replace(self, step=step, row_ids=row_ids)
+
+    def of_group(self, group: Group) -> Call:
+        """The same call as seen by code that is run on one group's rows only."""
+        if group.rows is None or self.rows is None:
+            return self
+        ids = torch.arange(len(self.rows)) if self.row_ids is None else self.row_ids
+        picked = ids[torch.tensor(group.rows, device=ids.device)]
+        return replace(self, active=group.names, rows=None, row_ids=picked, size=0)
 
 
 def _groups(active: Names, rows: tuple[Names, ...] | None) -> tuple[Group, ...]:
@@ -111,9 +121,12 @@ def entries_of(rows: tuple[int, ...], size: int, n: int, where: str) -> Tensor:
     return index if k == 1 else (index[:, None] * k + torch.arange(k)).flatten()
 
 
-def spread(x: Tensor, n: int) -> Tensor:
-    """Repeat an input that all rows share, so that each row has its own."""
-    return x.expand(n, *x.shape[1:]) if x.shape[0] == 1 and n > 1 else x
+def spread(x: Tensor, call: Call) -> Tensor:
+    """Repeat an input that all rows share, so that each entry of the batch has its own."""
+    if x.shape[0] != 1 or call.rows is None:
+        return x
+    n = len(call.rows)
+    return x.expand(call.size if call.size and call.size % n == 0 else n, *x.shape[1:])
 
 
 def row_keys(call: Call, salt: int, size: int, entries: Tensor | None, device: torch.device) -> Tensor:

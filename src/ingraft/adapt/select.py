@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ingraft.adapt import models
+from ingraft.adapt import models
 from ingraft.adapt.roles import ROLES, sites_of_role
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
@@ -107,6 +108,8 @@ def _targets(
 def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output head (and, on a classifier, the head that lies beside the base)."""
     linear = [path for path, module in modules.items() if (kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed")]
+    head = models.output_head(model)
+    linear = [path for path in linear if modules[path] is not head]
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and prefix in modules:
         inside = [path for path in linear if path.startswith(prefix + ".")]
@@ -186,8 +189,8 @@ def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> st
             return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead."
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return f"{what}: its weight is computed (parametrized or weight-normed), so changing it would do nothing. Remove the parametrization first."
-    elif issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding):
-        return f"{what}: a bottleneck adapts what a block or projection returns, not an embedding."
+    elif issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding | nn.Conv2d):
+        return f"{what}: {method.name} adapts what a block or projection returns, vectors of features; this is an embedding or a convolution."
     elif issubclass(part, AttentionPart | InputPart) and role not in ("attention", "input"):
         return f"{what}: {method.name} has no choice of modules; leave target_modules out."
     return None
@@ -195,7 +198,7 @@ def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> st
 
 def _tie_warnings(model: nn.Module, modules: dict[str, nn.Module], sites: dict[str, str], method: Method) -> list[str]:
     """Adapting one side of a tied weight is allowed, and said."""
-    if not issubclass(method.part, WeightPart):
+    if not issubclass(method.part, WeightPart) or not method.part.needs_matrix:
         return []
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():

@@ -27,15 +27,17 @@ def shadowed(layer: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[
     """For the length of the block, let the layer's own code find these values under its parameters' names.
 
     The values go into the instance's `__dict__`, which attribute look-up prefers to the registered parameters; those stay where they
-    are, so names, ties and optimisers never notice. `object.__setattr__` because `nn.Module`'s own would register them.
+    are, so names, ties and optimisers never notice. Written to the dictionary itself, because `nn.Module`'s own `__setattr__` would register
+    them and torch.compile cannot follow `object.__delattr__`.
     """
+    attributes = layer.__dict__
     for name, value in values.items():
-        object.__setattr__(layer, name, value)
+        attributes[name] = value
     try:
         yield
     finally:
         for name in values:
-            object.__delattr__(layer, name)
+            del attributes[name]
 
 
 class Kind(ABC):

@@ -33,6 +33,11 @@ class BitFitConfig(MethodConfig):
 
     add_bias: bool = False
 
+    def __post_init__(self) -> None:
+        if self.add_bias and self.target_modules is None:
+            object.__setattr__(self, "target_modules", ("biases", "all-linear"))
+        super().__post_init__()
+
 
 class BitFit(ShortcutPart):
     """See the file's header."""
@@ -44,6 +49,8 @@ class BitFit(ShortcutPart):
         super().__init__()
         if facts.b is None and not config.add_bias:
             raise IngraftError(f"bitfit: {facts.path} has no bias. Pass add_bias=true to graft one onto it.")
+        if facts.b is None and "bias" not in facts.module._parameters:
+            raise IngraftError(f"bitfit: {facts.path} is a layer that knows no bias, so one grafted onto it would do nothing. Leave it out.")
         W = facts.matrix()
         self.d = nn.Parameter(torch.zeros(W.shape[0], device=W.device))
 
