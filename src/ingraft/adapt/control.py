@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.rows import Call
+from ingraft.adapt.swap import Mixin
 from ingraft.adapt.weights import Kind
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Method, MethodConfig, Part
@@ -94,6 +95,8 @@ class Control:
     spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     shared: dict[str, Any] = field(default_factory=dict[str, Any])
     restore: dict[str, Any] = field(default_factory=dict[str, Any])
+    laid: list[type[Mixin]] = field(default_factory=list["type[Mixin]"])
+    """Further mixins over the root (`ingraft.peft`'s), which come off with the last adapter."""
 
     def shared_of(self, name: str) -> Any:
         """What the adapter's shared module returned for this forward, None if it has none."""

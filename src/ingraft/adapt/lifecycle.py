@@ -366,7 +366,8 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
     if control.adapters:
         _act(control, replace(control.call, active=tuple(n for n in control.call.active if n not in names), rows=None))
         return model
-    unswap(model, models.root_mixin(model))
+    for mixin in (*control.laid, models.root_mixin(model)):
+        unswap(model, mixin)
     del model.__dict__[ATTRIBUTE]
     for path, parameter in base_parameters(model).items():
         parameter.requires_grad_(control.required_grad.get(path, False))

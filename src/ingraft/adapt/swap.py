@@ -45,7 +45,7 @@ def swapped_class(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:
 
     def rebuild(self: nn.Module, protocol: Any) -> Any:
         del protocol
-        return _blank, (cls, mixin), self.__getstate__()
+        return _blank, (original_class(self), _stack(self)), self.__getstate__()
 
     behaviour = {
         name: value for part in reversed(mixin.__mro__[:-1]) for name, value in vars(part).items() if name not in _NOT_COPIED
@@ -69,9 +69,19 @@ def beneath(module: Any, mixin: type[Mixin]) -> Any:
     return super(cls, module)
 
 
-def _blank(cls: type[nn.Module], mixin: type[Mixin]) -> nn.Module:
+def _stack(module: nn.Module) -> tuple[type[Mixin], ...]:
+    """The mixins over a module, lowest first."""
+    found: list[type[Mixin]] = []
+    cls: Any = type(module)
+    while "ingraft_original" in vars(cls):
+        found.append(cls.ingraft_mixin)
+        cls = cls.ingraft_original
+    return tuple(reversed(found))
+
+
+def _blank(cls: type[nn.Module], mixins: tuple[type[Mixin], ...]) -> nn.Module:
     """An empty instance for copy and pickle to fill."""
-    klass = swapped_class(cls, mixin)
+    klass = functools.reduce(swapped_class, mixins, cls)
     return klass.__new__(klass)
 
 
