@@ -18,12 +18,14 @@ from ingraft.testing.cases import (
     differs,
     gradients,
     loss_of,
+    merge,
     on_weights,
     output,
     randomise,
     refused,
     run,
     same,
+    shared_over_rows,
     taken,
 )
 from ingraft.testing.suite import law
@@ -65,25 +67,22 @@ def _reference(case: Case, batch: dict[str, Tensor]) -> Tensor:
     part = case.part
     if on_weights(case) and not (issubclass(part, WeightPart) and part.composition == "chain"):
         base = case.base()
-        start = {key: p.detach().clone() for key, p in base.named_parameters()}
-        made = []
+        start = {key: p.detach() for key, p in base.named_parameters(remove_duplicate=False)}
+        made: list[dict[str, Tensor]] = []
         for name in ("a", "b"):
             model = case.adapted(name)
-            adapt.merge(model)
+            merge(model)
             adapt.detach(model, keep_merged=True)
-            made.append({key: p.detach() for key, p in model.named_parameters()})
-        grafted = {key for one in made for key in one if key not in start}  # biases that were not there
-        with torch.no_grad():
-            for key in grafted:
-                owner, _, leaf = key.rpartition(".")
-                base.get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(torch.zeros_like(made[0][key])))
-            for key, p in base.named_parameters():
-                origin = start.get(key, torch.zeros_like(p))
-                p.copy_(origin + sum(one[key] - origin for one in made))
+            made.append({key: p.detach() for key, p in model.named_parameters(remove_duplicate=False)})
+        for key in made[0]:
+            origin = start.get(key, torch.zeros(()))  # a bias that was not there
+            owner, _, leaf = key.rpartition(".")
+            value = origin + sum(one[key] - origin for one in made)
+            base.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value)
         return run(base, batch)
     if on_weights(case):
         model = case.adapted("a")
-        adapt.merge(model)
+        merge(model)
         adapt.detach(model, keep_merged=True)
         case.attach(model, "b")
         return run(model, batch)
@@ -129,7 +128,7 @@ def copies_are_independent(case: Case) -> None:
         randomise(twin, "a")
         same(run(model, batch), active, "original after the copy's values changed")
         if on_weights(case):
-            adapt.merge(twin, "b")
+            merge(twin, "b")
             same(run(model, batch), active, "original after the copy's merge")
             adapt.unmerge(twin)
         adapt.detach(twin)
@@ -155,13 +154,6 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _shared_over_rows(case: Case) -> str | None:
-    """Full tuning of everything includes T5's relative position bias, which is computed once for a whole batch."""
-    if case.method.sites == ("parameters",) and case.subject.name == "t5":
-        return "T5's relative position bias is computed once for the whole batch: refused by name"
-    return None
-
-
 def _refuses_rows(case: Case) -> None:
     model = case.adapted("a", "b")
     expected = run(model, case.batch(2))
@@ -170,7 +162,7 @@ def _refuses_rows(case: Case) -> None:
     same(run(model, case.batch(2)), expected, "output after the refusal")
 
 
-@law(13, refusal=_shared_over_rows, refuses=_refuses_rows)
+@law(13, refusal=shared_over_rows, refuses=_refuses_rows)
 def mixed_rows_are_each_row_alone(case: Case) -> None:
     """In a batch whose rows have different adapters, or none, or several, each row is what it is alone."""
     model, batch = case.adapted("a", "b"), case.batch(len(MIX))
@@ -181,7 +173,7 @@ def mixed_rows_are_each_row_alone(case: Case) -> None:
         close(mixed[row : row + 1], run(model, _one_row(batch, row)), f"row {row} ({entry}) in the batch and alone")
 
 
-@law(13, refusal=_shared_over_rows, refuses=_refuses_rows)
+@law(13, refusal=shared_over_rows, refuses=_refuses_rows)
 def rows_that_agree_are_a_whole_batch(case: Case) -> None:
     """Rows that all name the same adapter are that adapter acting on the batch, and repeated rows (beams) count as their row."""
     model, batch = case.adapted("a", "b"), case.batch(4)
@@ -193,7 +185,7 @@ def rows_that_agree_are_a_whole_batch(case: Case) -> None:
         same(mixed, run(model, batch), "two rows repeated twice and four rows")
 
 
-@law(13, refusal=_shared_over_rows, refuses=_refuses_rows)
+@law(13, refusal=shared_over_rows, refuses=_refuses_rows)
 def mixed_rows_train_each_adapter_by_its_rows(case: Case) -> None:
     """In a mixed batch the gradients of an adapter are those of its own rows alone."""
     model, batch = case.adapted("a", "b"), case.batch(4)

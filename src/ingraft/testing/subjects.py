@@ -304,7 +304,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
     # A Llama and a T5 have no biases.
-    "bitfit": {name: {"add_bias": True} for name in ("llama", "t5", "linear", "conv2d", "conv2d-groups")},
+    "bitfit": {
+        **{name: {"add_bias": True} for name in ("llama", "t5")},
+        **{name: {"add_bias": True, "target_modules": ["first", "second"]} for name in ("linear", "conv2d", "conv2d-groups")},
+    },
 }
 
 _DROPOUT = {"lora": "lora_dropout", "dora": "lora_dropout", "houlsby": "dropout", "pfeiffer": "dropout", "parallel": "dropout"}
