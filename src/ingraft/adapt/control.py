@@ -192,7 +192,9 @@ def require_control(model: nn.Module) -> Control:
     """
     control = control_of(model)
     if control is None:
-        raise IngraftError("Nothing is attached to this model; call `ingraft.attach(model, config)` or `ingraft.load(model, folder)` first.")
+        raise IngraftError(
+            "Nothing is attached to this model; call `ingraft.attach(model, config)` or `ingraft.load(model, folder)` first."
+        )
     return control
 
 

@@ -33,7 +33,7 @@ from ingraft.adapt import peft_format
 from ingraft.adapt.control import Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
 from ingraft.adapt.lifecycle import attach, base_parameters, parameters
-from ingraft.adapt.peft_tensors import PREFIX, Entry, entries, layout_of, uncovered
+from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, uncovered
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Part, PeftLayout
 
@@ -192,9 +192,9 @@ def load(
         raise IngraftError(
             f"load: an adapter named {name!r} is attached already; give another name (name=...) or detach it first."
         )
-    config, layout = peft_format.read_config(
-        model, raw, list(header), ours=facts is not None, where=str(folder / CONFIG)
-    )
+    shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
+    ours = facts is not None
+    config, layout = peft_format.read_config(model, raw, shared=shared_too, ours=ours, where=str(folder / CONFIG))
     kept: dict[str, Any] = dict(facts or {})
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:

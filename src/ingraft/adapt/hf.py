@@ -26,7 +26,7 @@ from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, control_of
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import beneath, is_swapped, original_class, swap, unswap
-from ingraft.adapt.virtual import Decoder, Inner, lengths
+from ingraft.adapt.virtual import Decoder, Inner, lengths, names_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
 
@@ -67,7 +67,9 @@ class ModelRoot(Root):
         from ingraft.adapt.files import save, save_resumable
 
         if options.get("push_to_hub"):
-            raise IngraftError("save_pretrained: adapters are written to this machine only; upload the folder with huggingface_hub.")
+            raise IngraftError(
+                "save_pretrained: adapters are written to this machine only; upload the folder with huggingface_hub."
+            )
         if not is_main_process:
             return
         control = require_control(self)
@@ -75,7 +77,9 @@ class ModelRoot(Root):
         for name in names:
             top = name == "default" or len(names) == 1
             save(self, Path(save_directory) if top else Path(save_directory) / name, name, overwrite=True)
-        if Path(save_directory).name.startswith("checkpoint-"):  # the Trainer's; it will look for the model's own file name
+        if Path(save_directory).name.startswith(
+            "checkpoint-"
+        ):  # the Trainer's; it will look for the model's own file name
             save_resumable(self, Path(save_directory))
 
     def load_state_dict(self: Any, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -85,7 +89,9 @@ class ModelRoot(Root):
         result = beneath(self, ModelRoot).load_state_dict(state_dict, False, assign)
         missing = [key for key in result.missing_keys if "adapter:" in key]
         if strict and (missing or result.unexpected_keys):
-            raise RuntimeError(f"adapters in the file and in the model differ: missing {missing}, unexpected {result.unexpected_keys}")
+            raise RuntimeError(
+                f"adapters in the file and in the model differ: missing {missing}, unexpected {result.unexpected_keys}"
+            )
         result.missing_keys[:] = missing
         return result
 
@@ -93,7 +99,9 @@ class ModelRoot(Root):
         """Names of the adapters that act."""
         return list(require_control(self).call.active)
 
-    def get_adapter_state_dict(self: Any, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def get_adapter_state_dict(
+        self: Any, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The trained tensors of one adapter, by the names of `ingraft.adapt.parameters`."""
         from ingraft.adapt.lifecycle import parameters
 
@@ -136,7 +144,11 @@ def inner_path(model: nn.Module) -> str:
         inner = model.get_encoder()  # type: ignore[operator]
     else:
         inner = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
-        while inner is not model and getattr(inner, "decoder", None) is not None and "input_ids" in inspect.signature(inner.decoder.forward).parameters:
+        while (
+            inner is not model
+            and getattr(inner, "decoder", None) is not None
+            and "input_ids" in inspect.signature(inner.decoder.forward).parameters
+        ):
             inner = inner.decoder  # OPT nests the stack that works out masks once more
     return next(path for path, module in model.named_modules() if module is inner)
 
@@ -151,11 +163,19 @@ def check_method(model: nn.Module, method: Method) -> None:
     if issubclass(method.part, InputPart):
         parameters = inspect.signature(original_class(model.get_submodule(inner_path(model))).forward).parameters
         if "inputs_embeds" not in parameters:
-            raise IngraftError(f"{method.name}: {what} embeds no tokens (its forward takes no inputs_embeds), so there is nothing to put a prompt in front of.")
+            raise IngraftError(
+                f"{method.name}: {what} embeds no tokens (its forward takes no inputs_embeds), so there is nothing to put a prompt in front of."
+            )
     if issubclass(method.part, AttentionPart):
-        outside = [block.attention for block in blocks(model) if not prefixes.uses_registry(model.get_submodule(block.attention))]
+        outside = [
+            block.attention
+            for block in blocks(model)
+            if not prefixes.uses_registry(model.get_submodule(block.attention))
+        ]
         if outside:
-            raise IngraftError(f"{method.name}: {what} does not take its attention from transformers' registry ({outside[0]}), so a prefix cannot join it.")
+            raise IngraftError(
+                f"{method.name}: {what} does not take its attention from transformers' registry ({outside[0]}), so a prefix cannot join it."
+            )
         implementation = _implementation(model)
         if implementation not in (*prefixes.OURS, *prefixes.OURS.values()):
             raise IngraftError(
@@ -174,7 +194,14 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
     if role == "input":
         tokens = module.get_input_embeddings()  # type: ignore[operator]
         return SiteFacts(path=path, role=role, module=module, width=_embedding_width(tokens), tokens=tokens)
-    width = next((value for name in ("head_dim", "attention_head_size", "key_value_proj_dim") if isinstance(value := getattr(module, name, None), int)), None)
+    width = next(
+        (
+            value
+            for name in ("head_dim", "attention_head_size", "key_value_proj_dim")
+            if isinstance(value := getattr(module, name, None), int)
+        ),
+        None,
+    )
     config: Any = module.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if width is None:
@@ -216,7 +243,11 @@ def _carry(model: nn.Module, control: Control | None) -> None:
 
 def _configs(model: nn.Module) -> list[Any]:
     """Every config object in the model, once; T5's stacks have copies of their own."""
-    found = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation")}
+    found = {
+        id(config): config
+        for module in model.modules()
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation")
+    }
     return list(found.values())
 
 
@@ -250,6 +281,7 @@ def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
         if wanted and not is_swapped(module, (mixin,)):
             if host_state(module) is None:
                 module.__dict__[HOST_ATTRIBUTE] = HostState(control=control, path=path, kind=None, known_forward=False)
+            names_of(original_class(module))
             swap(module, mixin)
         elif not wanted and is_swapped(module, (mixin,)):
             unswap(module, mixin)

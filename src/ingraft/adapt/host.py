@@ -80,7 +80,13 @@ def acting_parts(host: nn.Module, state: HostState, names: Sequence[str]) -> lis
 
 
 def _whole(
-    host: nn.Module, state: HostState, call: Call, parts: list[Part], base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    host: nn.Module,
+    state: HostState,
+    call: Call,
+    parts: list[Part],
+    base: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """All rows carry the same parts."""
     on_weight, on_output = _by_kind(parts)
@@ -117,10 +123,18 @@ def _mixed(
         )
     split = [(*_by_kind(parts), rows) for parts, rows in work]
     x = _first(args, kwargs)
-    fast = all(not on_weight or _shortcuts(state, on_weight) for on_weight, _, _ in split) and len(args) == 1 and not kwargs
+    fast = (
+        all(not on_weight or _shortcuts(state, on_weight) for on_weight, _, _ in split)
+        and len(args) == 1
+        and not kwargs
+    )
     touches_weight = any(on_weight for on_weight, _, _ in split)
-    if touches_weight and any(isinstance(other, Tensor | tuple | list | dict) for other in (*args, *kwargs.values()) if other is not x):
-        raise IngraftError(f"rows: {state.path} takes more than one input; its weight cannot differ from row to row. Run the rows separately.")
+    if touches_weight and any(
+        isinstance(other, Tensor | tuple | list | dict) for other in (*args, *kwargs.values()) if other is not x
+    ):
+        raise IngraftError(
+            f"rows: {state.path} takes more than one input; its weight cannot differ from row to row. Run the rows separately."
+        )
     if touches_weight or x.shape[0] == 1:
         x = spread(x, call)
         args, kwargs = _with_first(x, args, kwargs)
@@ -140,7 +154,11 @@ def _mixed(
         if y_all is None:
             some_args, some_kwargs = _with_first(x_rows, args, kwargs)
             with _alone(state, call.of_group(group)):
-                y = _general(host, state.kind, on_weight, base, some_args, some_kwargs) if on_weight else base(*some_args, **some_kwargs)
+                y = (
+                    _general(host, state.kind, on_weight, base, some_args, some_kwargs)
+                    if on_weight
+                    else base(*some_args, **some_kwargs)
+                )
         else:
             y = y_all.index_select(0, entries)
             if on_weight:
@@ -169,7 +187,15 @@ def _alone(state: HostState, call: Call) -> Iterator[None]:
 
 
 def _base_once(
-    host: nn.Module, state: HostState, call: Call, split: Any, x: Tensor, n: int, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    host: nn.Module,
+    state: HostState,
+    call: Call,
+    split: Any,
+    x: Tensor,
+    n: int,
+    base: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, tuple[Any, ...], bool]:
     """The one base call of a mixed batch, each group's rows seen through its own `before`. Returns y, other outputs, bias left out."""
     bare = False
@@ -179,7 +205,12 @@ def _base_once(
         bare |= not all(part.additive for part in shortcuts)
         if any(_has_before(part) for part in shortcuts):
             entries = entries_of(rows, x.shape[0], n, state.path).to(x.device)
-            changed.append((entries, _befores(host, state, call, shortcuts, x.index_select(0, entries), entries, x.shape[0], base)[-1]))
+            changed.append(
+                (
+                    entries,
+                    _befores(host, state, call, shortcuts, x.index_select(0, entries), entries, x.shape[0], base)[-1],
+                )
+            )
     for entries, x_rows in changed:
         x = x.index_copy(0, entries, x_rows.to(x.dtype))
     if bare and state.kind is not None:
@@ -224,15 +255,23 @@ def _befores(
     """The input as each part hands it on, outermost first: the last chained part sees x, the base sees the last entry."""
     seen = [x]
     for part in reversed(_ordered(parts)):
-        seen.append(part.before(seen[-1], LayerSite(host, state, call, [], part, entries, size, base)) if _has_before(part) else seen[-1])
+        seen.append(
+            part.before(seen[-1], LayerSite(host, state, call, [], part, entries, size, base))
+            if _has_before(part)
+            else seen[-1]
+        )
     return seen
 
 
 def _ordered(parts: Sequence[ShortcutPart]) -> list[ShortcutPart]:
-    return [part for part in parts if part.composition == "add"] + [part for part in parts if part.composition == "chain"]
+    return [part for part in parts if part.composition == "add"] + [
+        part for part in parts if part.composition == "chain"
+    ]
 
 
-def _shortcut(host: nn.Module, state: HostState, call: Call, parts: list[ShortcutPart], base: Forward, x: Tensor) -> Tensor:
+def _shortcut(
+    host: nn.Module, state: HostState, call: Call, parts: list[ShortcutPart], base: Forward, x: Tensor
+) -> Tensor:
     """before, one base product, after, bias."""
     assert state.kind is not None
     x_base = _befores(host, state, call, parts, x, None, x.shape[0], base)[-1]
@@ -309,7 +348,9 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     return dict(module._parameters)
 
 
-def composed(kind: Kind | None, parts: Sequence[WeightPart | ParameterPart], parameters: Values) -> dict[str, Tensor | None]:
+def composed(
+    kind: Kind | None, parts: Sequence[WeightPart | ParameterPart], parameters: Values
+) -> dict[str, Tensor | None]:
     """The module's parameters as these parts together want them, stored layout, the base's dtype; only those that change.
 
     This is the one place that says how several adapters compose. Merge writes what it returns.

@@ -75,11 +75,15 @@ def attach(
     """
     control = control_of(model) or Control()
     if not NAME.fullmatch(name):
-        raise IngraftError(f"{name!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit.")
+        raise IngraftError(
+            f"{name!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit."
+        )
     if name in control.adapters:
         raise IngraftError(f"An adapter named {name!r} is attached already; detach it first or choose another name.")
     if control.merged:
-        raise IngraftError(f"{', '.join(control.merged)} is merged into the base; call `unmerge` before attaching another adapter.")
+        raise IngraftError(
+            f"{', '.join(control.merged)} is merged into the base; call `unmerge` before attaching another adapter."
+        )
     method = registry.load(config.method)
     sites, whole, remarks = select(model, config, method, strict=strict)
     models.check_method(model, method)
@@ -176,7 +180,9 @@ def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module
     if state is None:
         kind = kind_of(module)
         known = kind is not None and kind.knows_forward(original_class(module), module)
-        state = HostState(control=control, path=path, kind=kind, known_forward=known, carries_rows=models.carries_rows(model, path))
+        state = HostState(
+            control=control, path=path, kind=kind, known_forward=known, carries_rows=models.carries_rows(model, path)
+        )
         module.__dict__[HOST_ATTRIBUTE] = state
         models.enter_host(model, path)
     # The attention reaches its parts through the attention registry, the input through the root; neither runs anything around the module.
@@ -254,7 +260,9 @@ def _act(control: Control, call: Call) -> None:
 
 def _refuse_merged(control: Control, verb: str) -> None:
     if control.merged:
-        raise IngraftError(f"{verb}: {', '.join(control.merged)} is merged into the base's weights and acts on every row; call `unmerge` first.")
+        raise IngraftError(
+            f"{verb}: {', '.join(control.merged)} is merged into the base's weights and acts on every row; call `unmerge` first."
+        )
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -343,7 +351,9 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
         control.require(name)
     names = names or tuple(control.adapters)
     if control.merged and not keep_merged:
-        raise IngraftError(f"detach: {', '.join(control.merged)} is merged; call `unmerge` first (or pass keep_merged=True to keep the merged weights).")
+        raise IngraftError(
+            f"detach: {', '.join(control.merged)} is merged; call `unmerge` first (or pass keep_merged=True to keep the merged weights)."
+        )
     for name in names:
         for path in control.adapters[name].sites:
             host = model.get_submodule(path)
@@ -399,7 +409,11 @@ class Status:
         head = f"{self.trainable:,} of {self.total:,} parameters are trainable ({100 * self.trainable / max(self.total, 1):.4f} %)"
         lines = [
             f"  {a.name:<16} {a.method:<12} {a.sites:>4} sites {a.parameters:>12,} parameters"
-            + "".join(f"  {word}" for word, on in (("active", a.active), ("trainable", a.trainable), ("merged", a.merged)) if on)
+            + "".join(
+                f"  {word}"
+                for word, on in (("active", a.active), ("trainable", a.trainable), ("merged", a.merged))
+                if on
+            )
             for a in self.adapters
         ]
         return "\n".join([head, *lines])
@@ -428,7 +442,9 @@ def status(model: nn.Module) -> Status:
             )
         )
     return Status(
-        adapters=tuple(adapters), trainable=sum(p.numel() for p in trained.values()), total=sum(p.numel() for p in total.values())
+        adapters=tuple(adapters),
+        trainable=sum(p.numel() for p in trained.values()),
+        total=sum(p.numel() for p in total.values()),
     )
 
 
@@ -448,5 +464,3 @@ def expected_count(model: nn.Module, config: MethodConfig) -> int:
         else:
             total += method.count(config, fact)
     return total
-
-

@@ -78,16 +78,26 @@ def _values(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     state = host_state(module)
     assert state is not None
     parts = [part for name in names if isinstance(part := part_of(module, name), WeightPart | ParameterPart)]
-    return {name: value for name, value in composed(state.kind, parts, own_parameters(module)).items() if value is not None}
+    return {
+        name: value for name, value in composed(state.kind, parts, own_parameters(module)).items() if value is not None
+    }
 
 
 def _write(
-    module: nn.Module, path: str, name: str, value: Tensor, safe: bool, kept: list[Kept], written: dict[int, nn.Parameter]
+    module: nn.Module,
+    path: str,
+    name: str,
+    value: Tensor,
+    safe: bool,
+    kept: list[Kept],
+    written: dict[int, nn.Parameter],
 ) -> None:
     """Put one value in place, keeping the original. Full tuning of both sides of a tie gives them one tensor again."""
     old = module._parameters[name]
     if safe and not torch.isfinite(value).all():
-        raise IngraftError(f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged.")
+        raise IngraftError(
+            f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged."
+        )
     new = nn.Parameter(value.detach().clone(), requires_grad=False)
     if old is not None:
         other = written.setdefault(id(old), new)
@@ -128,7 +138,9 @@ def _ties(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def _tied(modules: dict[str, nn.Module], path: str, name: str, names: tuple[str, ...], ties: dict[int, list[str]]) -> str | None:
+def _tied(
+    modules: dict[str, nn.Module], path: str, name: str, names: tuple[str, ...], ties: dict[int, list[str]]
+) -> str | None:
     """Why writing this parameter would change another module as well, or None. Parts of full tuning follow the tie themselves."""
     others = [other for other in ties.get(id(modules[path]._parameters[name]), []) if other != path]
     follows = all(
@@ -145,13 +157,17 @@ def _tied(modules: dict[str, nn.Module], path: str, name: str, names: tuple[str,
     )
 
 
-def _record_untied(model: nn.Module, control: Control, modules: dict[str, nn.Module], before: dict[int, list[str]]) -> None:
+def _record_untied(
+    model: nn.Module, control: Control, modules: dict[str, nn.Module], before: dict[int, list[str]]
+) -> None:
     """Tell the config if the word embeddings are tied no longer, so that a saved model loads as it is."""
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
     after = {path: ids for ids, paths in _ties(modules).items() for path in paths}
-    split = any(len({after[path] for path in paths if path in after}) > 1 for paths in before.values() if len(paths) > 1)
+    split = any(
+        len({after[path] for path in paths if path in after}) > 1 for paths in before.values() if len(paths) > 1
+    )
     if split:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
         control.restore["untied"] = True

@@ -21,7 +21,6 @@ from torch import nn
 
 from ingraft.adapt.control import Adapter
 from ingraft.adapt.lifecycle import WHOLE_ROLE
-from ingraft.adapt.peft_tensors import SHARED_PREFIX
 from ingraft.adapt.select import base_modules, matches
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
@@ -151,12 +150,12 @@ def names_for(paths: Collection[str], modules: Iterable[str], *, dotted: bool = 
 
 
 def read_config(
-    model: nn.Module, raw: Mapping[str, Any], keys: Collection[str], *, ours: bool, where: str
+    model: nn.Module, raw: Mapping[str, Any], *, shared: bool, ours: bool, where: str
 ) -> tuple[MethodConfig, PeftLayout | None]:
     """The method's config that a file means for this model, and the layout of its tensors (None: our own).
 
     Args:
-        keys: names of the tensors that come with it.
+        shared: whether the tensors of the method's shared module come with it (where it has one; PEFT does not keep them).
         ours: whether Ingraft wrote the file; then an unknown field is an error, not a warning.
         where: the file, for messages.
 
@@ -198,7 +197,7 @@ def read_config(
             aliases = layout.aliases.get(name, {})
             value = raw[their]
             options[name] = aliases[value] if isinstance(value, str) and value in aliases else value
-    if layout.unshared and not any(key.startswith(SHARED_PREFIX) for key in keys):
+    if not shared:
         options |= layout.unshared
     options["modules_to_save"] = tuple(_read_whole(model, raw))
     if not layout.stacked:
@@ -275,6 +274,12 @@ def _read_sites(
         raise IngraftError(
             f"{where}: target_modules = {targets!r} matches no module of {original_class(model).__name__}. The adapter is for another base."
         )
+    unmatched = (
+        [] if isinstance(targets, str) else [n for n in targets if not any(matches(n, path) for path in modules)]
+    )
+    for name in sorted(unmatched):
+        hint = nearest(name, {path.rpartition(".")[2] for path in modules})
+        warnings.warn(f"{where}: target_modules: {name!r} matches no module{hint}.", stacklevel=2)
     found: dict[str, Any] = {}
     names: list[str] = []
     for field in layout.role_fields:

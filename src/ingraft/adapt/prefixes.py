@@ -62,11 +62,15 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
-def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Output:
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Output:
     return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, kwargs)
 
 
-def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Output:
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Output:
     """Every modeling file has its own eager function (soft caps, sinks); this finds the module's."""
     own = vars(sys.modules[original_class(module).__module__])["eager_attention_forward"]
     return _attend(own, module, query, key, value, attention_mask, kwargs)
@@ -86,7 +90,11 @@ def _attend(
     if prefix is None:
         return base(module, query, key, value, mask, **kwargs)
     key_BHPD, value_BHPD, seen_BP = prefix
-    if query.shape[2] == 1 and not kwargs.get("dropout") and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+    if (
+        query.shape[2] == 1
+        and not kwargs.get("dropout")
+        and not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    ):
         return _one_query(query, key, value, mask, key_BHPD, value_BHPD, seen_BP, kwargs.get("scaling")), None
     if kwargs.get("position_bias") is not None:
         kwargs = {**kwargs, "position_bias": F.pad(kwargs["position_bias"], (key_BHPD.shape[2], 0))}
@@ -94,7 +102,9 @@ def _attend(
     return base(module, query, torch.cat([key_BHPD, key], 2), torch.cat([value_BHPD, value], 2), mask, **kwargs)
 
 
-def _prefix(module: nn.Module, state: HostState, batch: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _prefix(
+    module: nn.Module, state: HostState, batch: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Keys and values (B, H, P, D) of the acting prefixes, and which of their slots each entry sees (B, P), None for all."""
     call, control = state.current(), state.control
     state.ran = True
@@ -135,7 +145,9 @@ def _prefix(module: nn.Module, state: HostState, batch: int, like: Tensor) -> tu
     return key_BHPD, value_BHPD, seen_BP
 
 
-def _widened(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, seen_BP: Tensor | None, P: int) -> Tensor | None:
+def _widened(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, seen_BP: Tensor | None, P: int
+) -> Tensor | None:
     """The mask with a column for each prefix slot, in the form (bool or additive) it came in."""
     Q, K = query.shape[2], key.shape[2]
     if mask is None:
@@ -148,7 +160,9 @@ def _widened(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None,
         if module.config._attn_implementation == OURS["eager"]:  # type: ignore[union-attr]
             mask = _additive(mask, query.dtype)
     if mask.dim() != 4:
-        raise IngraftError(f"{original_class(module).__name__}: a prefix needs a four-dimensional attention mask, got shape {tuple(mask.shape)}.")
+        raise IngraftError(
+            f"{original_class(module).__name__}: a prefix needs a four-dimensional attention mask, got shape {tuple(mask.shape)}."
+        )
     seen = torch.ones(1, P, dtype=torch.bool, device=query.device) if seen_BP is None else seen_BP
     columns = seen[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
     if mask.dtype != torch.bool:
@@ -179,7 +193,11 @@ def _one_query(
     scores = (query_BHGD @ key.transpose(-1, -2)).float() * scale
     if mask is not None:
         mask = mask[..., : key.shape[2]]
-        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask.float()
+        scores = (
+            scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+            if mask.dtype == torch.bool
+            else scores + mask.float()
+        )
     prefix_scores = (query_BHGD @ key_BHPD.transpose(-1, -2)).float() * scale
     if seen_BP is not None:
         prefix_scores = prefix_scores.masked_fill(~seen_BP[:, None, None, :], torch.finfo(torch.float32).min)

@@ -53,12 +53,18 @@ def blocks(model: nn.Module) -> list[Block]:
     """
     found: list[Block] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0 or any(name.startswith(block.path + ".") for block in found):
+        if (
+            not isinstance(module, nn.ModuleList)
+            or len(module) == 0
+            or any(name.startswith(block.path + ".") for block in found)
+        ):
             continue
         if len({original_class(child) for child in module}) != 1 or not all(_cores(child) for child in module):
             continue
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-        found += [_block(f"{name}.{index}" if name else str(index), child, model_type) for index, child in enumerate(module)]
+        found += [
+            _block(f"{name}.{index}" if name else str(index), child, model_type) for index, child in enumerate(module)
+        ]
     if not found:
         raise IngraftError(
             f"{original_class(model).__name__}: no transformer blocks were found (a ModuleList of modules that each hold an attention with a "
@@ -79,7 +85,11 @@ def _cores(block: nn.Module) -> list[str]:
 
 def _linears(module: nn.Module) -> list[str]:
     """Paths of the linear layers within a module, in the order in which it registers them."""
-    return [name for name, layer in module.named_modules() if (kind := kind_of(layer)) and kind.name in ("linear", "conv1d-transposed")]
+    return [
+        name
+        for name, layer in module.named_modules()
+        if (kind := kind_of(layer)) and kind.name in ("linear", "conv1d-transposed")
+    ]
 
 
 def _width_out(layer: nn.Module) -> int:
@@ -153,5 +163,7 @@ def sites_of_role(model: nn.Module, role: str) -> dict[str, str]:
         elif block.mlp_out is not None:
             found[block.mlp_out] = role
     if not found:
-        raise IngraftError(f"{original_class(model).__name__}: no place with the role {role!r} was found; name modules in target_modules.")
+        raise IngraftError(
+            f"{original_class(model).__name__}: no place with the role {role!r} was found; name modules in target_modules."
+        )
     return found

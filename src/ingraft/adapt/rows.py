@@ -99,7 +99,9 @@ def rows_of(entries: Sequence[str | None | Sequence[str]], known: Sequence[str])
     rows = tuple(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries)
     unknown = sorted({name for names in rows for name in names if name not in known})
     if unknown:
-        raise IngraftError(*(f"rows: no adapter named {name!r} is attached (attached: {', '.join(known)})." for name in unknown))
+        raise IngraftError(
+            *(f"rows: no adapter named {name!r} is attached (attached: {', '.join(known)})." for name in unknown)
+        )
     if not rows:
         raise IngraftError("rows: the list of adapters per row is empty.")
     return rows

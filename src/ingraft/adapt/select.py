@@ -19,7 +19,16 @@ from ingraft.adapt.roles import ROLES, sites_of_role
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
-from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, OutputPart, ParameterPart, Part, WeightPart
+from ingraft.methods.contract import (
+    AttentionPart,
+    InputPart,
+    Method,
+    MethodConfig,
+    OutputPart,
+    ParameterPart,
+    Part,
+    WeightPart,
+)
 
 ALL_LINEAR = "all-linear"
 
@@ -43,7 +52,9 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith("." + pattern)
 
 
-def select(model: nn.Module, config: MethodConfig, method: Method, *, strict: bool = True) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
+def select(
+    model: nn.Module, config: MethodConfig, method: Method, *, strict: bool = True
+) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
     """Resolve a config against a model; nothing is changed.
 
     Returns:
@@ -61,11 +72,17 @@ def select(model: nn.Module, config: MethodConfig, method: Method, *, strict: bo
         excluded = _by_pattern(modules, config.exclude_modules, "exclude_modules", unmatched)
         sites = {path: role for path, role in sites.items() if path not in excluded}
     if config.layers_to_transform is not None:
-        sites = {path: role for path, role in sites.items() if (index := _block_index(path)) is None or index in config.layers_to_transform}
+        sites = {
+            path: role
+            for path, role in sites.items()
+            if (index := _block_index(path)) is None or index in config.layers_to_transform
+        }
     sites = {path: role for path, role in sites.items() if path not in whole}
     for path in (*sites, *whole):
         problems += _host_problems(path, modules[path])
-    problems += [problem for path, role in sites.items() if (problem := _site_problem(path, role, modules[path], method))]
+    problems += [
+        problem for path, role in sites.items() if (problem := _site_problem(path, role, modules[path], method))
+    ]
     if not sites and not problems and not unmatched:
         problems.append(f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}.")
     if strict or not sites:
@@ -74,11 +91,20 @@ def select(model: nn.Module, config: MethodConfig, method: Method, *, strict: bo
         raise IngraftError(*problems)
     order = {path: index for index, path in enumerate(modules)}
     sites = dict(sorted(sites.items(), key=lambda item: order[item[0]]))
-    return sites, tuple(sorted(whole, key=lambda path: order[path])), unmatched + _tie_warnings(model, modules, sites, method)
+    return (
+        sites,
+        tuple(sorted(whole, key=lambda path: order[path])),
+        unmatched + _tie_warnings(model, modules, sites, method),
+    )
 
 
 def _targets(
-    model: nn.Module, modules: dict[str, nn.Module], config: MethodConfig, method: Method, problems: list[str], unmatched: list[str]
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: MethodConfig,
+    method: Method,
+    problems: list[str],
+    unmatched: list[str],
 ) -> dict[str, str]:
     wanted: str | Sequence[str] = method.sites if config.target_modules is None else config.target_modules
     named = (wanted,) if isinstance(wanted, str) and wanted in (ALL_LINEAR, "biases", "parameters", *ROLES) else wanted
@@ -94,7 +120,9 @@ def _targets(
         elif name == ALL_LINEAR:
             found.update(dict.fromkeys(all_linear(model, modules), "weight"))
         elif name == "biases":
-            found.update({path: "weight" for path, module in modules.items() if kind_of(module) and bias_of(module) is not None})
+            found.update(
+                {path: "weight" for path, module in modules.items() if kind_of(module) and bias_of(module) is not None}
+            )
         elif name == "parameters":
             found.update({path: "weight" for path, module in modules.items() if _owns_parameters(module)})
         else:
@@ -107,7 +135,11 @@ def _targets(
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output head (and, on a classifier, the head that lies beside the base)."""
-    linear = [path for path, module in modules.items() if (kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed")]
+    linear = [
+        path
+        for path, module in modules.items()
+        if (kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed")
+    ]
     head = models.output_head(model)
     linear = [path for path in linear if modules[path] is not head]
     prefix = getattr(model, "base_model_prefix", "")
@@ -119,7 +151,9 @@ def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     return linear[:-1] if len(linear) > 1 else linear
 
 
-def _by_pattern(modules: dict[str, nn.Module], pattern: str | Sequence[str], field: str, unmatched: list[str]) -> list[str]:
+def _by_pattern(
+    modules: dict[str, nn.Module], pattern: str | Sequence[str], field: str, unmatched: list[str]
+) -> list[str]:
     """Paths that a regular expression (string) or names (list) mean; each name that means nothing is noted with its nearest."""
     if isinstance(pattern, str):
         try:
@@ -171,11 +205,17 @@ def _host_problems(path: str, module: nn.Module) -> list[str]:
     """Why this module cannot be a host, whatever the method."""
     found: list[str] = []
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        found.append(f"{path} is a {original_class(module).__name__}, which has no forward of its own; name the modules inside it.")
+        found.append(
+            f"{path} is a {original_class(module).__name__}, which has no forward of its own; name the modules inside it."
+        )
     if replaced_forward(module):
-        found.append(f"{path}: something has replaced `forward` on this instance, which would bypass the adapter. Attach first, then wrap.")
+        found.append(
+            f"{path}: something has replaced `forward` on this instance, which would bypass the adapter. Attach first, then wrap."
+        )
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        found.append(f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter here would do nothing.")
+        found.append(
+            f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter here would do nothing."
+        )
     return found
 
 

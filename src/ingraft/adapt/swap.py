@@ -48,7 +48,10 @@ def swapped_class(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:
         return _blank, (original_class(self), _stack(self)), self.__getstate__()
 
     behaviour = {
-        name: value for part in reversed(mixin.__mro__[:-1]) for name, value in vars(part).items() if name not in _NOT_COPIED
+        name: value
+        for part in reversed(mixin.__mro__[:-1])
+        for name, value in vars(part).items()
+        if name not in _NOT_COPIED
     }
     body = {
         **behaviour,

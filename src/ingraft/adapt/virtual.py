@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Inner(Mixin):
         state.ran = True
         if not lengths(state.control, call, InputPart) and not lengths(state.control, call, AttentionPart):
             return base(*args, **kwargs)
-        named = {**dict(zip(_names(original_class(module)), args, strict=False)), **kwargs}
+        named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
         return _with_virtual(module, state, call, base, named)
 
 
@@ -63,7 +62,11 @@ class Decoder(Mixin):
 def lengths(control: Control, call: Call, kind: type) -> dict[tuple[str, ...], int]:
     """Virtual tokens of this kind for each group of adapters that has any."""
     found = {
-        group.names: sum(control.adapters[name].virtual for name in group.names if issubclass(control.adapters[name].method.part, kind))
+        group.names: sum(
+            control.adapters[name].virtual
+            for name in group.names
+            if issubclass(control.adapters[name].method.part, kind)
+        )
         for group in call.groups
     }
     return {names: length for names, length in found.items() if length}
@@ -81,10 +84,15 @@ def per_row(state: HostState, call: Call, kind: type, batch: int, device: torch.
     return count_B
 
 
-@cache
-def _names(cls: type[nn.Module]) -> tuple[str, ...]:
+_NAMES: dict[type[nn.Module], tuple[str, ...]] = {}
+"""What `names_of` has found; a plain dictionary, because compiled code can look into one and cannot run `inspect`."""
+
+
+def names_of(cls: type[nn.Module]) -> tuple[str, ...]:
     """Parameter names of a class's forward, `self` left out."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+    if cls not in _NAMES:
+        _NAMES[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _NAMES[cls]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,8 @@ class _Batch:
 
 def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward, named: dict[str, Any]) -> Any:
     tokens = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+    if tokens is None and "position_ids" not in names_of(original_class(inner)):
+        return base(**named)  # pictures: no positions to shift, and prompts were refused
     if tokens is None:
         raise IngraftError(f"{original_class(inner).__name__}: virtual tokens need input_ids or inputs_embeds.")
     cached = named.get("past_key_values")
@@ -109,7 +119,7 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
     prompt_B = per_row(state, call, InputPart, batch.size, batch.device)
     prefix_B = per_row(state, call, AttentionPart, batch.size, batch.device)
     first = not bool(past > 0)
-    if "position_ids" in _names(original_class(inner)):
+    if "position_ids" in names_of(original_class(inner)):
         named["position_ids"] = _positions(inner, named, batch, prompt_B, prefix_B, first)
     if P:
         named["attention_mask"] = _mask(inner, named.get("attention_mask"), batch, prompt_B)
@@ -120,7 +130,9 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
     real_BTD = inner.get_input_embeddings()(ids) if real is None else real  # type: ignore[operator]
     named["inputs_embeds"] = torch.cat([_prompts(inner, state, call, batch, real_BTD), real_BTD], 1)
     if named.get("token_type_ids") is not None:
-        named["token_type_ids"] = torch.cat([named["token_type_ids"].new_zeros(batch.size, P), named["token_type_ids"]], 1)
+        named["token_type_ids"] = torch.cat(
+            [named["token_type_ids"].new_zeros(batch.size, P), named["token_type_ids"]], 1
+        )
     output = base(**named)
     keep = state.control.keep_virtual or getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
     return output if keep else _cut(output, P)
@@ -143,7 +155,9 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
     return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
 
 
-def _positions(inner: nn.Module, named: dict[str, Any], batch: _Batch, prompt_B: Tensor, prefix_B: Tensor, first: bool) -> Tensor:
+def _positions(
+    inner: nn.Module, named: dict[str, Any], batch: _Batch, prompt_B: Tensor, prefix_B: Tensor, first: bool
+) -> Tensor:
     """(B, [P+]T) positions, the row's virtual tokens counted."""
     given = named.get("position_ids")
     if given is None:
@@ -172,7 +186,9 @@ def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch, prompt_B: Tensor
     if mask is None:
         if even:
             return None
-        mask = torch.ones(batch.size, batch.tokens + max(int(batch.past) - batch.prompt, 0), dtype=torch.int64, device=batch.device)
+        mask = torch.ones(
+            batch.size, batch.tokens + max(int(batch.past) - batch.prompt, 0), dtype=torch.int64, device=batch.device
+        )
     if mask.dim() != 2:
         raise IngraftError(
             f"{original_class(inner).__name__}: with virtual tokens the attention mask must be (batch, tokens), got shape {tuple(mask.shape)}."

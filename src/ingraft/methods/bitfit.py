@@ -50,7 +50,9 @@ class BitFit(ShortcutPart):
         if facts.b is None and not config.add_bias:
             raise IngraftError(f"bitfit: {facts.path} has no bias. Pass add_bias=true to graft one onto it.")
         if facts.b is None and "bias" not in facts.module._parameters:
-            raise IngraftError(f"bitfit: {facts.path} is a layer that knows no bias, so one grafted onto it would do nothing. Leave it out.")
+            raise IngraftError(
+                f"bitfit: {facts.path} is a layer that knows no bias, so one grafted onto it would do nothing. Leave it out."
+            )
         W = facts.matrix()
         self.d = nn.Parameter(torch.zeros(W.shape[0], device=W.device))
 

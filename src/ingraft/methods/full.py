@@ -37,7 +37,9 @@ class Full(ParameterPart):
             self.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
 
     def values(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: master.to(parameters[name].dtype) for name, master in self._parameters.items() if master is not None}
+        return {
+            name: master.to(parameters[name].dtype) for name, master in self._parameters.items() if master is not None
+        }
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

@@ -34,5 +34,10 @@ class Houlsby(Bottleneck):
 
 
 METHOD = Method(
-    name="houlsby", config=HoulsbyConfig, part=Houlsby, sites=("attention-out", "mlp-out"), identity_at_init=True, count=count
+    name="houlsby",
+    config=HoulsbyConfig,
+    part=Houlsby,
+    sites=("attention-out", "mlp-out"),
+    identity_at_init=True,
+    count=count,
 )

@@ -70,7 +70,9 @@ class IA3(ShortcutPart):
 
 def role(config: IA3Config, path: str) -> str:
     """Which modules named by the user are feed-forward ones."""
-    return "mlp-out" if any(path == name or path.endswith("." + name) for name in config.feedforward_modules) else "weight"
+    return (
+        "mlp-out" if any(path == name or path.endswith("." + name) for name in config.feedforward_modules) else "weight"
+    )
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

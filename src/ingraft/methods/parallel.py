@@ -4,6 +4,8 @@
 
 Paper: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", ICLR 2022 (arXiv:2110.04366), table 1.
 Read against: AdapterHub's `par_bn` (scaling 4, reduction 2).
+What differs: on pre-norm models AdapterHub's bottleneck sees the residual stream ahead of the norm; this one sees x, what the MLP sees, on
+every model. On post-norm models the two are the same.
 """
 
 from __future__ import annotations
@@ -34,4 +36,6 @@ class Parallel(Bottleneck):
         return y + self.change(x, site)
 
 
-METHOD = Method(name="parallel", config=ParallelConfig, part=Parallel, sites=("mlp",), identity_at_init=True, count=count)
+METHOD = Method(
+    name="parallel", config=ParallelConfig, part=Parallel, sites=("mlp",), identity_at_init=True, count=count
+)

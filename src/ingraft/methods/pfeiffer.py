@@ -33,4 +33,6 @@ class Pfeiffer(Bottleneck):
         return site.base(x + change) if site.role == "norm" else y + change
 
 
-METHOD = Method(name="pfeiffer", config=PfeifferConfig, part=Pfeiffer, sites=("block",), identity_at_init=True, count=count)
+METHOD = Method(
+    name="pfeiffer", config=PfeifferConfig, part=Pfeiffer, sites=("block",), identity_at_init=True, count=count
+)

@@ -4,8 +4,8 @@
 
 Paper: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021 (arXiv:2101.00190), equation 3.
 Read against: Hugging Face PEFT's `prefix_tuning` (positions: real tokens stand at P, P+1, ...).
-What differs: no use of the KV cache; the initial values come from real tokens of the vocabulary, passed through the layer's own scale, which
-trains far better than a normal distribution; the re-parametrisation by an MLP (`prefix_projection`) is kept on save.
+What differs: no use of the KV cache; the prefix starts near zero, so that it first only draws some attention away and adds nothing; the
+re-parametrisation by an MLP (`prefix_projection`) can be trained on after loading.
 
 Legend: P prefix length, H key-value heads, D head width, S sites, E encoder width.
 """
@@ -41,7 +41,11 @@ class PrefixTuningConfig(MethodConfig):
     init_std: float = 0.02
 
     def problems(self) -> list[str]:
-        found = [] if self.num_virtual_tokens >= 1 else [f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}."]
+        found = (
+            []
+            if self.num_virtual_tokens >= 1
+            else [f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}."]
+        )
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             found.append("encoder_hidden_size has a meaning only with prefix_projection=true.")
         return found
@@ -87,7 +91,8 @@ class Encoder(nn.Module):
         sizes = [two * heads * width for two, heads, width in self.shapes.values()]
         pieces = all_PX.split(sizes, dim=1)
         return {
-            path: piece.reshape(-1, *shape).permute(1, 2, 0, 3) for (path, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+            path: piece.reshape(-1, *shape).permute(1, 2, 0, 3)
+            for (path, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
 
 

@@ -41,7 +41,11 @@ class PromptTuningConfig(MethodConfig):
     prompt_init_ids: tuple[int, ...] | None = None
 
     def problems(self) -> list[str]:
-        found = [] if self.num_virtual_tokens >= 1 else [f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}."]
+        found = (
+            []
+            if self.num_virtual_tokens >= 1
+            else [f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}."]
+        )
         if self.prompt_init not in STARTS:
             found.append(f"prompt_init must be one of {', '.join(STARTS)}, got {self.prompt_init!r}.")
         return found
@@ -57,9 +61,13 @@ class Prompt(InputPart):
         vocabulary = facts.tokens.weight
         assert isinstance(vocabulary, Tensor)
         if config.prompt_init_ids is not None or config.prompt_init == "sample":
-            ids = config.prompt_init_ids or tuple(torch.randint(min(vocabulary.shape[0], 5000), (self.length,)).tolist())
+            ids = config.prompt_init_ids or tuple(
+                torch.randint(min(vocabulary.shape[0], 5000), (self.length,)).tolist()
+            )
             if wrong := [token for token in ids if not 0 <= token < vocabulary.shape[0]]:
-                raise IngraftError(f"prompt_init_ids: {wrong} lie outside the vocabulary of {vocabulary.shape[0]} tokens.")
+                raise IngraftError(
+                    f"prompt_init_ids: {wrong} lie outside the vocabulary of {vocabulary.shape[0]} tokens."
+                )
             picked = torch.tensor([ids[slot % len(ids)] for slot in range(self.length)], device=vocabulary.device)
             with torch.no_grad():
                 start = facts.tokens(picked).float()

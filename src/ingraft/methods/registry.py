@@ -160,7 +160,9 @@ def records() -> Mapping[str, MethodRecord]:
     for entry in importlib.metadata.entry_points(group="ingraft.methods"):
         record = entry.load()
         if not isinstance(record, MethodRecord):
-            raise IngraftError(f"The entry point {entry.name!r} of group 'ingraft.methods' is no MethodRecord but {type(record).__name__}.")
+            raise IngraftError(
+                f"The entry point {entry.name!r} of group 'ingraft.methods' is no MethodRecord but {type(record).__name__}."
+            )
         found.setdefault(record.name, record)
     return found
 
@@ -194,7 +196,9 @@ def make_config(name: str, options: Mapping[str, Any]) -> MethodConfig:
 
     config = load(name).config
     known = [f.name for f in fields(config)]
-    problems = [f"method_config: {name} has no option {key!r}{nearest(key, known)}." for key in options if key not in known]
+    problems = [
+        f"method_config: {name} has no option {key!r}{nearest(key, known)}." for key in options if key not in known
+    ]
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key in known}
     try:
         made = TypeAdapter(config).validate_python(plain)
