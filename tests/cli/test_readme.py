@@ -66,3 +66,11 @@ def test_every_link_leads_somewhere() -> None:
     for page in ("README.md", "README.zh-CN.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), target
+
+
+def test_the_catalogue_page_is_current() -> None:
+    """docs/methods.md is what `make docs` writes."""
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["page"]()
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == made, "run `make docs`"

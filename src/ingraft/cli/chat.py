@@ -37,6 +37,7 @@ class Talk:
     options: dict[str, Any]
     adapters: list[str] = field(default_factory=list[str])
     active: str | None = None
+    allow_base_mismatch: bool = False
     turns: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
 
@@ -45,6 +46,7 @@ class Talk:
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="DIR", help="an adapter or run folder; several to switch between"
 )
+@click.option("--allow-base-mismatch", is_flag=True, help="load adapters although they were trained on another base")
 @click.option("--prompt", metavar="TEXT", help="answer this and leave")
 @click.option("--system", metavar="TEXT", help="a system message in front of the conversation")
 @click.option("--max-new-tokens", default=256, show_default=True, metavar="INTEGER", help="longest answer, in tokens")
@@ -68,6 +70,7 @@ def command(
     as_json: bool,
     trust_remote_code: bool,
     adapters: tuple[str, ...],
+    allow_base_mismatch: bool,
     prompt: str | None,
     system: str | None,
     max_new_tokens: int,
@@ -89,14 +92,23 @@ def command(
         raise IngraftError(
             f"{first or recipe.model}: classifies texts and does not talk; use `ingraft predict` or `ingraft eval`."
         )
-    opened = open_model(recipe, first, output, trust_remote_code=trust_remote_code, announce=sys.stdin.isatty())
+    opened = open_model(
+        recipe,
+        first,
+        output,
+        trust_remote_code=trust_remote_code,
+        allow_base_mismatch=allow_base_mismatch,
+        announce=sys.stdin.isatty(),
+    )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         import torch
 
         torch.manual_seed(seed)
         options.update(temperature=temperature, top_p=top_p)
-    talk = Talk(opened=opened, output=output, options=options, active=opened.adapter)
+    talk = Talk(
+        opened=opened, output=output, options=options, active=opened.adapter, allow_base_mismatch=allow_base_mismatch
+    )
     talk.adapters = [opened.adapter] if opened.adapter else []
     for folder in adapters[1:]:
         _load(talk, folder)
@@ -171,7 +183,7 @@ def _load(talk: Talk, folder: str) -> str:
     path = adapter_folder(folder)
     wanted = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder).resolve().name).lstrip("-._")[:60] or "adapter"
     name = next(n for n in (wanted, *(f"{wanted}-{i}" for i in range(2, 1000))) if n not in talk.adapters)
-    ingraft.load(talk.opened.model, path, name=name)
+    ingraft.load(talk.opened.model, path, name=name, allow_base_mismatch=talk.allow_base_mismatch)
     talk.adapters.append(name)
     return name
 

@@ -22,7 +22,14 @@ MOST_CHOICES = 20
 @verb("model", "quantization", "task", "data", "dtype", "per_device_eval_batch_size", "seed")
 @adapter_option
 @trust_option
-def command(config: str | None, as_json: bool, adapter: str | None, trust_remote_code: bool, **arguments: Any) -> None:
+def command(
+    config: str | None,
+    as_json: bool,
+    adapter: str | None,
+    allow_base_mismatch: bool,
+    trust_remote_code: bool,
+    **arguments: Any,
+) -> None:
     """Score a base, or a base with an adapter, on a data set.
 
     Rows named with --data are all scored. Without it, those that the recipe of the adapter (or of --config) holds out.
@@ -40,7 +47,9 @@ def command(config: str | None, as_json: bool, adapter: str | None, trust_remote
     )
     if not parts:
         raise IngraftError("--data FILE is needed: the recipe holds no rows out.")
-    opened = open_model(recipe, adapter, output, trust_remote_code=trust_remote_code)
+    opened = open_model(
+        recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
+    )
     data = load_data(recipe, opened.tokenizer, model_labels(opened))
     found: dict[str, Any] = {}
     for part in parts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ingraft.cli.options import adapter_option, verb
+from ingraft.cli.options import verb
 from ingraft.cli.output import Output
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _SHOWN = ("target_modules", "modules_to_save", "task_type")
 
 
 @verb(recipe=False)
-@adapter_option
+@click.option("--adapter", metavar="DIR", help="an adapter or run folder")
 @click.option("--sites", is_flag=True, help="list every site with its tensors")
 @click.argument("folder", required=False)
 def command(adapter: str | None, folder: str | None, sites: bool, as_json: bool) -> None:

@@ -48,6 +48,7 @@ def command(
     config: str | None,
     as_json: bool,
     adapter: str | None,
+    allow_base_mismatch: bool,
     trust_remote_code: bool,
     output_dir: str | None,
     data: str | None,
@@ -77,7 +78,9 @@ def command(
             f"--output-dir {output_dir}: exists and is not empty; choose another, or add --overwrite-output-dir."
         )
     recipe = settle(given(arguments), config=config, adapter=adapter, needs_data=False)
-    opened = open_model(recipe, adapter, output, trust_remote_code=trust_remote_code)
+    opened = open_model(
+        recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
+    )
     found = merge_and_write(opened, target, data, bound=max_difference, overwrite=overwrite_output_dir)
     output.result({"output_dir": output_dir, **found})
     output.say(

@@ -204,5 +204,7 @@ def trust_option(function: Decorated) -> Decorated:
 
 
 def adapter_option(function: Decorated) -> Decorated:
-    """--adapter DIR."""
+    """--adapter DIR and --allow-base-mismatch, for the verbs that load it."""
+    text = "load the adapter although it was trained on another base"
+    function = click.option("--allow-base-mismatch", is_flag=True, help=text)(function)
     return click.option("--adapter", metavar="DIR", help="an adapter or run folder")(function)

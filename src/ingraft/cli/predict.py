@@ -45,6 +45,7 @@ def command(
     config: str | None,
     as_json: bool,
     adapter: str | None,
+    allow_base_mismatch: bool,
     trust_remote_code: bool,
     target: str | None,
     overwrite: bool,
@@ -76,7 +77,9 @@ def command(
     if problems or recipe is None or target is None:
         raise IngraftError(*problems)
     rows = read_rows(recipe.data.train)
-    opened = open_model(recipe, adapter, output, trust_remote_code=trust_remote_code)
+    opened = open_model(
+        recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
+    )
     size = recipe.per_device_eval_batch_size
     answers = classes(opened, rows, size) if recipe.task == "classify" else texts(opened, rows, size, max_new_tokens)
     lines = [

@@ -117,7 +117,13 @@ def adapter_folder(adapter: str) -> Path:
 
 
 def open_model(
-    recipe: Recipe, adapter: str | None, output: Output, *, trust_remote_code: bool = False, announce: bool = True
+    recipe: Recipe,
+    adapter: str | None,
+    output: Output,
+    *,
+    trust_remote_code: bool = False,
+    allow_base_mismatch: bool = False,
+    announce: bool = True,
 ) -> Opened:
     """Load the base a recipe names and put the adapter into it.
 
@@ -127,6 +133,8 @@ def open_model(
     Raises:
         IngraftError: no such base; the adapter does not fit it, or is damaged.
     """
+    import torch
+
     import ingraft
     from ingraft.bases import load_base
 
@@ -139,9 +147,12 @@ def open_model(
         dtype = facts["dtype"]
     # A classifier saved by itself (merged, or trained elsewhere) brings its head and its labels.
     task = None if recipe.task == "classify" and labels is None else recipe.task
+    torch.manual_seed(recipe.seed)  # what a base lacks for the task starts at random: draw it as training did
     base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels)
     model, tokenizer = base.model, base.tokenizer
-    name = None if adapter is None else ingraft.load(model, adapter_folder(adapter))
+    name = None
+    if adapter is not None:
+        name = ingraft.load(model, adapter_folder(adapter), allow_base_mismatch=allow_base_mismatch)
     model.eval()
     return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name)
 

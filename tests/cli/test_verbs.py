@@ -1,0 +1,313 @@
+"""Laws of the verbs, on models small enough to train in a second: what one verb writes the next one reads, and the numbers agree."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from ingraft.cli.main import main
+
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "user",
+    "assistant",
+    "system",
+    "good",
+    "bad",
+    "very",
+    "a",
+    "film",
+    "was",
+    "the",
+    "plot",
+    "it",
+    "i",
+]
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+Call = Callable[..., dict[str, Any]]
+
+
+def tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama/`, `bert/`, `rows.jsonl` (text and label, the label a word of the text), `new.jsonl` (no labels), and two trained runs."""
+    home = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    size = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 3}
+    LlamaForCausalLM(LlamaConfig(**size, eos_token_id=2, bos_token_id=1)).save_pretrained(home / "llama")
+    BertForMaskedLM(BertConfig(**size)).save_pretrained(home / "bert")
+    for name in ("llama", "bert"):
+        tokenizer(home / name)
+    rng = random.Random(0)
+    texts = [[*rng.choices(WORDS[9:], k=rng.randint(2, 12)), rng.choice(["good", "bad"]), "film"] for _ in range(60)]
+    rows = [{"text": " ".join(words), "label": words[-2]} for words in texts]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "new.jsonl").write_text(
+        "".join(json.dumps({"id": i, "text": row["text"]}) + "\n" for i, row in enumerate(rows[:9]))
+    )
+    common = [
+        "--data",
+        str(home / "rows.jsonl"),
+        "--max-steps",
+        "30",
+        "--learning-rate",
+        "1e-2",
+        "--dtype",
+        "float32",
+        "--eval-steps",
+        "0",
+    ]
+    for name, base, task in (("talk", "llama", "sft"), ("sort", "bert", "classify")):
+        words = ["--model", str(home / base), "--task", task, "--data.eval", "12", "--output-dir", str(home / name)]
+        assert main(["train", *common, *words, "--json"]) == 0
+    return home
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a verb with --json and return its document."""
+
+    def run(*words: object, code: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == code
+        return json.loads(capsys.readouterr().out) if code == 0 else {}
+
+    return run
+
+
+@pytest.mark.parametrize("run", ["talk", "sort"])
+def test_eval_gives_the_numbers_of_the_run(
+    run: str, home: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ingraft eval --adapter RUN` scores the run's held-out rows to the bits that the run recorded, and says so to people too."""
+    metrics = json.loads((home / run / "metrics.json").read_text())
+    found = call("eval", "--adapter", home / run)["eval"]
+    assert {name: found[name] for name in metrics["after"]} == metrics["after"]
+    assert metrics["after"]["loss"] != metrics["before"]["loss"]
+    assert main(["eval", "--adapter", str(home / run)]) == 0
+    assert f"{metrics['after']['loss']:.6f}" in capsys.readouterr().out
+
+
+def test_eval_of_the_same_rows_in_a_file(home: Path, call: Call, tmp_path: Path) -> None:
+    """The held-out rows written to a file of their own have the loss that the split had; the base has the one from before training."""
+    from ingraft.bases import load_tokenizer
+    from ingraft.cli.sources import load_data, settle
+
+    recipe = settle({}, adapter=str(home / "talk"))
+    rows = load_data(recipe, load_tokenizer(recipe.model)).parts["eval"].rows
+    file = tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows))
+    metrics = json.loads((home / "talk" / "metrics.json").read_text())
+    tuned = call("eval", "--model", home / "llama", "--adapter", home / "talk", "--data", file)["train"]
+    assert tuned["loss"] == metrics["after"]["loss"]
+    base = call("eval", "--model", home / "llama", "--data", file, "--dtype", "float32")["train"]
+    assert base["loss"] == metrics["before"]["loss"]
+
+
+def test_predict_keeps_order_and_rows(home: Path, call: Call, tmp_path: Path) -> None:
+    """Every row comes back in its place with its own fields and a prediction, at any batch size; rows need no answer."""
+    answers: list[list[dict[str, Any]]] = []
+    for size in (1, 4):
+        target = tmp_path / f"out{size}.jsonl"
+        words = ["--data", home / "new.jsonl", "--output", target, "--per-device-eval-batch-size", size]
+        assert call("predict", "--adapter", home / "talk", *words)["rows"] == 9
+        answers.append([json.loads(line) for line in target.read_text().splitlines()])
+    assert answers[0] == answers[1]
+    assert [row["id"] for row in answers[0]] == list(range(9))
+    assert {row["prediction"] for row in answers[0]} <= {"good", "bad"}
+
+
+def test_predict_classes(home: Path, call: Call, tmp_path: Path) -> None:
+    """A classifier gives a class and probabilities that sum to one, with the labels of its training data."""
+    target = tmp_path / "out.jsonl"
+    call("predict", "--adapter", home / "sort", "--data", home / "new.jsonl", "--output", target)
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(9))
+    for row in rows:
+        assert set(row["scores"]) == {"good", "bad"}
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(row["scores"], key=row["scores"].__getitem__)
+
+
+def test_predict_refuses_to_overwrite(
+    home: Path, call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output file that is there stays as it is, without --overwrite."""
+    target = tmp_path / "out.jsonl"
+    target.write_text("mine")
+    assert (
+        main(["predict", "--adapter", str(home / "talk"), "--data", str(home / "new.jsonl"), "--output", str(target)])
+        == 2
+    )
+    assert target.read_text() == "mine"
+    assert "--overwrite" in capsys.readouterr().err
+    call("predict", "--adapter", home / "talk", "--data", home / "new.jsonl", "--output", target, "--overwrite")
+    assert len(target.read_text().splitlines()) == 9
+
+
+def test_merge_writes_a_plain_model(home: Path, call: Call, tmp_path: Path) -> None:
+    """The folder loads in plain transformers, gives the adapter's logits within the printed difference, and talks like it."""
+    target = tmp_path / "merged"
+    found = call("merge", "--adapter", home / "talk", "--output-dir", target, "--data", home / "rows.jsonl")
+    assert 0 <= found["max_difference"] < 1e-4
+    names = {path.name for path in target.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any(name.startswith("adapter") for name in names)
+    plain = AutoModelForCausalLM.from_pretrained(target)
+    assert type(plain).__module__.startswith("transformers.")
+    assert AutoTokenizer.from_pretrained(target).vocab_size == len(WORDS)
+    by_adapter = call("chat", "--adapter", home / "talk", "--prompt", "the plot was very bad film")
+    merged = call("chat", "--model", target, "--dtype", "float32", "--prompt", "the plot was very bad film")
+    assert merged["answer"] == by_adapter["answer"] != ""
+
+
+def test_merge_refuses_above_the_bound(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Above --max-difference nothing is written; an occupied folder is refused before anything is loaded."""
+    target = tmp_path / "merged"
+    words = ["merge", "--adapter", str(home / "talk"), "--output-dir", str(target)]
+    assert main([*words, "--max-difference", "0"]) in (0, 2)
+    if target.exists():
+        pytest.skip("merged and unmerged agree to the bit on this machine")
+    assert "nothing was written" in capsys.readouterr().err
+    target.mkdir()
+    (target / "mine").write_text("x")
+    assert main(words) == 2
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+def test_chat_through_a_pipe(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines of standard input are turns; the adapter is switched while talking; a slip does not end the talk."""
+    said = f"bad film\n/base\nbad film\n/adapter default\n/adapter\n/nope\n/adapter {home / 'none'}\n/reset\nbad film\n/quit\nbad film\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert main(["chat", "--adapter", str(home / "talk"), "--max-new-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1]
+    assert lines[0] in ("good", "bad")
+    assert "(now: base)" in lines
+    assert "(now: default)" in lines
+    assert any("there is no command /nope" in line for line in lines)
+    assert any("there is no such folder" in line for line in lines)
+
+
+def test_chat_as_json(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json every answer is a JSON line on standard output and nothing else is."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("good film\n\nbad film\n"))
+    assert main(["chat", "--adapter", str(home / "talk"), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["good film", "bad film"]
+
+
+def test_chat_refuses_a_classifier(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A classifier does not talk, and the message names the verbs that suit it."""
+    assert main(["chat", "--adapter", str(home / "sort"), "--prompt", "x"]) == 2
+    assert "ingraft predict" in capsys.readouterr().err
+
+
+def test_inspect_tells_what_the_run_recorded(home: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    """Method, base, sites, parameters and metrics come from the files, and a flipped bit is found."""
+    found = call("inspect", home / "talk")
+    assert found["method"] == "lora"
+    assert found["base"] == str(home / "llama")
+    assert found["parameters"] == found["facts"]["parameters"]
+    assert found["sites"] == found["facts"]["sites"]
+    assert found["metrics"]["after"]["loss"] > 0
+    assert main(["inspect", str(home / "talk"), "--sites"]) == 0
+    assert "lora_A" in capsys.readouterr().out
+
+
+def test_inspect_finds_damage(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One changed byte of the weights is refused with the file's name; without digests the folder is still described."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(home / "talk", copy)
+    weights = bytearray((copy / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "adapter_model.safetensors").write_bytes(weights)
+    assert main(["inspect", str(copy)]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+    (copy / "ingraft.json").unlink()
+    assert main(["inspect", str(copy)]) == 0
+    assert "without digests" in capsys.readouterr().out
+
+
+def test_methods_count_for_a_model(home: Path, call: Call) -> None:
+    """The counts are the ones that training reports; a method that the base refuses says why."""
+    found = {entry["name"]: entry for entry in call("methods", "--model", home / "llama")}
+    trained = call("inspect", home / "talk")["parameters"]
+    assert found["lora"]["parameters"] == trained
+    assert found["bitfit"]["parameters"] is None
+    assert found["bitfit"]["refused"]
+
+
+def test_data_shows_what_is_learned(home: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shown tokens join to the text that the model reads, the answer is marked, and people see the mark."""
+    words = ("data", "--model", home / "llama", "--data", home / "rows.jsonl", "--rows", "2")
+    found = call(*words)
+    for row in found["rows"]:
+        learned = "".join(token["text"] for token in row["tokens"] if token["learned"]).split()
+        assert learned[0] in ("good", "bad")
+    assert found["report"]["parts"][0]["rows"] + found["report"]["parts"][1]["rows"] == 60
+    assert main([str(word) for word in words]) == 0
+    assert "⟦" in capsys.readouterr().out
+
+
+def test_train_prints_what_to_type_next(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run ends with its folder and the next commands; the folder is not overwritten by a second run."""
+    words = [
+        "train",
+        "--model",
+        str(home / "llama"),
+        "--data",
+        str(home / "rows.jsonl"),
+        "--max-steps",
+        "1",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"ingraft chat --adapter {tmp_path / 'run'}" in text
+    assert "before" in text
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir())
+    assert main(words) == 2
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()) == before
+
+
+def test_the_recipe_of_a_run_repeats_it(home: Path, tmp_path: Path, call: Call) -> None:
+    """`ingraft train --config RUN/recipe.yaml` gives the same adapter to the byte."""
+    call("train", "--config", home / "talk" / "recipe.yaml", "--output-dir", tmp_path / "again")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (home / "talk" / name).read_bytes()
