@@ -25,7 +25,7 @@ from ingraft.adapt import prefixes
 from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, control_of, host_state, require_control
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.root import Root
-from ingraft.adapt.swap import beneath, is_swapped, original_class, swap, unswap
+from ingraft.adapt.swap import Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, lengths, names_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
@@ -131,7 +131,7 @@ class ModelRoot(Root):
             return kwargs["attention_mask"]
         own = vars(original_class(self)).get("create_masks_for_generate")
         if own is not None:
-            return getattr(beneath(self, ModelRoot), "create_masks_for_generate")(*args, **kwargs)
+            return beneath(self, ModelRoot).create_masks_for_generate(*args, **kwargs)
         signature = inspect.signature(create_masks_for_generate).parameters
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
             kwargs = {name: value for name, value in kwargs.items() if name in signature}
@@ -272,7 +272,7 @@ def _name_attention(model: nn.Module, control: Control, wanted: bool) -> None:
 
 def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
     """Swap the class of the model that embeds tokens (and of the decoder beside an encoder), or back."""
-    places = [(inner_path(model), Inner)]
+    places: list[tuple[str, type[Mixin]]] = [(inner_path(model), Inner)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = model.get_decoder()  # type: ignore[operator]
         places.append((next(path for path, module in model.named_modules() if module is decoder), Decoder))

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ingraft.adapt import models
-from ingraft.adapt import models
 from ingraft.adapt.roles import ROLES, sites_of_role
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of

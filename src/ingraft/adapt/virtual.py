@@ -175,7 +175,9 @@ def _default_positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -
     """(1 or B, T) the positions the model would work out itself for a first call."""
     embeddings = getattr(inner, "embeddings", None)
     from_ids = getattr(embeddings, "create_position_ids_from_input_ids", None)
-    if from_ids is not None and named.get("input_ids") is not None:  # RoBERTa counts from its padding index
+    if (
+        embeddings is not None and from_ids is not None and named.get("input_ids") is not None
+    ):  # RoBERTa counts from its padding index
         return from_ids(named["input_ids"], embeddings.padding_idx)
     return torch.arange(batch.tokens, device=batch.device)[None]
 
@@ -199,7 +201,7 @@ def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch, prompt_B: Tensor
 
 def _cut(output: Any, P: int) -> Any:
     """The output without its virtual positions."""
-    if isinstance(output, tuple) and not hasattr(output, "last_hidden_state"):
+    if type(output) is tuple:
         return (output[0][:, P:], *output[1:])
     output.last_hidden_state = output.last_hidden_state[:, P:]
     if getattr(output, "hidden_states", None) is not None:

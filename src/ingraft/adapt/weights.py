@@ -200,7 +200,8 @@ class NormKind(Kind):
     def op(self, layer: Any, x: Tensor, matrix_KI: Tensor) -> Tensor:
         raise NotImplementedError("a norm has no matrix")
 
-    mix = op
+    def mix(self, layer: Any, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        raise NotImplementedError("a norm has no matrix")
 
 
 KINDS: list[Kind] = [LinearKind(), TransposedLinearKind(), EmbeddingKind(), Conv2dKind(), NormKind()]

@@ -55,8 +55,8 @@ class IA3(ShortcutPart):
         self.l = nn.Parameter(torch.ones(W_OI.shape[1] if self.on_input else W_OI.shape[0], device=W_OI.device))
 
     def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        l = self.l.to(W.dtype)
-        return (W * l, b) if self.on_input else (W * l[:, None], self.bias(b))
+        factor = self.l.to(W.dtype)
+        return (W * factor, b) if self.on_input else (W * factor[:, None], self.bias(b))
 
     def before(self, x: Tensor, site: Site) -> Tensor:
         return x * site.inp(self.l.to(x.dtype)) if self.on_input else x

@@ -32,6 +32,7 @@ class MethodRecord:
         equation: in plain text.
         paper: authors, year, identifier.
         mergeable: whether it can be written into the base's weights.
+        learning_rate: peak rate that trains it well with AdamW, found on real data (docs/lab-notes.md); what a recipe that names none gets.
     """
 
     name: str
@@ -42,6 +43,7 @@ class MethodRecord:
     equation: str
     paper: str
     mergeable: bool
+    learning_rate: float
 
 
 WHOLE = "full"
@@ -59,6 +61,7 @@ _RECORDS = (
         equation="W' = W + (alpha / r) B A",
         paper="Hu et al. 2022, arXiv:2106.09685",
         mergeable=True,
+        learning_rate=0.0005,
     ),
     MethodRecord(
         name="dora",
@@ -69,6 +72,7 @@ _RECORDS = (
         equation="W' = m (W + s B A) / ||W + s B A||",
         paper="Liu et al. 2024, arXiv:2402.09353",
         mergeable=True,
+        learning_rate=0.0005,
     ),
     MethodRecord(
         name="ia3",
@@ -79,6 +83,7 @@ _RECORDS = (
         equation="y' = l * y  (feed-forward: y' = W (l * x))",
         paper="Liu et al. 2022, arXiv:2205.05638",
         mergeable=True,
+        learning_rate=0.01,
     ),
     MethodRecord(
         name="bitfit",
@@ -89,6 +94,7 @@ _RECORDS = (
         equation="b' = b + d",
         paper="Ben Zaken et al. 2022, arXiv:2106.10199",
         mergeable=True,
+        learning_rate=0.002,
     ),
     MethodRecord(
         name="full",
@@ -99,6 +105,7 @@ _RECORDS = (
         equation="P' = a float32 copy of P, trained",
         paper="ordinary fine-tuning",
         mergeable=True,
+        learning_rate=3e-05,
     ),
     MethodRecord(
         name="houlsby",
@@ -109,6 +116,7 @@ _RECORDS = (
         equation="y' = y + U f(D y)",
         paper="Houlsby et al. 2019, arXiv:1902.00751",
         mergeable=False,
+        learning_rate=0.001,
     ),
     MethodRecord(
         name="pfeiffer",
@@ -119,6 +127,7 @@ _RECORDS = (
         equation="y' = y + U f(D y), inside the norm on post-norm models",
         paper="Pfeiffer et al. 2021, arXiv:2005.00247",
         mergeable=False,
+        learning_rate=0.001,
     ),
     MethodRecord(
         name="parallel",
@@ -129,6 +138,7 @@ _RECORDS = (
         equation="y' = MLP(x) + s U f(D x)",
         paper="He et al. 2022, arXiv:2110.04366",
         mergeable=False,
+        learning_rate=0.0005,
     ),
     MethodRecord(
         name="prefix",
@@ -139,6 +149,7 @@ _RECORDS = (
         equation="softmax(q [K_p; K]') [V_p; V]",
         paper="Li and Liang 2021, arXiv:2101.00190",
         mergeable=False,
+        learning_rate=0.01,
     ),
     MethodRecord(
         name="prompt",
@@ -149,6 +160,7 @@ _RECORDS = (
         equation="x' = [p_1 ... p_n; x]",
         paper="Lester et al. 2021, arXiv:2104.08691",
         mergeable=False,
+        learning_rate=0.1,
     ),
 )
 
