@@ -1,0 +1,121 @@
+"""What one of the incumbent's configs means for a model: the native config, and the description a file would hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ingraft.adapt import peft_format
+from ingraft.adapt.control import Adapter
+from ingraft.adapt.peft_tensors import layout_of
+from ingraft.adapt.select import ALL_LINEAR, all_linear, base_modules, matches
+from ingraft.errors import IngraftError, nearest
+from ingraft.methods.contract import MethodConfig
+from ingraft.peft import targets
+from ingraft.peft.configs import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    from_dict,
+)
+
+HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Heads that the incumbent trains in full, by task, where the model has them."""
+
+DESCRIBED = "peft"
+"""Key of the user's config in an adapter's facts."""
+
+
+def method_config(model: nn.Module, config: PeftConfig) -> MethodConfig:
+    """The native config for this model.
+
+    Raises:
+        IngraftError: everything in the config that this model or this library cannot honour, by name.
+    """
+    raw = config.to_dict()
+    where = type(config).__name__
+    modules = base_modules(model)
+    raw["modules_to_save"] = _whole(modules, config)
+    if isinstance(config, LoraConfig | IA3Config):
+        _fill_targets(model, modules, config, raw)
+    if raw.get("prefix_projection") is False:
+        raw["encoder_hidden_size"] = None  # the incumbent lets it stand without effect
+    made, _ = peft_format.read_config(model, raw, shared=True, ours=False, where=where)
+    if isinstance(config, PromptTuningConfig):
+        made = dataclasses.replace(made, **_start(config))  # pyright: ignore[reportArgumentType]
+    return made
+
+
+def describe(model: nn.Module, adapter: Adapter) -> PeftConfig:
+    """The config of an attached adapter in the incumbent's terms: the one it was made from, or what its file would say."""
+    if DESCRIBED not in adapter.facts:
+        raw = peft_format.write_config(model, adapter, layout_of(model, adapter.method, adapter.sites))
+        adapter.facts[DESCRIBED] = from_dict(raw | {"inference_mode": False})
+    return adapter.facts[DESCRIBED]
+
+
+def _whole(modules: dict[str, nn.Module], config: PeftConfig) -> list[str]:
+    """Paths of the modules to train in full: those named, and the head of the task."""
+    given = getattr(config, "modules_to_save", None) or ()
+    names = [given] if isinstance(given, str) else sorted(given)
+    found: list[str] = []
+    missing: list[str] = []
+    for name in names:
+        hits = [path for path in modules if path and matches(name, path)]
+        found += hits
+        if not hits and name not in (head for heads in HEADS.values() for head in heads):
+            missing.append(
+                f"modules_to_save: {name!r} matches no module{nearest(name, {p.rpartition('.')[2] for p in modules})}."
+            )
+    if missing and not found:
+        raise IngraftError(*missing)
+    for text in missing:
+        warnings.warn(text, stacklevel=3)
+    head = HEADS.get(TaskType(config.task_type), ()) if config.task_type is not None else ()
+    found += [path for name in head for path in modules if path == name]
+    return list(dict.fromkeys(found))
+
+
+def _fill_targets(
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig | IA3Config, raw: dict[str, Any]
+) -> None:
+    """Write the targets that the incumbent works out itself into `raw`."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        raw["target_modules"] = peft_format.names_for(all_linear(model, modules), modules)
+    if config.target_modules is not None:
+        return
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    table: Any = targets.LORA if isinstance(config, LoraConfig) else targets.IA3
+    if kind not in table:
+        raise IngraftError(
+            f"{type(config).__name__}: target_modules is missing, and there is no usual choice for models of type {kind or 'unknown'!r}. "
+            'Name the modules to adapt, or give "all-linear".'
+        )
+    if isinstance(config, IA3Config):
+        plain, forward = targets.IA3[kind]
+        raw["target_modules"], raw["feedforward_modules"] = [*plain, *forward], list(forward)
+    else:
+        chosen = targets.LORA[kind]
+        raw["target_modules"] = chosen if isinstance(chosen, str) else list(chosen)
+
+
+def _start(config: PromptTuningConfig) -> dict[str, Any]:
+    """How a prompt starts, in native terms."""
+    if config.prompt_tuning_init is PromptTuningInit.RANDOM:
+        return {"prompt_init": "random"}
+    if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+        return {"prompt_init": "sample"}
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    return {"prompt_init_ids": tuple(tokenizer(config.prompt_tuning_init_text)["input_ids"])}

@@ -1,0 +1,51 @@
+"""Which modules Hugging Face PEFT adapts when `target_modules` is left out, by `config.model_type`.
+
+Facts of the incumbent (peft 0.21), kept because scripts rely on them. Natively Ingraft adapts every linear layer but the head, which trains
+better; here the habit counts.
+"""
+
+from __future__ import annotations
+
+_QV = ("q_proj", "v_proj")
+_QUERY_VALUE = ("query", "value")
+_FUSED = ("query_key_value",)
+
+LORA: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _QV),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _QUERY_VALUE),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "mpt": ("Wqkv",),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""LoRA and its variants."""
+
+IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "t5": (("k", "v"), ("wo",)),
+    "mt5": (("k", "v", "wi_1"), ()),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), (("c_attn",), ("mlp.c_proj",))),
+    "bloom": (_FUSED, ("mlp.dense_4h_to_h",)),
+    **dict.fromkeys(("bert", "roberta"), (("key", "value"), ("output.dense",))),
+    "opt": (("q_proj", "k_proj"), ("fc2",)),
+    "gptj": (_QV, ("fc_out",)),
+    **dict.fromkeys(("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"), (_FUSED, ("dense_4h_to_h",))),
+    "gpt_neo": (_QV, ("c_proj",)),
+    **dict.fromkeys(("bart", "phi"), (_QV, ("fc2",))),
+    **dict.fromkeys(("llama", "mistral"), (("k_proj", "v_proj"), ("down_proj",))),
+    **dict.fromkeys(("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), (_QV, ("down_proj",))),
+    "mixtral": (("k_proj", "v_proj"), ("w2",)),
+    "deberta-v2": (("key_proj", "value_proj"), ("output.dense",)),
+    "deberta": (("in_proj",), ("output.dense",)),
+}
+"""IA3: modules scaled at their output, and feed-forward modules scaled at their input."""
