@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from ingraft.errors import IngraftError, nearest
+from ingraft.methods.registry import record
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -79,7 +80,9 @@ class Recipe:
     method_config: dict[str, Any] = _key("the method's own keys, for example method_config.r", factory=dict)
     init_adapter: str | None = _key("start from this adapter folder instead of a fresh adapter", None)
 
-    learning_rate: Annotated[float, Gt(0)] = _key("peak learning rate", 2e-4)
+    learning_rate: Annotated[float, Gt(0)] | None = _key(
+        "peak learning rate; null takes the method's own, see `ingraft methods`", None
+    )
     weight_decay: Annotated[float, Ge(0)] = _key("decoupled weight decay of AdamW", 0.0)
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = _key("AdamW's decay of the mean", 0.9)
     adam_beta2: Annotated[float, Ge(0), Lt(1)] = _key("AdamW's decay of the variance", 0.999)
@@ -113,6 +116,12 @@ class Recipe:
     seed: Annotated[int, Ge(0), Lt(2**63)] = _key("decides initialisation, data order and dropout", 42)
     dtype: Dtype = _key("compute dtype; auto is bfloat16 where this machine is fast at it, else float32", "auto")
     output_dir: str = _key("the run folder; by default runs/<data>-<method>", "")
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate of a resolved recipe."""
+        assert self.learning_rate is not None, "as_recipe resolves it"
+        return self.learning_rate
 
 
 def recipe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
@@ -167,6 +176,8 @@ def as_recipe(
         parsed = dataclasses.replace(parsed, method_config=options)
     if problems:
         raise IngraftError(*(f"{source}: {text}" if source else text for text in problems))
+    if parsed.learning_rate is None:
+        parsed = dataclasses.replace(parsed, learning_rate=record(parsed.method).learning_rate)
     if not parsed.output_dir:
         parsed = dataclasses.replace(parsed, output_dir=f"runs/{_stem(parsed.data.train)}-{parsed.method}")
     return parsed

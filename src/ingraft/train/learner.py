@@ -163,7 +163,7 @@ def make_learner(name: str, parameters: dict[str, nn.Parameter], recipe: Recipe,
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
     optimizer = torch.optim.AdamW(
         groups,
-        lr=recipe.learning_rate,
+        lr=recipe.peak_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         fused=True,

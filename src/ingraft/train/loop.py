@@ -127,7 +127,8 @@ def fit(session: Session, progress: Progress) -> None:
     session.objective.begin()
     session.journal.begin(progress.step, plan.total)
     try:
-        if progress.step and _due(progress.step, recipe.eval_steps) and progress.evaluated < progress.step:
+        unfinished = progress.step and _due(progress.step, recipe.eval_steps) and progress.evaluated < progress.step
+        if session.evaluation and unfinished:
             evaluate(session, progress)  # the checkpoint was written on the way out of this evaluation
         while progress.step < plan.total and not progress.early:
             session.stop.check()
@@ -156,7 +157,7 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
     if not units:
         progress.masked += 1
         return [0.0 for _ in session.learners]
-    rate = recipe.learning_rate * factor(recipe.lr_scheduler_type, progress.step, plan.total, plan.warmup)
+    rate = recipe.peak_rate * factor(recipe.lr_scheduler_type, progress.step, plan.total, plan.warmup)
     norms: list[float | None] = []
     loss_sum = 0.0
     for learner in session.learners:
@@ -222,7 +223,7 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         "step": progress.step,
         "epoch": round(progress.step / plan.steps_per_epoch, 4),
         "loss": progress.loss_sum / progress.units if progress.units else float("nan"),
-        "learning_rate": recipe.learning_rate
+        "learning_rate": recipe.peak_rate
         * factor(recipe.lr_scheduler_type, progress.step - 1, plan.total, plan.warmup),
         "grad_norm": norm,
         "step_seconds": clock.seconds / made,
