@@ -114,7 +114,9 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
         raise IngraftError(f"{original_class(inner).__name__}: virtual tokens need input_ids or inputs_embeds.")
     cached = named.get("past_key_values")
     past = 0 if cached is None else cached.get_seq_length()
-    P = max(lengths(state.control, call, InputPart).values(), default=0)
+    P = 0
+    for length in lengths(state.control, call, InputPart).values():  # compiled code knows no max with a default
+        P = length if length > P else P
     batch = _Batch(size=tokens.shape[0], tokens=tokens.shape[1], past=past, prompt=P, device=tokens.device)
     prompt_B = per_row(state, call, InputPart, batch.size, batch.device)
     prefix_B = per_row(state, call, AttentionPart, batch.size, batch.device)
