@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 JOBS ?= auto
 
-.PHONY: help setup demo test lint format types pytest study docs clean
+.PHONY: help setup demo test lint format types pytest bench study docs clean
 
 help:
 	@echo "make demo    install, tune a real language model on real reviews, show accuracy before and after"
 	@echo "make test    install with test tools, then lint, type check and tests"
 	@echo "make setup   only make $(VENV), with everything the tests need"
 	@echo "make lint    ruff: rules and formatting        make format   apply the formatting"
+	@echo "make bench   speed, memory and loss against PEFT + Trainer"
 	@echo "make study   the long measurements             make docs     write docs/methods.md from the registry"
 
 # torch goes in first and alone, so that nothing else can choose its version.
@@ -64,6 +65,11 @@ types: $(VENV)/.test
 pytest: $(VENV)/.test
 	@echo "== tests: pytest on $(JOBS) workers, warnings are errors"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+bench: $(VENV)/.test
+	@$(BIN)/python examples/demo/prepare.py
+	@echo "== bench: supervised tuning against PEFT + Trainer, interleaved in fresh processes"
+	@$(BIN)/python benchmarks/sft.py
 
 study: $(VENV)/.test
 	@echo "== study: the long measurements"
