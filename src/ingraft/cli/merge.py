@@ -28,8 +28,9 @@ TEXT = (
     "that field, as a final resting place for those who here gave their lives that that nation might live."
 )
 
-BOUNDS = {"float32": 0.01, "float16": 0.25, "bfloat16": 2.0}
-"""Largest logit difference accepted without being asked: several times what sound merges of the tested bases show in each dtype."""
+BOUNDS = {"float32": 0.01, "float16": 0.5, "bfloat16": 4.0}
+"""Largest logit difference accepted without being asked: above what rounding does in each dtype (on SmolLM2, with logits up to 35, a trained
+LoRA showed 0.0001 in float32 and 1.6 in bfloat16), and below what a merge that lost the adapter would show."""
 
 
 @verb("model", "dtype", "data.max_length")
@@ -86,6 +87,7 @@ def command(
     output.say(
         f"largest logit difference, merged to unmerged: {found['max_difference']:.3g} "
         f"(bound {found['bound']:g}, {found['dtype']}, {found['tokens']} tokens, logits up to {found['largest_logit']:.1f})",
+        f"the likeliest outcome is the same at {found['same_choice']:.1%} of the places",
         f"written: {output_dir}",
         "",
         "next:",
@@ -112,9 +114,9 @@ def merge_and_write(
     limit = BOUNDS.get(dtype, BOUNDS["float32"]) if bound is None else bound
     before = [logits(model, batch) for batch in batches]
     ingraft.merge(model, safe=True)
-    differences = [
-        (logits(model, batch) - kept).abs().max().item() for batch, kept in zip(batches, before, strict=True)
-    ]
+    after = [logits(model, batch) for batch in batches]
+    differences = [(new - old).abs().max().item() for new, old in zip(after, before, strict=True)]
+    agreeing = sum(int((new.argmax(-1) == old.argmax(-1)).sum()) for new, old in zip(after, before, strict=True))
     worst = max(differences)
     if not worst <= limit:
         raise IngraftError(
@@ -132,6 +134,7 @@ def merge_and_write(
         "bound": limit,
         "dtype": dtype,
         "tokens": sum(batch.numel() for batch in batches),
+        "same_choice": agreeing / sum(old[..., 0].numel() for old in before),
         "largest_logit": max(kept.abs().max().item() for kept in before),
     }
 

@@ -134,9 +134,12 @@ def open_model(
         IngraftError: no such base; the adapter does not fit it, or is damaged.
     """
     import torch
+    from transformers.utils import logging
 
     import ingraft
     from ingraft.bases import load_base
+
+    logging.disable_progress_bar()
 
     if announce:
         output.say(f"base {recipe.model}" + (f", adapter {adapter}" if adapter else ""))
