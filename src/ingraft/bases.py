@@ -121,6 +121,8 @@ class Base:
         name: what the user called it; also the model's `config.name_or_path`, hence in the adapters saved from it.
         source: the folder or hub id it was read from.
         seconds: what loading took.
+        fresh: modules whose weights the files did not hold (a classifier's head, perhaps a pooler), which began at random. Whoever adapts
+            the base must train and save them.
     """
 
     model: PreTrainedModel
@@ -128,6 +130,7 @@ class Base:
     name: str
     source: str
     seconds: float
+    fresh: tuple[str, ...] = ()
 
 
 def installed(record: BaseRecord) -> bool:
@@ -164,7 +167,7 @@ def load_base(
     options["trust_remote_code"] = trust_remote_code
     wanted = as_dtype(dtype, device)
     with _quiet(), _explained(name, source):
-        model = _load_model(name, source, options, wanted, task, num_labels, labels)
+        model, fresh = _load_model(name, source, options, wanted, task, num_labels, labels)
         tokenizer = _load_tokenizer(source, options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -173,7 +176,7 @@ def load_base(
     torch.nn.Module.to(model.eval(), place)
     seconds = time.perf_counter() - began
     log.info("%s: %s in %s, %.1f s.", name, type(model).__name__, str(wanted).removeprefix("torch."), seconds)
-    return Base(model=model, tokenizer=tokenizer, name=name, source=source, seconds=seconds)
+    return Base(model=model, tokenizer=tokenizer, name=name, source=source, seconds=seconds, fresh=fresh)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -242,7 +245,7 @@ def _load_model(
     task: str | None,
     num_labels: int | None,
     labels: list[str] | None,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
@@ -282,7 +285,7 @@ def _load_model(
         raise IngraftError(f"{name}: the files of {source} lack weights that a {type(model).__name__} needs: {shown}.")
     if hasattr(model.config, "quantization_config"):
         log.warning("%s: is stored quantised (%s).", name, model.config.quantization_config)
-    return model
+    return model, tuple(sorted({key.rpartition(".")[0] for key in missing}))
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -70,6 +70,7 @@ def test_a_classifier_gets_its_labels(bert: Path, recwarn: pytest.WarningsRecord
     base = bases.load_base(str(bert), dtype="float32", task="classify", labels=["no", "yes", "perhaps"])
     assert base.model.config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
     assert base.model.get_submodule("classifier").weight.shape == (3, 32)
+    assert base.fresh == ("classifier",)
     assert bases.load_base(str(bert), dtype="float32", task="classify", num_labels=5).model.config.num_labels == 5
     assert bases.load_base(str(bert), dtype="float32").model.__class__ is BertModel
     assert not recwarn.list

@@ -164,3 +164,15 @@ def test_bfloat16_is_close() -> None:
     head = CausalHead(model)
     assert head.by_pieces
     torch.testing.assert_close(head.loss(data), reference(model, data), rtol=2e-2, atol=0.5)
+
+
+def test_the_probe_sees_no_dropout_and_leaves_no_trace() -> None:
+    model = adapt.attach(build("llama"), LoraConfig(r=4, lora_dropout=0.5), seed=0)
+    with torch.no_grad():
+        for parameter in adapt.parameters(model, "default").values():
+            parameter.normal_()
+    model.train()
+    call = model.ingraft_control.call
+    assert CausalHead(model).by_pieces
+    assert model.training
+    assert model.ingraft_control.call is call

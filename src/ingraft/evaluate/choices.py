@@ -20,7 +20,8 @@ from ingraft.data.records import Labelled
 from ingraft.data.rows import Row
 from ingraft.evaluate.classes import macro_f1
 from ingraft.evaluate.head import CausalHead
-from ingraft.evaluate.loss import Poll, by_length, device_of, score_loss, scoring
+from ingraft.evaluate.loss import Poll, by_length, device_of, score_loss
+from ingraft.evaluate.modes import scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

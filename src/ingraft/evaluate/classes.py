@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ingraft.data.examples import Example
-from ingraft.evaluate.loss import Poll, by_length, device_of, scoring
+from ingraft.evaluate.loss import Poll, by_length, device_of
+from ingraft.evaluate.modes import scoring
 
 
 @dataclass(frozen=True, kw_only=True)

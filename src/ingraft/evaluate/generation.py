@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ingraft.evaluate.loss import Poll, device_of, scoring
+from ingraft.evaluate.loss import Poll, device_of
+from ingraft.evaluate.modes import scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,6 @@ Legend: B rows, T positions, N asked positions, D width, V vocabulary, C positio
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ingraft.adapt.control import control_of, host_state
+from ingraft.adapt.control import host_state
+from ingraft.evaluate.modes import unnoticed
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class CausalHead:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._head = cast("nn.Module | None", cast(Any, model).get_output_embeddings())
-        self._behind = self._probe()
+        with unnoticed(model):  # dropout would make the probe's two passes differ
+            self._behind = self._probe()
 
     @property
     def by_pieces(self) -> bool:
@@ -114,7 +115,6 @@ class CausalHead:
         # Virtual tokens, where an adapter has some, stand in front of the real ones.
         return seen[0][:, -inputs["input_ids"].shape[1] :]
 
-    @torch.no_grad()
     def _probe(self) -> Behind | None:
         """The candidate that reproduces the model's own logits, or None."""
         head = self._head
@@ -127,7 +127,6 @@ class CausalHead:
         scales = [scale for scale in declared if scale is not None] + [1.0]
         ids = torch.arange(1, 9, device=head.weight.device).clamp(max=head.weight.shape[0] - 1)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        step = _step_of(self._model)
         try:
             wanted = self._model(**inputs, use_cache=False).logits[0, -8:].float()
             h_BTD = self._hidden(inputs)
@@ -136,8 +135,6 @@ class CausalHead:
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             log.info("The loss is computed from the model's whole logits: %s.", " ".join(str(error).split())[:120])
             return None
-        finally:
-            step()
         plain = F.linear(h_BTD[0], *self._matrix()).float()
         tolerance = 1e-4 if head.weight.dtype == torch.float32 else 0.05
         for scale in scales:
@@ -161,19 +158,6 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _inverse(x: float | None) -> float | None:
     return 1.0 / x if x else None
-
-
-def _step_of(model: nn.Module) -> Callable[[], None]:
-    """Restores what a probe's forward passes would otherwise leave moved on: the step that dropout is a function of."""
-    control = control_of(model)
-    if control is None:
-        return lambda: None
-    before = control.call
-
-    def restore() -> None:
-        control.call = before
-
-    return restore
 
 
 class _PiecewiseLoss(torch.autograd.Function):

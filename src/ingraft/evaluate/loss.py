@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from ingraft.data import collate
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
 from ingraft.evaluate.head import CausalHead
+from ingraft.evaluate.modes import scoring
 
 Poll = Callable[[], None]
 """Called between batches; it stops the evaluation by raising."""
@@ -101,16 +101,3 @@ def by_length(
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs belong."""
     return next(model.parameters()).device
-
-
-@contextmanager
-def scoring(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in evaluation mode, adapters too, and builds no graph; modes are put back as they were."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -146,8 +146,10 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) ->
     base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels)
     model = base.model
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    _attach(model, recipe)
+        # The second name is the first one's before transformers 5.20 or so, and warns since.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    _attach(model, recipe, base.fresh)
     choices = {part: _choices(recipe, data, part, tokenizer) for part in ("eval", "test")}
     objective = objective_for(recipe.task, model, pad_id(tokenizer), choices["eval"])
     return Prepared(
@@ -155,13 +157,15 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) ->
     )
 
 
-def _attach(model: PreTrainedModel, recipe: Recipe) -> None:
+def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...]) -> None:
     if recipe.init_adapter is not None:
         load_adapter(model, recipe.init_adapter, name=ADAPTER, trainable=True)
         return
     config = registry.make_config(recipe.method, recipe.method_config)
     if recipe.task == "classify" and not config.modules_to_save:
-        config = dataclasses.replace(config, modules_to_save=head_modules(model))
+        head = head_modules(model)
+        beside = tuple(path for path in fresh if path.split(".")[0] not in head)
+        config = dataclasses.replace(config, modules_to_save=(*head, *beside))
     adapt.attach(model, config, name=ADAPTER, seed=recipe.seed)
 
 

@@ -1,0 +1,95 @@
+"""A tiny chat model and a tiny encoder with real folders, so that runs go through every file they would in earnest."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "user",
+    "assistant",
+    "good",
+    "bad",
+    "very",
+    "a",
+    "film",
+    "was",
+    "the",
+    "plot",
+    "it",
+    "i",
+]
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+Make = Callable[..., dict[str, Any]]
+
+
+def _tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
+    made.chat_template = TEMPLATE
+    made.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama/`, `bert/` and `rows.jsonl`: text and label, where the label is a word of the text."""
+    home = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    size = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 3}
+    LlamaForCausalLM(LlamaConfig(**size, eos_token_id=2, bos_token_id=1)).save_pretrained(home / "llama")
+    BertForMaskedLM(BertConfig(**size)).save_pretrained(home / "bert")
+    for name in ("llama", "bert"):
+        _tokenizer(home / name)
+    rng = random.Random(0)
+    with (home / "rows.jsonl").open("w") as file:
+        for _ in range(60):
+            label = rng.choice(["good", "bad"])
+            words = [rng.choice(WORDS[9:]) for _ in range(rng.randint(2, 12))]
+            file.write(json.dumps({"text": " ".join([*words, label, "film"]), "label": label}) + "\n")
+    return home
+
+
+@pytest.fixture
+def recipe(home: Path, tmp_path: Path) -> Make:
+    """A recipe of 12 steps that evaluates and saves every 4; `changes` by dotted key."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "model": str(home / "llama"),
+            "data": {"train": str(home / "rows.jsonl"), "eval": 12},
+            "max_steps": 12,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "eval_steps": 4,
+            "save_steps": 4,
+            "logging_steps": 2,
+            "dtype": "float32",
+            "output_dir": str(tmp_path / "run"),
+            "method_config": {"lora_dropout": 0.1},
+        }
+        for key, value in changes.items():
+            if key.startswith("data_"):
+                values["data"][key.removeprefix("data_")] = value
+            else:
+                values[key] = value
+        return values
+
+    return make
