@@ -39,6 +39,8 @@ BASE = "__base__"
 
 IGNORED_LABEL = -100
 _RESTING = "resting"
+_BEFORE_MERGE = "active before merge_adapter"
+_DISABLED = "active before disable_adapters"
 
 
 class Names(list[str]):
@@ -169,13 +171,13 @@ class PeftMethods(Mixin):
     def disable_adapters(self: Any) -> None:
         """transformers' switch: the base answers alone until `enable_adapters`."""
         control = require_control(self)
-        control.restore["disabled"] = control.call.active
+        control.restore[_DISABLED] = control.call.active
         lifecycle.activate(self)
 
     def enable_adapters(self: Any) -> None:
         """Undo `disable_adapters`."""
         control = require_control(self)
-        lifecycle.activate(self, *(name for name in control.restore.pop("disabled", ()) if name in control.adapters))
+        lifecycle.activate(self, *(name for name in control.restore.pop(_DISABLED, ()) if name in control.adapters))
 
     disable_adapter_layers = disable_adapters
     enable_adapter_layers = enable_adapters
@@ -209,12 +211,17 @@ class PeftMethods(Mixin):
         return lifecycle.detach(self, keep_merged=True)
 
     def merge_adapter(self: Any, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters into the base until `unmerge_adapter`."""
+        """Write adapters into the base until `unmerge_adapter`; until then they alone act."""
+        control = require_control(self)
+        before = control.call.active
         merging.merge(self, *(adapter_names or ()), safe=safe_merge, untie=True)
+        lifecycle.activate(self, *control.merged)
+        control.restore[_BEFORE_MERGE] = before
 
     def unmerge_adapter(self: Any) -> None:
         """Put the base's own weights back, bit for bit."""
         merging.unmerge(self)
+        lifecycle.activate(self, *require_control(self).restore.pop(_BEFORE_MERGE, ()))
 
     def unload(self: Any) -> Any:
         """Take all adapters off. Returns the same object: the base as it was, trainability included."""

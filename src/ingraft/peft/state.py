@@ -82,5 +82,7 @@ def prepare_model_for_kbit_training(
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # The second is the older name of the first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
     return model
