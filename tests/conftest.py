@@ -19,6 +19,10 @@ from transformers import (
     MT5ForConditionalGeneration,
 )
 
+from ingraft.testing.matrix import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
+
 VOCAB = 64
 
 

@@ -1,1 +1,153 @@
-"""To come."""
+"""Law of golden numbers: the method is what its paper and its reference implementation say.
+
+Where Hugging Face PEFT has the method, the adapter is written to a folder and PEFT itself computes with it. Bottlenecks and selective methods
+are held against the equations, written here a second time, with hooks and edited parameters instead of this package's machinery.
+(AdapterHub's numbers for the bottlenecks are held in `tests/golden`; its package does not run beside a present transformers.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ingraft.adapt as adapt
+from ingraft.adapt.control import require_control
+from ingraft.adapt.roles import blocks
+from ingraft.methods.contract import OutputPart, ParameterPart
+from ingraft.testing.cases import Case, close, differs, gradients, loss_of, output, run
+from ingraft.testing.suite import law
+
+
+def _in_peft(case: Case) -> bool:
+    return case.method.peft is not None and not issubclass(case.part, ParameterPart)
+
+
+def _peft_cannot(case: Case) -> str | None:
+    """Why PEFT is no reference here, or None."""
+    name, where = case.method.name, case.subject.name
+    if not _in_peft(case):
+        return "PEFT does not have it; see agrees_with_its_equation"
+    if importlib.util.find_spec("peft") is None:
+        return "the reference implementation is not installed (pip install peft)"
+    if where == "conv2d-groups":
+        return "PEFT has no grouped convolutions whose groups do not divide the rank; merged = active holds it to its equation"
+    if name == "ia3" and where == "embedding":
+        return "PEFT's IA3 has no embeddings"
+    if name in ("prefix", "prompt") and where == "vit":
+        return "PEFT has no task type for images"
+    if name in ("prefix", "prompt") and where == "bert":
+        return "PEFT has no task type for masked language models: its wrapper leaves the virtual tokens out"
+    if name == "prefix" and where == "t5":
+        return "PEFT puts prefixes of an encoder-decoder into the decoder's cache alone; here every self-attention has one"
+    return None
+
+
+def _with_peft(case: Case) -> Case:
+    """The case without what PEFT is known to compute otherwise: a forward of the user's own, padding modes and dilation of convolutions."""
+    only = {"embedding": ("plain",), "conv2d": ("first",)}.get(case.subject.name)
+    if only is None:
+        return case
+    row = dataclasses.replace(case.row, config=dataclasses.replace(case.config, target_modules=only), elsewhere={})
+    return Case(row=row, subject=case.subject)
+
+
+@law(22, hole=_peft_cannot)
+def agrees_with_peft(case: Case) -> None:
+    """With the same weights loaded, Hugging Face PEFT gives the same outputs, and the same gradients tensor by tensor."""
+    case = _with_peft(case)
+    model, batch = case.adapted("a"), case.batch()
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import PeftModel
+
+        adapt.save(model, scratch, "a", dtype=torch.float32)
+        theirs: Any = PeftModel.from_pretrained(case.base(), scratch).eval()  # type: ignore[arg-type]
+        for key, p in theirs.named_parameters():
+            p.requires_grad_(".a." in f"{key}." or "default" in key)
+        expected = _real(run(theirs, batch), run(model, batch))
+        close(run(model, batch), expected, "Ingraft and PEFT", times=2.0)
+        loss_of(_real(output(theirs, batch), expected)).backward()
+    with torch.no_grad():
+        differs(expected, run(case.base(), batch), "PEFT's adapter and base")
+    ours = sorted(float(g.norm()) for g in gradients(model, "a", batch).values())
+    found = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad and p.grad is not None)
+    if len(found) == len(ours):  # PEFT keeps the prefixes of all layers in one tensor
+        close(torch.tensor(ours), torch.tensor(found), "norms of gradients, ours and PEFT's", times=10.0)
+    else:
+        norms = [torch.tensor(values).norm() for values in (ours, found)]
+        close(norms[0], norms[1], "norm of the gradient, ours and PEFT's", times=10.0)
+
+
+def _real(y: Tensor, like: Tensor) -> Tensor:
+    """PEFT's prompt tuning returns the virtual tokens' logits too, in front."""
+    return y[:, -like.shape[1] :] if y.dim() == 3 else y
+
+
+@law(22, hole=lambda case: "PEFT is the reference; see agrees_with_peft" if _in_peft(case) else None)
+def agrees_with_its_equation(case: Case) -> None:
+    """The equation in the method's header, written out by hand over the bare base, gives the same outputs."""
+    model, batch = case.adapted("a"), case.batch()
+    base = case.base()
+    expected_base = run(base, batch)
+    if issubclass(case.part, OutputPart):
+        _bottlenecks_by_hand(case, model, base)
+    else:
+        _parameters_by_hand(case, model, base)
+    expected = run(base, batch)
+    differs(expected, expected_base, "equation and base")
+    close(run(model, batch), expected, "the package and the equation", times=2.0)
+
+
+def _parameters_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
+    with torch.no_grad():
+        for key, value in adapt.parameters(model, "a").items():
+            owner, _, leaf = key.rpartition(".")
+            module = base.get_submodule(owner)
+            if case.method.name == "bitfit":
+                bias = module._parameters.get("bias")
+                module._parameters["bias"] = nn.Parameter(value.detach() if bias is None else bias + value)
+            else:
+                assert issubclass(case.part, ParameterPart), f"write {case.method.name}'s equation here"
+                old = module._parameters[leaf]
+                assert old is not None
+                old.copy_(value)  # in place: what is tied stays tied
+
+
+def _bottlenecks_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
+    values = adapt.parameters(model, "a")
+    options: Any = case.config
+    activation = {"relu": F.relu, "swish": F.silu, "gelu": F.gelu, "tanh": torch.tanh}[options.non_linearity]
+    entered: dict[str, Tensor] = {}
+    entry_of = {block.mlp_out: block.mlp_in for block in blocks(base)} if case.subject.transformers else {}
+    for path, role in require_control(model).require("a").sites.items():
+        down, d, up, u = (values[f"{path}.{name}"].detach() for name in ("down", "down_bias", "up", "up_bias"))
+
+        def change(h: Tensor, down: Tensor = down, d: Tensor = d, up: Tensor = up, u: Tensor = u) -> Tensor:
+            return options.scaling * (activation(h @ down.T + d) @ up.T + u)
+
+        def replace(module: nn.Module, args: Any, y: Any, change: Any = change, role: str = role, path: str = path) -> Any:
+            first = y[0] if isinstance(y, tuple) else y
+            if role == "norm":
+                changed = type(module).forward(module, args[0] + change(first))
+            elif case.method.name == "parallel":
+                changed = first + change(entered.get(path, args[0]))
+            else:
+                changed = first + change(first)
+            return (changed, *y[1:]) if isinstance(y, tuple) else changed
+
+        base.get_submodule(path).register_forward_hook(replace)
+        entry = entry_of.get(path)
+        if role == "mlp" and entry is not None:
+
+            def enter(module: nn.Module, args: Any, path: str = path) -> None:
+                del module
+                entered[path] = args[0]
+
+            base.get_submodule(entry).register_forward_pre_hook(enter)
