@@ -61,6 +61,8 @@ def test_a_run_folder_holds_what_is_promised(recipe: Make) -> None:
     assert steps[-1]["epoch"] == 1.0
     assert len(run.samples) == 3
     assert set(run.samples[0]) == {"prompt", "expected", "before", "after"}
+    for sample in run.samples:
+        assert sample["prompt"].split()[-2:] == [sample["expected"], "film"], "the question as a person wrote it"
 
 
 def test_the_folder_loads_again_with_the_same_loss(recipe: Make) -> None:

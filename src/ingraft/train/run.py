@@ -238,13 +238,14 @@ def _result(
 ) -> Run:
     """The finished run, written. A signal that comes now is too late to matter: what is left takes a second."""
     learner, data = session.learners[0], prepared.data
+    part = data.parts["eval" if data.eval else "train"]
     run = Run(
         folder=session.folder,
         metrics={"before": progress.before["metrics"], "after": after["metrics"]} if after["metrics"] else {},
         samples=[
             {**question, "before": was, "after": now}
             for question, was, now in zip(
-                samples.questions(shown, prepared.tokenizer, data.labels),
+                samples.questions(shown, prepared.tokenizer, None if prepared.recipe.task == "lm" else part.records),
                 progress.before["answers"],
                 after["answers"],
                 strict=True,

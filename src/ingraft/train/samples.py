@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ingraft.data.examples import IGNORED, Example
+from ingraft.data import prompt_messages
+from ingraft.data.examples import IGNORED, Example, as_chat
+from ingraft.data.records import Labelled, Record
 from ingraft.evaluate import generate, score_classes
 
 if TYPE_CHECKING:
@@ -34,16 +36,26 @@ def choose(examples: Sequence[Example], count: int = 3) -> list[Example]:
 
 
 def questions(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, records: Sequence[Record] | None
 ) -> list[dict[str, str]]:
-    """What each row asks and what answer it has."""
+    """What each row asks and what answer it has, as a person wrote them.
+
+    Args:
+        records: what the examples were made of, by their `row_id`; None for plain text, whose examples are blocks of it.
+    """
     found: list[dict[str, str]] = []
     for example in examples:
-        prompt, answer = _parts(example)
-        expected = (
-            labels[example.label] if labels is not None and example.label is not None else _text(answer, tokenizer)
-        )
-        found.append({"prompt": _text(prompt, tokenizer), "expected": expected})
+        record = records[example.row_id] if records is not None else None
+        if example.label is not None and isinstance(record, Labelled):
+            prompt, expected = f"{record.text}\n{record.text2 or ''}".strip(), record.label
+        elif record is not None and (chat := as_chat(record)) is not None:
+            asked = prompt_messages(chat.messages)
+            prompt = "\n".join(message["content"] for message in asked if message["role"] != "system")
+            expected = chat.messages[len(asked)]["content"] if len(asked) < len(chat.messages) else ""
+        else:
+            start, rest = _parts(example)
+            prompt, expected = _text(start, tokenizer), _text(rest, tokenizer)
+        found.append({"prompt": prompt, "expected": expected})
     return found
 
 
