@@ -21,6 +21,8 @@ from ingraft.methods.contract import Method, MethodConfig, Part
 
 ATTRIBUTE = "ingraft_control"
 HOST_ATTRIBUTE = "ingraft_host"
+STEP = "adapter:step"
+"""The step of dropout, beside the adapters' tensors in a Trainer's checkpoint."""
 
 
 def child_name(adapter: str) -> str:

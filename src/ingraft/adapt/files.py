@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ingraft import durable
 from ingraft.adapt import peft_format
-from ingraft.adapt.control import Adapter, child_name, control_of, part_of, require_control
+from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
 from ingraft.adapt.lifecycle import attach, base_parameters, parameters
 from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, uncovered
@@ -129,10 +129,12 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
 
 
 def save_resumable(model: nn.Module, folder: Path) -> None:
-    """Leave all adapters in float32 under the name by which transformers' Trainer looks for a checkpoint of the model."""
+    """Leave all adapters in float32, and the step that dropout has come to, under the name by which transformers' Trainer looks for a
+    checkpoint of the model."""
     tensors = {
         key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items() if "adapter:" in key
     }
+    tensors[STEP] = require_control(model).call.step.cpu()
     durable.write_file(folder / RESUMABLE, to_bytes(tensors, metadata={"format": "pt"}))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ingraft.adapt import prefixes
-from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, control_of, host_state, require_control
+from ingraft.adapt.control import HOST_ATTRIBUTE, STEP, Control, HostState, control_of, host_state, require_control
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import Mixin, beneath, is_swapped, original_class, swap, unswap
@@ -83,7 +83,11 @@ class ModelRoot(Root):
             save_resumable(self, Path(save_directory))
 
     def load_state_dict(self: Any, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; a dictionary that holds adapters only may leave the base out."""
+        """As in torch; a dictionary that holds adapters only may leave the base out, and says at which step dropout goes on."""
+        if STEP in state_dict:
+            control = require_control(self)
+            control.call = control.call.at_step(state_dict[STEP], None)
+            state_dict = {key: value for key, value in state_dict.items() if key != STEP}
         if any("adapter:" not in key for key in state_dict):
             return beneath(self, ModelRoot).load_state_dict(state_dict, strict, assign)
         result = beneath(self, ModelRoot).load_state_dict(state_dict, False, assign)

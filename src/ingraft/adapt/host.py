@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, part_of
+from ingraft.adapt.offload import present
 from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
 from ingraft.adapt.swap import Forward, Mixin
 from ingraft.adapt.weights import Kind, bias_of, shadowed
@@ -66,10 +67,11 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
     work = [(acting_parts(host, state, group.names), group.rows) for group in call.groups]
     if not any(parts for parts, _ in work):
         return base(*args, **kwargs)
-    if len(work) == 1:
-        return _whole(host, state, call, work[0][0], base, args, kwargs)
-    assert call.rows is not None
-    return _mixed(host, state, call, work, len(call.rows), base, args, kwargs)
+    with present(*(part for parts, _ in work for part in parts)):
+        if len(work) == 1:
+            return _whole(host, state, call, work[0][0], base, args, kwargs)
+        assert call.rows is not None
+        return _mixed(host, state, call, work, len(call.rows), base, args, kwargs)
 
 
 def acting_parts(host: nn.Module, state: HostState, names: Sequence[str]) -> list[Part]:

@@ -31,6 +31,7 @@ from ingraft.adapt.control import (
     require_control,
 )
 from ingraft.adapt.host import Host, SequentialHost
+from ingraft.adapt.offload import first_owner, is_offloaded, present
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.rows import Call, rows_of
 from ingraft.adapt.select import base_modules, select
@@ -129,15 +130,23 @@ def _make_parts(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Part], nn
     whole = registry.load(registry.WHOLE)
     parts: dict[str, Part] = {}
     masters: dict[int, nn.Parameter] = {}
-    facts = [facts_of(model, path, modules[path], role) for path, role in adapter.sites.items()]
+    facts: list[SiteFacts] = []
     with torch.random.fork_rng(devices=[]):
-        for fact in facts:
-            method, config = (whole, whole.config()) if fact.role == WHOLE_ROLE else (adapter.method, adapter.config)
-            torch.manual_seed(_seed(adapter.seed, fact.path))
-            part = method.part(config, fact)
+        for path, role in adapter.sites.items():
+            module = modules[path]
+            method, config = (whole, whole.config()) if role == WHOLE_ROLE else (adapter.method, adapter.config)
+            if is_offloaded(module) and issubclass(method.part, ParameterPart):
+                raise IngraftError(
+                    f"{method.name}: {path} is offloaded by accelerate, which hides the weights it is tied to. Attach first, then offload."
+                )
+            with present(module, first_owner(module)):
+                fact = facts_of(model, path, module, role)
+                torch.manual_seed(_seed(adapter.seed, path))
+                part = method.part(config, fact)
             if isinstance(part, ParameterPart):
-                _follow_ties(modules[fact.path], part, masters)
-            parts[fact.path] = part.train(modules[fact.path].training)
+                _follow_ties(module, part, masters)
+            parts[path] = part.train(module.training)
+            facts.append(replace(fact, W=None, b=None, parameters={}))  # sizes are all a shared module asks for
         torch.manual_seed(_seed(adapter.seed, "shared"))
         make = adapter.method.shared
         shared = make(adapter.config, tuple(facts)) if make is not None else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, Kept, host_state, part_of, require_control
 from ingraft.adapt.host import composed, own_parameters
+from ingraft.adapt.offload import is_offloaded
 from ingraft.adapt.select import base_modules
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import ParameterPart, WeightPart
@@ -52,6 +53,8 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
     if problems:
         raise IngraftError(*problems)
     modules = base_modules(model)
+    if offloaded := [path for adapter in adapters for path in adapter.sites if is_offloaded(modules[path])]:
+        raise IngraftError(f"merge: {', '.join(offloaded[:4])} is offloaded by accelerate, so there is no weight here to write into. Load the base without offloading.")
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.sites))
     ties = _ties(modules)
     kept: list[Kept] = []

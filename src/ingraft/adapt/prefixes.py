@@ -31,6 +31,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ingraft.adapt.control import HostState, host_state, part_of
+from ingraft.adapt.offload import present
 from ingraft.adapt.rows import entries_of
 from ingraft.adapt.swap import original_class
 from ingraft.errors import IngraftError
@@ -111,7 +112,8 @@ def _prefix(
 
     def of(names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
         parts = [(name, part) for name in names if isinstance(part := part_of(module, name), AttentionPart)]
-        pairs = [part.keys_values(control.shared_of(name)) for name, part in parts]
+        with present(*(part for _, part in parts)):
+            pairs = [part.keys_values(control.shared_of(name)) for name, part in parts]
         if not pairs:
             return None
         return torch.cat([k for k, _ in pairs], 1).to(like.dtype), torch.cat([v for _, v in pairs], 1).to(like.dtype)

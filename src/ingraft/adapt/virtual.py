@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, HostState, host_state, part_of
+from ingraft.adapt.offload import present
 from ingraft.adapt.rows import Call, entries_of
 from ingraft.adapt.swap import Forward, Mixin, original_class
 from ingraft.errors import IngraftError
@@ -146,7 +147,8 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
     order: list[Tensor] = []
     for group in call.groups:
         parts = [part for name in group.names if isinstance(part := part_of(inner, name), InputPart)]
-        own_PD = torch.cat([part.embeddings() for part in parts]) if parts else like.new_zeros(0, like.shape[2])
+        with present(*parts):
+            own_PD = torch.cat([part.embeddings() for part in parts]) if parts else like.new_zeros(0, like.shape[2])
         full_PD = nn.functional.pad(own_PD.to(like.dtype), (0, 0, batch.prompt - own_PD.shape[0], 0))
         if group.rows is None:
             return full_PD.expand(batch.size, -1, -1)
