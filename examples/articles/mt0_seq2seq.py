@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import tempfile
 
+import numpy as np
 import tiny
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from ingraft.peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+
+def right(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of answers whose first word is right."""
+    made, wanted = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    return {"right": float((made[:, 1] == wanted[:, 0]).mean())}
 
 
 def main() -> dict[str, float]:
@@ -50,7 +57,7 @@ def main() -> dict[str, float]:
             train_dataset=rows,  # pyright: ignore[reportArgumentType] - a list is a data set
             eval_dataset=rows,  # pyright: ignore[reportArgumentType]
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-            compute_metrics=lambda p: {"right": float((p.predictions[:, 1] == p.label_ids[:, 0]).mean())},
+            compute_metrics=right,
         )
         before = trainer.evaluate()["eval_right"]
         trainer.train()

@@ -59,7 +59,6 @@ def bert() -> BertForSequenceClassification:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_labels=2,
         initializer_range=0.1,
     )
     return BertForSequenceClassification(config)
