@@ -179,6 +179,15 @@ def load_base(
     return Base(model=model, tokenizer=tokenizer, name=name, source=source, seconds=seconds, fresh=fresh)
 
 
+def check_base(name: str) -> None:
+    """Refuse at once a name that leads nowhere on this machine and cannot be on a hub.
+
+    Raises:
+        IngraftError: as `load_base`.
+    """
+    _find(name)
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Only the tokenizer of a base, with a padding token.
 

@@ -83,3 +83,14 @@ def test_incomplete_options_are_usage_errors(parse: Any, words: list[str]) -> No
     """An option without its value, or a word that belongs to none, is refused and not guessed."""
     with pytest.raises(click.UsageError):
         parse(*words)
+
+
+def test_unknown_options_and_a_wrong_recipe_come_in_one_message() -> None:
+    """A person mends a command line in one go: what is unknown and what is wrong are named together."""
+    from ingraft.cli.train import command
+
+    words = ["--model", "m", "--data", "d.jsonl", "--method", "lorra", "--learning-rte", "3", "--max-steps", "x"]
+    with pytest.raises(click.UsageError) as caught:
+        command.main(words, standalone_mode=False)
+    for part in ("'--learning-rate'", "'lora'", "max_steps"):
+        assert part in caught.value.message

@@ -324,3 +324,20 @@ def test_the_base_is_left_as_it_was(recipe: Make) -> None:
     for (name, a), b in zip(fresh.state_dict().items(), run.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not any(module.training for module in run.model.modules())
+
+
+def test_places_that_cannot_be_are_named_together(tmp_path: Path) -> None:
+    """Base, data and output folder are checked before anything is loaded, and all that is wrong comes in one message."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("not to be lost")
+    recipe = {
+        "model": "smolm2",
+        "data": {"train": str(tmp_path / "no.jsonl"), "eval": str(tmp_path / "neither.jsonl")},
+        "output_dir": str(tmp_path / "out"),
+    }
+    with pytest.raises(IngraftError) as caught:
+        train(recipe, quiet=True)
+    text = str(caught.value)
+    for part in ("smollm2", "no.jsonl", "neither.jsonl", "output_dir"):
+        assert part in text
+    assert (tmp_path / "out" / "mine.txt").exists()

@@ -83,7 +83,8 @@ def select(
         problem for path, role in sites.items() if (problem := _site_problem(path, role, modules[path], method))
     ]
     if not sites and not problems and not unmatched:
-        problems.append(f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}.")
+        text = f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}."
+        problems.append(f"{text} {method.hint}".strip() if config.target_modules is None else text)
     if strict or not sites:
         problems = unmatched + problems
     if problems:

@@ -16,14 +16,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
-from ingraft.errors import nearest
+from ingraft.errors import IngraftError, nearest
 from ingraft.recipe import recipe_fields
 
 Decorated = Callable[..., Any]
 
 
+UNKNOWN = "ingraft.unknown"
+"""Where a click context keeps the options it could not read."""
+
+
 class VerbCommand(click.Command):
-    """A command that normalises option names first, and names every unknown option, with the nearest known one, in one error."""
+    """A command that normalises option names first, and names every unknown option, with the nearest known one, in one error.
+
+    Attributes:
+        whole_recipe: the verb takes every key of the recipe, so that its options can be checked as one.
+    """
+
+    whole_recipe = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, self._normalised(ctx, args))
@@ -35,13 +45,16 @@ class VerbCommand(click.Command):
         out: list[str] = []
         unknown: list[str] = []
         words = iter(args)
+        skipping = False
         for word in words:
             if word == "--":
                 out += [word, *words]
                 break
             if not word.startswith("--"):
-                out.append(word)
+                if not skipping:
+                    out.append(word)
                 continue
+            skipping = False
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             if name.startswith("--method-config.") and "--method-config" in known:
@@ -63,14 +76,28 @@ class VerbCommand(click.Command):
             if name not in known:
                 hint = nearest(name, [*known, "--method-config.r"] if "--method-config" in known else known, count=1)
                 unknown.append(f"there is no option {word.partition('=')[0]}{hint}.")
+                skipping = not equals  # what follows is its value, if it is no option itself
                 continue
             out.append(name + equals + value)
             option = known[name]
             if not equals and not option.is_flag and not _is_switch(option):
                 out += _values(words, option.nargs)
-        if unknown:
-            raise click.UsageError("\n".join(unknown), ctx)
+        ctx.meta[UNKNOWN] = unknown
         return out
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb, unless an option was unknown: then say so together with all that is wrong with the recipe."""
+        unknown: list[str] = ctx.meta[UNKNOWN]
+        if not unknown:
+            return super().invoke(ctx)
+        if self.whole_recipe:
+            from ingraft.recipe import load_recipe
+
+            try:
+                load_recipe(ctx.params.get("config"), given(ctx.params))
+            except IngraftError as error:
+                unknown += error.problems
+        raise click.UsageError("\n".join(unknown), ctx)
 
 
 def _values(words: Iterator[str], count: int) -> list[str]:
@@ -190,9 +217,11 @@ def verb(*keys: str, recipe: bool = True) -> Callable[[Decorated], click.Command
             function = click.option("--config", metavar="FILE", help="a recipe (YAML); options given here override it")(
                 function
             )
-        return click.command(
+        made = click.command(
             cls=VerbCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
         )(function)
+        made.whole_recipe = recipe and not keys
+        return made
 
     return decorate
 

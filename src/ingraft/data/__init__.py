@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ingraft.data.dataset import DataSet, load
     from ingraft.data.examples import IGNORED, Example, encode_classify, encode_lm, encode_sft, label_names
     from ingraft.data.formats import FORMATS, detect, read_records
-    from ingraft.data.readers import read_rows
+    from ingraft.data.readers import check_source, read_rows
     from ingraft.data.report import DataReport, PartReport
     from ingraft.data.rows import Row
     from ingraft.data.show import preview
@@ -30,7 +30,7 @@ _HOME = {
     "formats": ("FORMATS", "detect", "read_records"),
     "dataset": ("DataSet", "load"),
     "show": ("preview",),
-    "readers": ("read_rows",),
+    "readers": ("check_source", "read_rows"),
     "report": ("DataReport", "PartReport"),
     "rows": ("Row",),
     "splits": ("split",),
@@ -38,6 +38,7 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "check_source",
     "FORMATS",
     "IGNORED",
     "DataReport",

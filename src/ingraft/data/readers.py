@@ -63,6 +63,18 @@ def read_rows(source: str | Path, *, split: str | None = None) -> list[Row]:
     raise IngraftError(_not_there(path, name))
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse at once a path where nothing is; what is there, or may be on a hub, is found out by reading.
+
+    Raises:
+        IngraftError: with the nearest file names.
+    """
+    path, name = Path(source).expanduser(), str(source)
+    on_hub = _HUB.fullmatch(name) and path.suffix not in EXTENSIONS and not path.parent.exists()
+    if not path.exists() and not on_hub:
+        raise IngraftError(_not_there(path, name))
+
+
 def _not_there(path: Path, name: str) -> str:
     folder = path.parent
     if not folder.is_dir():

@@ -73,4 +73,12 @@ def count(config: MethodConfig, facts: SiteFacts) -> int:
     return facts.matrix().shape[0]
 
 
-METHOD = Method(name="bitfit", config=BitFitConfig, part=BitFit, sites=("biases",), identity_at_init=True, count=count)
+METHOD = Method(
+    name="bitfit",
+    config=BitFitConfig,
+    part=BitFit,
+    sites=("biases",),
+    identity_at_init=True,
+    count=count,
+    hint="This model has no biases; pass add_bias=true (--method-config.add-bias true) to graft a zero bias onto every linear layer.",
+)

@@ -310,6 +310,7 @@ class Method:
         count: trained parameters at one site, the formula that law 21 holds against the real tensors.
         peft: the layout of the incumbent's files, None where it does not have the method.
         role: the role of a module that the config names itself, where it is not simply "weight".
+        hint: what to do where the default sites do not exist in a model.
         shared: makes the module that all sites of one adapter use together (a prefix encoder); None, or returning None, where there is none.
     """
 
@@ -320,6 +321,7 @@ class Method:
     identity_at_init: bool
     count: Callable[[MethodConfig, SiteFacts], int]
     peft: PeftLayout | None = None
+    hint: str = ""
     role: Callable[[Any, str], str] = plain_role
     shared: Callable[[Any, tuple[SiteFacts, ...]], nn.Module | None] | None = None
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -19,8 +20,8 @@ import torch
 from ingraft import adapt, durable
 from ingraft.adapt.files import CONFIG, WEIGHTS, serialised
 from ingraft.adapt.files import load as load_adapter
-from ingraft.bases import load_base, load_tokenizer
-from ingraft.data import load, pad_id
+from ingraft.bases import check_base, load_base, load_tokenizer
+from ingraft.data import check_source, load, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.data.records import Labelled
@@ -110,7 +111,7 @@ def train(
     began = time.perf_counter()
     recipe = as_recipe(recipe)
     folder = Path(recipe.output_dir)
-    _check_folder(folder, resume_from_checkpoint, overwrite_output_dir)
+    _check_places(recipe, resume_from_checkpoint, overwrite_output_dir)
     notes = journal.Journal(folder / "log.jsonl", quiet=quiet)
     notes.listen()
     try:
@@ -262,6 +263,24 @@ def _result(
     for text in _remarks(run):
         session.journal.say(text)
     return run
+
+
+def _check_places(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
+    """Refuse, all in one message, a base, data or an output folder that cannot be, before anything is loaded."""
+    wanted = recipe.data
+    checks: list[Callable[[], None]] = [
+        partial(check_base, recipe.model),
+        *(partial(check_source, path) for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str)),
+        partial(_check_folder, Path(recipe.output_dir), resume, overwrite),
+    ]
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except IngraftError as error:
+            problems += error.problems
+    if problems:
+        raise IngraftError(*problems)
 
 
 def _check_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
