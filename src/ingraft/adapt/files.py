@@ -188,7 +188,14 @@ def load(
     raw, facts = _read(folder)
     weights = folder / WEIGHTS
     header = read_header(weights)
-    name = name if name is not None else str((facts or {}).get("name", "default"))
+    kept: dict[str, Any] = dict(facts or {})
+    seed = kept.get("seed", 0)
+    if not isinstance(seed, int) or not isinstance(kept.get("name", ""), str):
+        raise IngraftError(
+            f"{folder / durable.MANIFEST}: its facts are not well-formed: seed {seed!r}, name {kept.get('name')!r}."
+        )
+    if name is None:
+        name = str(kept.get("name", "default"))
     control = control_of(model)
     if control is not None and name in control.adapters:
         raise IngraftError(
@@ -197,7 +204,6 @@ def load(
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
     ours = facts is not None
     config, layout = peft_format.read_config(model, raw, shared=shared_too, ours=ours, where=str(folder / CONFIG))
-    kept: dict[str, Any] = dict(facts or {})
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
         if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.sites)):
@@ -211,7 +217,7 @@ def load(
         if control
         else {}
     )
-    attach(model, config, name, seed=int(kept.get("seed", 0)), strict=False, fill=fill)
+    attach(model, config, name, seed=seed, strict=False, fill=fill)
     adapter = require_control(model).adapters[name]
     adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
     if not trainable:

@@ -31,6 +31,7 @@ from ingraft.methods.contract import Method, MethodConfig, PeftLayout
 OWN = "INGRAFT_"
 
 _COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 _UNREAD = (
     "peft_type",
     "task_type",
@@ -171,6 +172,8 @@ def read_config(
         _unknown(raw, {*_UNREAD, *_option_names(own)}, ours=True, where=where)
         return _make(own, {name: value for name, value in raw.items() if name in _option_names(own)}, where), None
     method, layout = _identify(methods, kind, raw, where)
+    if problems := _ill_typed(raw, layout, where):
+        raise IngraftError(*problems)
     theirs = {ours_: layout.fields.get(ours_, ours_) for ours_ in _option_names(method) if ours_ not in _COMMON}
     known = {
         *_UNREAD,
@@ -208,6 +211,26 @@ def read_config(
 
 def _option_names(method: Method) -> list[str]:
     return list(method.config.__dataclass_fields__)
+
+
+def _ill_typed(raw: Mapping[str, Any], layout: PeftLayout, where: str) -> list[str]:
+    """What is wrong with the fields that are interpreted here; the others are checked by the method's config."""
+    found: list[str] = []
+    for name in (*_NAMES, *(layout.fields.get(own) or own for own in layout.role_fields)):
+        value = raw.get(name)
+        names = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(isinstance(item, str) and item for item in names):
+            found.append(f"{where}: {name} must be a name or a list of names, got {value!r}.")
+    layers = raw.get("layers_to_transform")
+    if layers is not None and not all(
+        isinstance(n, int) for n in (layers if isinstance(layers, list | tuple) else [layers])
+    ):
+        found.append(f"{where}: layers_to_transform must be a number or a list of numbers, got {layers!r}.")
+    return found + [
+        f"{where}: {name} must be a text or null, got {raw[name]!r}."
+        for name in ("task_type", "base_model_name_or_path")
+        if not isinstance(raw.get(name), str | None)
+    ]
 
 
 def _identify(methods: list[Method], kind: str, raw: Mapping[str, Any], where: str) -> tuple[Method, PeftLayout]:

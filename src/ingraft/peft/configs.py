@@ -186,6 +186,11 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = [start.value for start in PromptTuningInit]
+        if self.prompt_tuning_init not in known:
+            raise IngraftError(
+                f"prompt_tuning_init must be one of {', '.join(known)}, got {self.prompt_tuning_init!r}."
+            )
         self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
         if self.prompt_tuning_init is PromptTuningInit.TEXT and not (
             self.prompt_tuning_init_text and self.tokenizer_name_or_path

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ingraft.adapt import files, lifecycle, merging
 from ingraft.adapt.control import control_of, require_control
 from ingraft.adapt.peft_format import base_name, task_of
-from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, swap
+from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap
 from ingraft.adapt.virtual import lengths
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import InputPart
@@ -97,6 +97,12 @@ class PeftMethods(Mixin):
     def peft_type(self: Any) -> PeftType | None:
         """The method of the adapter that acts."""
         return self.active_peft_config.peft_type
+
+    @property
+    def base_model(self: Any) -> Any:
+        """What transformers calls so (its own code relies on it); for another module, this very object."""
+        own = getattr(original_class(self), "base_model", None)
+        return own.fget(self) if isinstance(own, property) and own.fget is not None else self
 
     def get_base_model(self: Any) -> Any:
         """The base: this very object, whose adapters `disable_adapter` switches off and `unload` takes away."""
@@ -399,11 +405,10 @@ def _load(
         options.pop(habit, None)
     _known(options, ("subfolder", "revision", "token", "cache_dir", "local_files_only"), "from_pretrained")
     folder = folder_of(model_id, **options)
-    flags = _trainability(model)
+    config, flags = PeftConfig.from_pretrained(folder), _trainability(model)
+    config.inference_mode = not trainable
     name = files.load(model, folder, name, trainable=trainable, allow_base_mismatch=allow)
     _rest(model, flags)
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = not trainable
     _settle(model, name, config)
 
 
