@@ -5,6 +5,7 @@ it has. From there on it is counting linear layers in the order in which the mod
 
 * A core with four linears (q, k, v, out) or two (fused, out) ends in its output projection; with three or one the projection is the next
   linear of the block (BERT keeps it in a module of its own).
+* Which of them make keys and values, their names say (`_keys_values`).
 * What remains is the MLP: its first linear is where it begins, its last linear back to the block's width is where it ends. They need not
   lie in one module (OPT has them loose in the block), which is why the MLP is a span and not a module.
 * Post-norm blocks end in a norm that follows the last projection inside a module smaller than the block (BERT), or in one that
@@ -123,12 +124,21 @@ def _block(path: str, block: nn.Module, model_type: str) -> Block:
     return Block(
         path=path,
         attention=full(cores[0]),
-        attention_kv=tuple(full(name) for name in (first[1:3] if len(first) >= 3 else first)),
+        attention_kv=tuple(full(name) for name in _keys_values(first)),
         attention_out=full(outs[cores[0]]),
         mlp_in=full(loose[0]) if mlp_out else None,
         mlp_out=full(mlp_out) if mlp_out else None,
         norm=_post_norm(path, block, mlp_out, model_type),
     )
+
+
+def _keys_values(projections: list[str]) -> list[str]:
+    """Which of an attention's input projections make keys and values: by name where names tell (OPT registers k, v, q), else by place."""
+    if len(projections) < 3:
+        return projections  # fused
+    leaves = {name: name.rpartition(".")[2].lower() for name in projections}
+    named = [name for name, leaf in leaves.items() if leaf[0] in "kv" or "key" in leaf or "value" in leaf]
+    return named if len(named) == 2 else projections[1:3]
 
 
 def _post_norm(path: str, block: nn.Module, mlp_out: str | None, model_type: str) -> str | None:
