@@ -141,6 +141,16 @@ def _transformers_model(case: Case) -> str | None:
     return "the model checkpoints itself; see checkpointing_changes_no_gradient" if case.subject.transformers else None
 
 
+MIXED = ("a", "b", None, "a")
+
+
+def _both(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The gradients that `a` and `b` have now, where they have any."""
+    return {
+        name: {key: p.grad.clone() for key, p in adapt.parameters(model, name).items() if p.grad is not None} for name in ("a", "b")
+    }
+
+
 def _backward(model: nn.Module, batch: dict[str, Tensor], between: Callable[[], None]) -> dict[str, dict[str, Tensor]]:
     """Gradients of `a` and `b`, with something done between forward and backward."""
     for p in model.parameters():
@@ -148,20 +158,16 @@ def _backward(model: nn.Module, batch: dict[str, Tensor], between: Callable[[], 
     loss = loss_of(output(model, batch))
     between()
     loss.backward()
-    return {
-        name: {key: p.grad.clone() for key, p in adapt.parameters(model, name).items() if p.grad is not None} for name in ("a", "b")
-    }
+    return _both(model)
 
 
 def _rows_then_leave(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for p in model.parameters():
         p.grad = None
-    with adapt.rows(model, ["a", "b", None, "a"]):
+    with adapt.rows(model, MIXED):
         loss = loss_of(output(model, batch))
     loss.backward()
-    return {
-        name: {key: p.grad.clone() for key, p in adapt.parameters(model, name).items() if p.grad is not None} for name in ("a", "b")
-    }
+    return _both(model)
 
 
 @law(12, heavy=True, hole=_plain_model)
@@ -220,39 +226,34 @@ class Recomputed(nn.Module):
         return checkpoint(lambda given, _: self.inner(given), x, handle, use_reentrant=True)
 
 
-@law(12, heavy=False, hole=_transformers_model)
+@law(12, hole=_transformers_model)
 def recomputed_by_torch(case: Case) -> None:
     """Under torch.utils.checkpoint, reentrant or not, gradients are what they are without, also where another adapter was activated or
     `rows` was left before backward."""
     batch = case.batch()
+    switches: tuple[Callable[[nn.Module], None], ...] = (
+        lambda model: None,
+        lambda model: adapt.activate(model, "b"),
+        lambda model: adapt.activate(model),
+    )
     for reentrant in (True, False):
-        plain, inner = case.adapted("a", "b"), case.adapted("a", "b")
-        wrapped = Recomputed(inner, reentrant)
-        for model in (plain, inner):
-            adapt.trainable(model, "a", "b")
-
-        def through(between: Callable[[], None], wrapped: nn.Module = wrapped, inner: Any = inner) -> dict[str, dict[str, Tensor]]:
-            for p in inner.parameters():
-                p.grad = None
-            loss = loss_of(wrapped(batch["x"]))
-            between()
+        for index, switch in enumerate(switches):
+            plain, inner = _pair(case), _pair(case)
+            loss = loss_of(Recomputed(inner, reentrant)(batch["x"]))
+            switch(inner)
             loss.backward()
-            return {
-                name: {key: p.grad.clone() for key, p in adapt.parameters(inner, name).items() if p.grad is not None}
-                for name in ("a", "b")
-            }
-
-        for index, switch in enumerate((lambda: None, lambda m=inner: adapt.activate(m, "b"), lambda m=inner: adapt.activate(m))):
-            adapt.activate(inner, "a")
-            _agree(through(switch), _backward(plain, batch, lambda: None), f"reentrant={reentrant}, switch {index}")
-        expected = _rows_then_leave(plain, batch)
-        for p in inner.parameters():
-            p.grad = None
-        with adapt.rows(inner, ["a", "b", None, "a"]):
-            loss = loss_of(wrapped(batch["x"]))
+            _agree(_both(inner), _backward(plain, batch, lambda: None), f"reentrant={reentrant}, switch {index}")
+        plain, inner = _pair(case), _pair(case)
+        with adapt.rows(inner, MIXED):
+            loss = loss_of(Recomputed(inner, reentrant)(batch["x"]))
         loss.backward()
-        got = {name: {k: p.grad.clone() for k, p in adapt.parameters(inner, name).items() if p.grad is not None} for name in ("a", "b")}
-        _agree(got, expected, f"reentrant={reentrant}, rows left")
+        _agree(_both(inner), _rows_then_leave(plain, batch), f"reentrant={reentrant}, rows left")
+
+
+def _pair(case: Case) -> Any:
+    model = case.adapted("a", "b")
+    adapt.trainable(model, "a", "b")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------- autocast
