@@ -40,7 +40,9 @@ def test_every_row_and_every_column_is_dropped_alike() -> None:
         means = mask.mean(dim=dim)
         deviation = math.sqrt(0.3 * 0.7 / size)
         assert float((means - 0.3).abs().max()) < 5.5 * deviation
-        assert 0.9 * deviation < float(means.std()) < 1.1 * deviation or dim == 1 and 0.7 < float(means.std()) / deviation < 1.3
+        assert 0.9 * deviation < float(means.std()) < 1.1 * deviation or (
+            dim == 1 and 0.7 < float(means.std()) / deviation < 1.3
+        )
 
 
 def test_survivors_are_scaled_so_that_the_mean_stays() -> None:
@@ -63,7 +65,13 @@ def test_sites_steps_and_rows_are_independent() -> None:
 
 def test_neighbouring_sites_steps_and_rows_do_not_collide() -> None:
     """Were step and row or site added up plainly, (row 1, step 0) would be (row 0, step 1)."""
-    keys = torch.cat([row_keys(Call(step=torch.tensor(step)), salt, 32, None, torch.device("cpu")) for step in range(32) for salt in range(32)])
+    keys = torch.cat(
+        [
+            row_keys(Call(step=torch.tensor(step)), salt, 32, None, torch.device("cpu"))
+            for step in range(32)
+            for salt in range(32)
+        ]
+    )
     collisions = len(keys) - len(keys.unique())
     assert collisions <= 2, f"{collisions} of {len(keys)} keys occur twice"  # by chance, 32,768 draws of 2^32 give 0.1
 
@@ -76,7 +84,10 @@ def test_a_row_keeps_its_mask_in_any_batch() -> None:
     assert torch.equal(three[1:2], alone)
     some = row_keys(Call(row_ids=ids), 5, 3, torch.tensor([2, 0]), device)
     assert torch.equal(some, three[[2, 0]])
-    assert torch.equal(row_keys(Call(row_ids=ids), 5, 6, None, device)[2:4], row_keys(Call(row_ids=torch.tensor([4])), 5, 2, None, device))
+    assert torch.equal(
+        row_keys(Call(row_ids=ids), 5, 6, None, device)[2:4],
+        row_keys(Call(row_ids=torch.tensor([4])), 5, 2, None, device),
+    )
 
 
 def model() -> nn.Module:

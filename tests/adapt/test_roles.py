@@ -24,7 +24,15 @@ TINY = {"vocab_size": 48, "max_position_embeddings": 64}
 
 def opt() -> nn.Module:
     return t.OPTForCausalLM(
-        t.OPTConfig(**TINY, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16, dropout=0.0)
+        t.OPTConfig(
+            **TINY,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            dropout=0.0,
+        )
     )
 
 
@@ -53,7 +61,13 @@ def bart() -> nn.Module:
 
 def gemma3() -> nn.Module:
     config = t.Gemma3TextConfig(
-        **TINY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+        **TINY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
     return t.Gemma3ForCausalLM(config)
 
@@ -65,8 +79,24 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
 
 # family: first block, attention, keys and values, attention's end, MLP's begin, MLP's end, closing norm; the last four relative to the block
 EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, str, str, str | None]] = {
-    "llama": ("model.layers.0", "self_attn", ("self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", None),
-    "gemma3": ("model.layers.0", "self_attn", ("self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", None),
+    "llama": (
+        "model.layers.0",
+        "self_attn",
+        ("self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.down_proj",
+        None,
+    ),
+    "gemma3": (
+        "model.layers.0",
+        "self_attn",
+        ("self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.down_proj",
+        None,
+    ),
     "gpt2": ("transformer.h.0", "attn", ("attn.c_attn",), "attn.c_proj", "mlp.c_fc", "mlp.c_proj", None),
     "bert": (
         "bert.encoder.layer.0",
@@ -86,8 +116,24 @@ EXPECTED: dict[str, tuple[str, str, tuple[str, ...], str, str, str, str | None]]
         "layer.1.DenseReluDense.wo",
         None,
     ),
-    "vit": ("vit.layers.0", "attention", ("attention.k_proj", "attention.v_proj"), "attention.o_proj", "mlp.fc1", "mlp.fc2", None),
-    "opt": ("model.decoder.layers.0", "self_attn", ("self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj", "fc1", "fc2", None),
+    "vit": (
+        "vit.layers.0",
+        "attention",
+        ("attention.k_proj", "attention.v_proj"),
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+        None,
+    ),
+    "opt": (
+        "model.decoder.layers.0",
+        "self_attn",
+        ("self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.out_proj",
+        "fc1",
+        "fc2",
+        None,
+    ),
     "distilbert": (
         "distilbert.transformer.layer.0",
         "attention",

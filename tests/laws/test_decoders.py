@@ -7,6 +7,6 @@ from collections.abc import Callable
 from ingraft.testing import SUBJECTS, Check, parametrize_with_laws
 
 
-@parametrize_with_laws(subjects=[SUBJECTS[name] for name in "llama gpt2".split()])
+@parametrize_with_laws(subjects=[SUBJECTS[name] for name in ["llama", "gpt2"]])
 def test_law(check: Check, try_law: Callable[[Check], None]) -> None:
     try_law(check)

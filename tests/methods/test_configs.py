@@ -58,9 +58,17 @@ def test_a_config_is_frozen_and_survives_its_own_options(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("lora", {"r": 0, "lora_dropout": 1.0, "init_lora_weights": "pissa"}, ["r must be", "lora_dropout", "init_lora_weights"]),
+        (
+            "lora",
+            {"r": 0, "lora_dropout": 1.0, "init_lora_weights": "pissa"},
+            ["r must be", "lora_dropout", "init_lora_weights"],
+        ),
         ("dora", {"r": -1}, ["r must be"]),
-        ("houlsby", {"reduction_factor": 0, "non_linearity": "step", "dropout": -0.1}, ["reduction_factor", "non_linearity", "dropout"]),
+        (
+            "houlsby",
+            {"reduction_factor": 0, "non_linearity": "step", "dropout": -0.1},
+            ["reduction_factor", "non_linearity", "dropout"],
+        ),
         ("pfeiffer", {"init_weights": "zero"}, ["init_weights"]),
         ("prefix", {"num_virtual_tokens": 0, "encoder_hidden_size": 4}, ["num_virtual_tokens", "prefix_projection"]),
         ("prompt", {"num_virtual_tokens": 0, "prompt_init": "zeros"}, ["num_virtual_tokens", "prompt_init"]),

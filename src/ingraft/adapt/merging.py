@@ -54,7 +54,9 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
         raise IngraftError(*problems)
     modules = base_modules(model)
     if offloaded := [path for adapter in adapters for path in adapter.sites if is_offloaded(modules[path])]:
-        raise IngraftError(f"merge: {', '.join(offloaded[:4])} is offloaded by accelerate, so there is no weight here to write into. Load the base without offloading.")
+        raise IngraftError(
+            f"merge: {', '.join(offloaded[:4])} is offloaded by accelerate, so there is no weight here to write into. Load the base without offloading."
+        )
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.sites))
     ties = _ties(modules)
     kept: list[Kept] = []

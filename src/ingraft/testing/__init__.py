@@ -53,7 +53,9 @@ def check_method(
             check()
             held += 1
         except Exception as error:  # every law is to be tried, whatever the one before did
-            broken.append(f"law {check.law.number}, {check.law.name}, on {check.case.subject.name}: {check.law.statement}\n    {type(error).__name__}: {error}")
+            broken.append(
+                f"law {check.law.number}, {check.law.name}, on {check.case.subject.name}: {check.law.statement}\n    {type(error).__name__}: {error}"
+            )
     if broken:
         raise AssertionError(f"{len(broken)} of {held + len(broken)} checks are broken:\n" + "\n".join(broken))
     return held

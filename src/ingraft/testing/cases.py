@@ -22,7 +22,16 @@ from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_st
 from ingraft.adapt.select import base_modules
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, OutputPart, ParameterPart, ShortcutPart, WeightPart
+from ingraft.methods.contract import (
+    AttentionPart,
+    InputPart,
+    Method,
+    MethodConfig,
+    OutputPart,
+    ParameterPart,
+    ShortcutPart,
+    WeightPart,
+)
 from ingraft.testing.subjects import Row, Subject
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -76,7 +85,9 @@ class Case:
 
     def batch(self, n: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """n rows for the subject."""
-        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.subject.batch(n).items()}
+        return {
+            key: value.to(dtype) if value.is_floating_point() else value for key, value in self.subject.batch(n).items()
+        }
 
     def adapted(self, *names: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
         """The subject with adapters of these names, values drawn from the names; only the first one acts."""
@@ -89,7 +100,11 @@ class Case:
 
     def attach(self, model: nn.Module, name: str, *, dropout: float = 0.0) -> None:
         """Attach an adapter whose values depend on its name."""
-        config = self.config if not dropout or self.row.dropout is None else replace(self.config, **{self.row.dropout: dropout})  # type: ignore[arg-type]
+        config = (
+            self.config
+            if not dropout or self.row.dropout is None
+            else replace(self.config, **{self.row.dropout: dropout})
+        )  # type: ignore[arg-type]
         adapt.attach(model, config, name, seed=zlib.crc32(name.encode()))
         randomise(model, name)
 
@@ -157,7 +172,9 @@ def close(actual: Tensor, expected: Tensor, what: str, *, dtype: torch.dtype | N
     allowed = times * TOLERANCE[dtype or expected.dtype]
     distance, peak = difference(actual, expected)
     assert distance <= allowed, f"{what}: differ by {distance:.2e} of their size, {allowed:.0e} is allowed"
-    assert peak <= PEAK * allowed, f"{what}: one entry is off by {peak:.2e} of their size, {PEAK * allowed:.0e} is allowed"
+    assert peak <= PEAK * allowed, (
+        f"{what}: one entry is off by {peak:.2e} of their size, {PEAK * allowed:.0e} is allowed"
+    )
 
 
 def difference(actual: Tensor, expected: Tensor, size: float = 0.0) -> tuple[float, float]:
@@ -170,7 +187,14 @@ def difference(actual: Tensor, expected: Tensor, size: float = 0.0) -> tuple[flo
     return (float("inf"), float("inf")) if any(value != value for value in found) else found
 
 
-def close_each(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None = None, times: float = 1.0) -> None:
+def close_each(
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    what: str,
+    *,
+    dtype: torch.dtype | None = None,
+    times: float = 1.0,
+) -> None:
     """`close` for tensors by name. One yardstick for all: a gradient that is zero in exact arithmetic is noise of the others' size."""
     assert list(actual) == list(expected), f"{what}: {sorted(set(actual) ^ set(expected))}"
     size = max((float(value.double().square().mean().sqrt()) for value in expected.values()), default=0.0)
@@ -178,13 +202,17 @@ def close_each(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
     for name, value in expected.items():
         distance, peak = difference(actual[name], value, 0.02 * size)
         assert distance <= allowed, f"{what}: {name} differs by {distance:.2e} of its size, {allowed:.0e} is allowed"
-        assert peak <= PEAK * allowed, f"{what}: an entry of {name} is off by {peak:.2e} of its size, {PEAK * allowed:.0e} is allowed"
+        assert peak <= PEAK * allowed, (
+            f"{what}: an entry of {name} is off by {peak:.2e} of its size, {PEAK * allowed:.0e} is allowed"
+        )
 
 
 def same(actual: Tensor, expected: Tensor, what: str) -> None:
     """Assert that two tensors have the same bits."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} and {expected.dtype}"
-    assert torch.equal(actual, expected), f"{what}: not the same bits, largest difference {difference(actual, expected)[1]:.2e} of their size"
+    assert torch.equal(actual, expected), (
+        f"{what}: not the same bits, largest difference {difference(actual, expected)[1]:.2e} of their size"
+    )
 
 
 def differs(actual: Tensor, other: Tensor, what: str, *, least: float = EFFECT) -> None:
@@ -246,7 +274,8 @@ class Snapshot:
         return Snapshot(
             types={path: type(module) for path, module in modules.items()},
             parameters={
-                key: (id(p), p.requires_grad, p.detach().clone()) for key, p in model.named_parameters(remove_duplicate=False)
+                key: (id(p), p.requires_grad, p.detach().clone())
+                for key, p in model.named_parameters(remove_duplicate=False)
             },
             buffers={key: buffer.clone() for key, buffer in model.named_buffers()},
             attributes={path: tuple(sorted({*module.__dict__, *module._modules})) for path, module in modules.items()},
@@ -279,7 +308,11 @@ class Snapshot:
 def _changes(was: Any, is_now: Any) -> str:
     if not (isinstance(was, dict) and isinstance(is_now, dict)):
         return f"{was!r} -> {is_now!r}"
-    return "; ".join(f"{key}: {was.get(key)!r} -> {is_now.get(key)!r}" for key in {**was, **is_now} if was.get(key) != is_now.get(key))
+    return "; ".join(
+        f"{key}: {was.get(key)!r} -> {is_now.get(key)!r}"
+        for key in {**was, **is_now}
+        if was.get(key) != is_now.get(key)
+    )
 
 
 def merge(model: nn.Module, *names: str) -> None:

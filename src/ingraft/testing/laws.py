@@ -47,7 +47,10 @@ def refuses_a_pattern_without_match(case: Case) -> None:
 
     model = case.base()
     before = Snapshot.of(model)
-    refused(lambda: adapt.attach(model, dataclasses.replace(case.config, target_modules=("nosuchmodule",)), "a"), "nosuchmodule")
+    refused(
+        lambda: adapt.attach(model, dataclasses.replace(case.config, target_modules=("nosuchmodule",)), "a"),
+        "nosuchmodule",
+    )
     before.assert_restored(model)
 
 
@@ -182,7 +185,12 @@ def shortcut_is_the_general_path(case: Case) -> None:
     assert force_general_path(general) > 0, "no host of this subject has a shortcut"
     batch = case.batch()
     close(run(model, batch), run(general, batch), "shortcut and general path")
-    close_each(gradients(model, "a", batch), gradients(general, "a", batch), "gradient by shortcut and by general path", times=5.0)
+    close_each(
+        gradients(model, "a", batch),
+        gradients(general, "a", batch),
+        "gradient by shortcut and by general path",
+        times=5.0,
+    )
 
 
 @law(5, hole=_no_shortcut)
@@ -243,7 +251,9 @@ def counts_by_its_formula(case: Case) -> None:
     model = case.base()
     bare = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     expected = adapt.expected_count(model, case.config)
-    assert bare == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()), "counting attached something"
+    assert bare == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()), (
+        "counting attached something"
+    )
     adapt.attach(model, case.config, "a")
     own = adapt.parameters(model, "a")
     assert sum(p.numel() for p in own.values()) == expected > 0

@@ -12,7 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 import ingraft.adapt as adapt
 from ingraft.methods.contract import InputPart
-from ingraft.testing.cases import Case, close, close_each, gradients, loss_of, merge, on_weights, output, run, shared_over_rows, taken
+from ingraft.testing.cases import (
+    Case,
+    close,
+    close_each,
+    gradients,
+    loss_of,
+    merge,
+    on_weights,
+    output,
+    run,
+    shared_over_rows,
+    taken,
+)
 from ingraft.testing.suite import law
 
 
@@ -59,7 +71,9 @@ def a_step_reduces_the_loss(case: Case) -> None:
                 p.copy_(values[key] + sign * step * found[key])
         losses.append(float(loss_of(run(model, batch)).double()))
     slope = (losses[0] - losses[1]) / (2 * step * norm)
-    assert abs(slope - 1.0) < 0.05 or abs(losses[0] - losses[1]) < 20 * 1.2e-7 * abs(before), f"measured slope / gradient = {slope:.4f}"
+    assert abs(slope - 1.0) < 0.05 or abs(losses[0] - losses[1]) < 20 * 1.2e-7 * abs(before), (
+        f"measured slope / gradient = {slope:.4f}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- compilation
@@ -95,7 +109,11 @@ def compiles_to_one_graph_for_each_active_set(case: Case) -> None:
             adapt.activate(model, *names)
             with torch.no_grad():
                 result = compiled(**batch)
-            close(result if isinstance(result, Tensor) else result[0], expected[names], f"compiled and not, {names} acting")
+            close(
+                result if isinstance(result, Tensor) else result[0],
+                expected[names],
+                f"compiled and not, {names} acting",
+            )
 
     made = _graphs(visit)
     assert made <= len(sets), f"{made} graphs for {len(sets)} sets of adapters"
@@ -147,7 +165,8 @@ MIXED = ("a", "b", None, "a")
 def _both(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The gradients that `a` and `b` have now, where they have any."""
     return {
-        name: {key: p.grad.clone() for key, p in adapt.parameters(model, name).items() if p.grad is not None} for name in ("a", "b")
+        name: {key: p.grad.clone() for key, p in adapt.parameters(model, name).items() if p.grad is not None}
+        for name in ("a", "b")
     }
 
 
@@ -271,7 +290,9 @@ def autocast_agrees(case: Case) -> None:
     # As one vector: a single entry may jump where a relu sees its input round to the other side.
     exact = gradients(model, "a", batch)
     got, wanted = (torch.cat([g.flatten() for g in one.values()]) for one in (found, exact))
-    assert (distance := float((got - wanted).norm() / wanted.norm())) < 0.15, f"gradients under autocast are off by {distance:.2f} of their size"
+    assert (distance := float((got - wanted).norm() / wanted.norm())) < 0.15, (
+        f"gradients under autocast are off by {distance:.2f} of their size"
+    )
     assert all(g.dtype == torch.float32 for g in found.values())
     if on_weights(case):
         merge(model)

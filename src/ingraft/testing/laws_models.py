@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 import ingraft.adapt as adapt
 from ingraft.methods.contract import InputPart, ParameterPart
-from ingraft.testing.cases import Case, Snapshot, close, differs, gradients, loss_of, on_weights, output, refused, run, same
+from ingraft.testing.cases import (
+    Case,
+    Snapshot,
+    close,
+    differs,
+    gradients,
+    loss_of,
+    on_weights,
+    output,
+    refused,
+    run,
+    same,
+)
 from ingraft.testing.suite import law
 
 
@@ -166,15 +178,25 @@ def padding_and_beams_agree(case: Case) -> None:
     with adapt.rows(model, entries):
         mixed = _generate(model, batch)[:, full.shape[1] :]
         beams = _generate(model, batch, num_beams=2)
-        same(_generate(model, batch, num_beams=2, use_cache=False), beams, "beams over mixed rows, no cache and dynamic")
+        same(
+            _generate(model, batch, num_beams=2, use_cache=False), beams, "beams over mixed rows, no cache and dynamic"
+        )
         static = _generate(model, batch, cache_implementation="static")[:, full.shape[1] :]
     same(static, mixed, "mixed rows, static cache and dynamic")
     for row, pad in enumerate((0, 2, 4)):
         alone = {"input_ids": full[row : row + 1, pad:], "attention_mask": mask[row : row + 1, pad:]}
         adapt.activate(model, "a")
-        same(texts[row : row + 1], _generate(model, alone)[:, alone["input_ids"].shape[1] :], f"row {row} padded and alone")
+        same(
+            texts[row : row + 1],
+            _generate(model, alone)[:, alone["input_ids"].shape[1] :],
+            f"row {row} padded and alone",
+        )
         adapt.activate(model, *([] if entries[row] is None else [str(entries[row])]))
-        same(mixed[row : row + 1], _generate(model, alone)[:, alone["input_ids"].shape[1] :], f"row {row} in mixed rows and alone")
+        same(
+            mixed[row : row + 1],
+            _generate(model, alone)[:, alone["input_ids"].shape[1] :],
+            f"row {row} in mixed rows and alone",
+        )
         found = _generate(model, alone, num_beams=2)[:, alone["input_ids"].shape[1] :]
         same(beams[row : row + 1, full.shape[1] :], found, f"row {row}, beams in mixed rows and alone")
 
@@ -201,7 +223,9 @@ def outputs_and_names_are_the_models_own(case: Case) -> None:
         cls = type(model.get_submodule(path))
         assert (cls.__name__, cls.__qualname__, cls.__module__) == (name, qualname, module), path
     own_attention = {"_attn_implementation", "attn_implementation"}
-    changed = [key for key, value in model.config.to_dict().items() if config.get(key) != value and key not in own_attention]
+    changed = [
+        key for key, value in model.config.to_dict().items() if config.get(key) != value and key not in own_attention
+    ]
     assert not changed, f"the config says another {changed}"
     with torch.no_grad():
         adapted = model(**batch, **wanted)
@@ -215,7 +239,7 @@ def outputs_and_names_are_the_models_own(case: Case) -> None:
     for key in [key for key in plain if key.endswith("hidden_states")]:
         for layer, (was, now) in enumerate(zip(plain[key], adapted[key], strict=True)):
             if issubclass(case.part, InputPart) and key == "encoder_hidden_states":
-                now = now[:, -was.shape[1] :]  # noqa: PLW2901
+                now = now[:, -was.shape[1] :]
             assert was.shape == now.shape, f"{key} {layer}: {tuple(was.shape)} -> {tuple(now.shape)}"
             same(off[key][layer], was, f"{key} {layer} of the base")
     last = "decoder_hidden_states" if "decoder_hidden_states" in plain else "hidden_states"
@@ -278,7 +302,9 @@ def trainer_resumes_to_the_same_bits(case: Case) -> None:
         warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
         through = _trained(case, Path(scratch), None)
         start = adapt.parameters(case.adapted("a"), "a")
-        moved = [key for key, p in adapt.parameters(through, "a").items() if not torch.equal(p.detach(), start[key].detach())]
+        moved = [
+            key for key, p in adapt.parameters(through, "a").items() if not torch.equal(p.detach(), start[key].detach())
+        ]
         assert moved, "nothing was trained"
         checkpoint = Path(scratch) / "checkpoint-2"
         files = {path.name for path in checkpoint.iterdir()}
@@ -286,7 +312,7 @@ def trainer_resumes_to_the_same_bits(case: Case) -> None:
         resumed = _trained(case, Path(scratch) / "again", checkpoint)
         for key, p in adapt.parameters(through, "a").items():
             same(adapt.parameters(resumed, "a")[key].detach(), p.detach(), f"{key}, resumed and uninterrupted")
-        base = {key: p for key, p in adapt.base_parameters(case.base()).items()}
+        base = dict(adapt.base_parameters(case.base()).items())
         for key, p in adapt.base_parameters(resumed).items():
             same(p.detach(), base[key].detach(), f"{key} of the base after training")
 

@@ -45,7 +45,9 @@ def _peft_cannot(case: Case) -> str | None:
     if name in ("prefix", "prompt") and where == "bert":
         return "PEFT has no task type for masked language models: its wrapper leaves the virtual tokens out"
     if name == "prefix" and where == "t5":
-        return "PEFT puts prefixes of an encoder-decoder into the decoder's cache alone; here every self-attention has one"
+        return (
+            "PEFT puts prefixes of an encoder-decoder into the decoder's cache alone; here every self-attention has one"
+        )
     return None
 
 
@@ -132,7 +134,9 @@ def _bottlenecks_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
         def change(h: Tensor, down: Tensor = down, d: Tensor = d, up: Tensor = up, u: Tensor = u) -> Tensor:
             return options.scaling * (activation(h @ down.T + d) @ up.T + u)
 
-        def replace(module: nn.Module, args: Any, y: Any, change: Any = change, role: str = role, path: str = path) -> Any:
+        def replace(
+            module: nn.Module, args: Any, y: Any, change: Any = change, role: str = role, path: str = path
+        ) -> Any:
             first = y[0] if isinstance(y, tuple) else y
             if role == "norm":
                 changed = type(module).forward(module, args[0] + change(first))

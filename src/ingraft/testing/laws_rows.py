@@ -204,7 +204,9 @@ def mixed_rows_train_each_adapter_by_its_rows(case: Case) -> None:
         keep[own] = 1.0
         # Other rows enter the loss as the constants they are, so that the loss is the same function.
         loss_of(keep * z + (1 - keep) * y.detach()).backward()
-        close_each(mixed[name], taken(model, name), f"gradients of {name} in the mixed batch and from its rows", times=5.0)
+        close_each(
+            mixed[name], taken(model, name), f"gradients of {name} in the mixed batch and from its rows", times=5.0
+        )
 
 
 def _no_dropout(case: Case) -> str | None:

@@ -42,7 +42,10 @@ def lines(results: Iterable[tuple[str, int, str, str]]) -> list[str]:
             reasons[why][f"{method} on {subject}"].add(number)
     width = max((len(method) for method in methods), default=0)
     table = [" " * width + "".join(f"{number:>7}" for number in numbers)]
-    table += [f"{method:<{width}}" + "".join(f"{_cell(count, method, number, LATER):>7}" for number in numbers) for method in methods]
+    table += [
+        f"{method:<{width}}" + "".join(f"{_cell(count, method, number, LATER):>7}" for number in numbers)
+        for method in methods
+    ]
     return [
         "Checks that held, by method and law (n+mr: m of them are refusals that were due and came; later: the law's part is not built yet).",
         "",
@@ -79,7 +82,8 @@ def _explained(reasons: Mapping[str, Mapping[str, set[int]]]) -> list[str]:
             for method, subjects in methods.items():
                 grouped[", ".join(subjects)].append(method)
             found += [
-                f"    law {', '.join(map(str, numbers))}: {', '.join(names)} on {subjects}" for subjects, names in grouped.items()
+                f"    law {', '.join(map(str, numbers))}: {', '.join(names)} on {subjects}"
+                for subjects, names in grouped.items()
             ]
     return found
 

@@ -103,7 +103,11 @@ class Embedded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plain, self.rescaled, self.head = nn.Embedding(VOCABULARY, 16, padding_idx=0), Rescaled(VOCABULARY, 16), nn.Linear(16, 5)
+        self.plain, self.rescaled, self.head = (
+            nn.Embedding(VOCABULARY, 16, padding_idx=0),
+            Rescaled(VOCABULARY, 16),
+            nn.Linear(16, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.plain(x) + self.rescaled(x)))
@@ -117,7 +121,9 @@ def _conv1d() -> nn.Module:
 
 def _conv2d() -> nn.Module:
     first = nn.Conv2d(4, 8, 3, stride=2, padding=1)
-    return Layers(first, nn.Conv2d(8, 6, (1, 3), padding=(0, 2), dilation=(1, 2), padding_mode="circular", bias=False), Channels())
+    return Layers(
+        first, nn.Conv2d(8, 6, (1, 3), padding=(0, 2), dilation=(1, 2), padding_mode="circular", bias=False), Channels()
+    )
 
 
 def _conv2d_groups() -> nn.Module:
@@ -194,9 +200,8 @@ def _bert() -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0)
+    config.decoder_start_token_id = 0
     return _quiet(lambda: T5ForConditionalGeneration(config))
 
 
@@ -210,10 +215,10 @@ def _vit() -> nn.Module:
         num_attention_heads=2,
         image_size=8,
         patch_size=4,
-        num_labels=5,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 5
     return _quiet(lambda: ViTForImageClassification(config))
 
 
@@ -306,14 +311,25 @@ _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
     # A Llama and a T5 have no biases.
     "bitfit": {
         **{name: {"add_bias": True} for name in ("llama", "t5")},
-        **{name: {"add_bias": True, "target_modules": ["first", "second"]} for name in ("linear", "conv2d", "conv2d-groups")},
+        **{
+            name: {"add_bias": True, "target_modules": ["first", "second"]}
+            for name in ("linear", "conv2d", "conv2d-groups")
+        },
     },
 }
 
-_DROPOUT = {"lora": "lora_dropout", "dora": "lora_dropout", "houlsby": "dropout", "pfeiffer": "dropout", "parallel": "dropout"}
+_DROPOUT = {
+    "lora": "lora_dropout",
+    "dora": "lora_dropout",
+    "houlsby": "dropout",
+    "pfeiffer": "dropout",
+    "parallel": "dropout",
+}
 
 
-_INEXACT = {"dora": "its norm is held constant in backward (section 4.3 of the paper); law 22 compares its gradients with PEFT's"}
+_INEXACT = {
+    "dora": "its norm is held constant in backward (section 4.3 of the paper); law 22 compares its gradients with PEFT's"
+}
 
 
 def row(name: str) -> Row:
@@ -321,7 +337,9 @@ def row(name: str) -> Row:
     options = _OPTIONS[name]
     return Row(
         config=registry.make_config(name, options),
-        elsewhere={where: registry.make_config(name, {**options, **other}) for where, other in _ELSEWHERE.get(name, {}).items()},
+        elsewhere={
+            where: registry.make_config(name, {**options, **other}) for where, other in _ELSEWHERE.get(name, {}).items()
+        },
         dropout=_DROPOUT.get(name),
         inexact=_INEXACT.get(name),
     )

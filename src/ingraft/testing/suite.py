@@ -12,6 +12,7 @@ A law is a function of a `Case` that returns nothing and raises AssertionError. 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,8 +45,11 @@ class Law:
         return (self.check.__doc__ or "").strip().splitlines()[0]
 
 
+FILES = ("laws", "laws_rows", "laws_files", "laws_gradients", "laws_models", "laws_reference")
+"""Where the laws are written."""
+
 LAWS: list[Law] = []
-"""Filled by the files of laws, in the order in which `all_laws` imports them."""
+"""Filled by these files, as they are imported."""
 
 
 def nowhere(case: Case) -> str | None:
@@ -67,7 +71,15 @@ def law(
     def record(check: Callable[[Case], None]) -> Callable[[Case], None]:
         assert check.__doc__, f"{check.__name__} has to state its law"
         LAWS.append(
-            Law(number=number, name=check.__name__, check=check, hole=hole, refusal=refusal, refuses=refuses, heavy=heavy)
+            Law(
+                number=number,
+                name=check.__name__,
+                check=check,
+                hole=hole,
+                refusal=refusal,
+                refuses=refuses,
+                heavy=heavy,
+            )
         )
         return check
 
@@ -107,8 +119,8 @@ class Check:
 
 def all_laws() -> Sequence[Law]:
     """Every law, in order of number."""
-    from ingraft.testing import laws, laws_files, laws_gradients, laws_models, laws_reference, laws_rows  # noqa: F401
-
+    for name in FILES:
+        importlib.import_module(f"ingraft.testing.{name}")
     return sorted(LAWS, key=lambda one: one.number)
 
 
