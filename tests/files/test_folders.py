@@ -339,6 +339,8 @@ def test_unknown_fields_are_refused_in_our_files_and_warned_of_in_others(tmp_pat
     ("changes", "words"),
     [
         ({"r": "four"}, "r: "),
+        ({"r": 10**12}, "r = 1000000000000 is larger than any size"),
+        ({"r": 60_000}, "asks for"),
         ({"r": 0}, "r must be at least 1"),
         ({"peft_type": "LORRA"}, "did you mean 'LORA'"),
         ({"peft_type": 3}, "no peft_type"),

@@ -14,6 +14,7 @@ the optimiser sees.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import warnings
@@ -32,16 +33,20 @@ from ingraft import durable
 from ingraft.adapt import peft_format
 from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
-from ingraft.adapt.lifecycle import attach, base_parameters, parameters
+from ingraft.adapt.lifecycle import attach, base_parameters, expected_count, parameters
 from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, uncovered
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import Part, PeftLayout
+from ingraft.methods.contract import MethodConfig, Part, PeftLayout
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 RESUMABLE = "model.safetensors"
 CONFIG_LIMIT = 1 << 22
+LARGEST_OPTION = 1 << 16
+"""Up to here a size in a config needs no tensor to vouch for it."""
+
+Header = Mapping[str, tuple[tuple[int, ...], str]]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes an adapter may be stored in."""
@@ -204,6 +209,7 @@ def load(
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
     ours = facts is not None
     config, layout = peft_format.read_config(model, raw, shared=shared_too, ours=ours, where=str(folder / CONFIG))
+    _check_size(model, config, header, folder / CONFIG)
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
         if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.sites)):
@@ -274,6 +280,21 @@ def read_header(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise IngraftError(f"{weights}: not a readable safetensors file: {error}.") from error
 
 
+def _check_size(model: nn.Module, config: MethodConfig, header: Header, where: Path) -> None:
+    """Refuse sizes in a config that the tensors beside it cannot have, before memory is asked for."""
+    limit = max([LARGEST_OPTION, *(size for shape, _ in header.values() for size in shape)])
+    problems = [
+        f"{where}: {name} = {value} is larger than any size in {WEIGHTS}."
+        for name, value in config.options().items()
+        if isinstance(value, int) and value > limit
+    ]
+    stored = sum(math.prod(shape) for shape, _ in header.values())
+    if not problems and (wanted := expected_count(model, config)) > 8 * stored + LARGEST_OPTION:
+        problems.append(f"{where}: asks for {wanted:,} numbers, and {WEIGHTS} holds {stored:,}.")
+    if problems:
+        raise IngraftError(*problems)
+
+
 def _check_base(
     model: nn.Module,
     adapter: Adapter,
@@ -303,9 +324,7 @@ def _check_base(
     )
 
 
-def _fill(
-    model: nn.Module, weights: Path, header: Mapping[str, tuple[tuple[int, ...], str]], wanted: list[Entry]
-) -> None:
+def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) -> None:
     """Copy a file's tensors into the parts, once everything about them is known to be right."""
     known = {entry.key: entry for entry in wanted}
     problems = [

@@ -221,6 +221,11 @@ def _ill_typed(raw: Mapping[str, Any], layout: PeftLayout, where: str) -> list[s
         names = value if isinstance(value, list | tuple) else [value]
         if value is not None and not all(isinstance(item, str) and item for item in names):
             found.append(f"{where}: {name} must be a name or a list of names, got {value!r}.")
+        elif isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                found.append(f"{where}: {name} = {value!r} is no regular expression: {error}.")
     layers = raw.get("layers_to_transform")
     if layers is not None and not all(
         isinstance(n, int) for n in (layers if isinstance(layers, list | tuple) else [layers])
@@ -276,6 +281,7 @@ def _make(method: Method, options: Mapping[str, Any], where: str) -> MethodConfi
 def _read_whole(model: nn.Module, raw: Mapping[str, Any]) -> Iterator[str]:
     """Paths of the modules that PEFT trains in full: those whose full name ends in one of the names."""
     names = raw.get("modules_to_save") or ()
+    names = (names,) if isinstance(names, str) else names
     for path in base_modules(model):
         if path and any(path.endswith(name) for name in names):
             yield path
@@ -289,10 +295,7 @@ def _read_sites(
     targets = raw.get("target_modules")
     if targets is None:
         raise IngraftError(f"{where}: target_modules is missing.")
-    try:
-        paths = [path for path in modules if path and not _within(path, whole) and peft_matches(raw, path)]
-    except re.error as error:
-        raise IngraftError(f"{where}: target_modules or exclude_modules is no regular expression: {error}.") from None
+    paths = [path for path in modules if path and not _within(path, whole) and peft_matches(raw, path)]
     if not paths:
         raise IngraftError(
             f"{where}: target_modules = {targets!r} matches no module of {original_class(model).__name__}. The adapter is for another base."

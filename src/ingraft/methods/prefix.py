@@ -48,6 +48,8 @@ class PrefixTuningConfig(MethodConfig):
         )
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             found.append("encoder_hidden_size has a meaning only with prefix_projection=true.")
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            found.append(f"encoder_hidden_size must be at least 1, got {self.encoder_hidden_size}.")
         return found
 
 
