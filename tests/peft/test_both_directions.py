@@ -140,7 +140,7 @@ CASES: dict[str, Case] = {
     "prefix-bert": (
         "bert",
         "prefix",
-        {"num_virtual_tokens": 5, "modules_to_save": ["classifier"]},
+        {"num_virtual_tokens": 5, "prefix_projection": True, "modules_to_save": ["classifier"]},
         peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS"),
     ),
     "prompt-llama": (
