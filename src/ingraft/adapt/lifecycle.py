@@ -149,7 +149,9 @@ def _make_parts(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Part], nn
             facts.append(replace(fact, W=None, b=None, parameters={}))  # sizes are all a shared module asks for
         torch.manual_seed(_seed(adapter.seed, "shared"))
         make = adapter.method.shared
-        shared = make(adapter.config, tuple(fact for fact in facts if fact.role != WHOLE_ROLE)) if make is not None else None
+        shared = (
+            make(adapter.config, tuple(fact for fact in facts if fact.role != WHOLE_ROLE)) if make is not None else None
+        )
     return parts, shared
 
 
