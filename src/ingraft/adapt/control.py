@@ -142,11 +142,11 @@ class HostState:
     seen_without_grad: Call | None = None
     replayed: bool = False
     hook: Any = None
+    salt: int = field(init=False)
+    """A stable number for this site."""
 
-    @property
-    def salt(self) -> int:
-        """A stable number for this site."""
-        return zlib.crc32(self.path.encode())
+    def __post_init__(self) -> None:
+        self.salt = zlib.crc32(self.path.encode())
 
     def current(self) -> Call:
         """The call this forward belongs to.

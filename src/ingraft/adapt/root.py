@@ -42,7 +42,10 @@ def around_model(model: nn.Module, run: Callable[[], Any], size: int = 0) -> Any
         control.call = replace(control.call, size=size)
     acting = {name for group in control.call.groups for name in group.names}
     if control.auto_step and any(control.adapters[name].dropout for name in acting):
-        control.call = control.call.at_step(control.call.step + 1, None)
+        if torch.compiler.is_compiling():
+            control.call.step.add_(1)  # in place: a graph can change a tensor, and cannot make a new call
+        else:
+            control.call = control.call.at_step(control.call.step + 1, None)
     for name in acting:
         shared = model._modules.get(child_name(name)) if control.adapters[name].method.shared else None
         if shared is not None:
