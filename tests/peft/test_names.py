@@ -480,6 +480,24 @@ def test_an_adapter_that_is_nowhere_is_refused(tmp_path: Path, tiny: SimpleNames
         PeftModel.from_pretrained(tiny.make("llama"), "nobody/nothing", local_files_only=True)
 
 
+def test_what_is_no_folder_here_comes_from_the_hub_files_of_an_adapter_only(
+    tmp_path: Path, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tuned(tiny)
+    model.save_pretrained(tmp_path / "inner")
+    asked: dict[str, Any] = {}
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    again = PeftModel.from_pretrained(tiny.make("llama"), "somebody/an-adapter", subfolder="inner", revision="v1")
+    assert torch.equal(tiny.output(again, tiny.example("llama")), tiny.output(model, tiny.example("llama")))
+    files = ["inner/adapter_config.json", "inner/adapter_model.safetensors", "inner/ingraft.json"]
+    assert (asked["name"], asked["revision"], asked["allow_patterns"]) == ("somebody/an-adapter", "v1", files)
+
+
 def test_preparation_for_training_over_a_quantised_base(tiny: SimpleNamespace) -> None:
     model = prepare_model_for_kbit_training(tiny.make("llama").bfloat16())
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
