@@ -14,24 +14,29 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> bool:
     """Tell glibc's allocator to keep memory that is freed instead of giving it back to the system, for the rest of the process.
 
     Training allocates and frees the same large tensors in every step. By default each of them is mapped anew, and the system zeroes its
-    pages again; keeping them measured 22 to 31 % less time for training on a CPU. What a person has set by environment stays.
+    pages again; keeping them takes that time away. The few largest blocks (32 MiB and more, as large a threshold as glibc takes) are still
+    mapped one by one: with everything in one heap, fragments of it grew to several times the memory in use (docs/lab-notes.md). What a
+    person has set by environment stays.
 
     Returns:
         whether it was done.
     """
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")):
+    if any(
+        name in os.environ
+        for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+    ):
         return False
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or torch.cuda.is_available():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    done = [mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)]
+    done = [mallopt(_MMAP_THRESHOLD, 32 << 20), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)]
     if all(done):
         log.info("Freed memory is kept for reuse (mallopt); set MALLOC_TOP_PAD_ to decide otherwise.")
     return all(done)
