@@ -31,7 +31,7 @@ def no_weight_form(case: Case) -> str | None:
     return None if on_weights(case) else "it is no change of weights, so a merge is refused"
 
 
-@law(0)
+@law(0, of_refusal=True)
 def refuses_what_it_cannot_adapt(case: Case) -> None:
     """A method that has no place in a module is refused with an explanation, and the module is what it was."""
     model = case.base()

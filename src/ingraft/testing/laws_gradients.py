@@ -16,6 +16,7 @@ from ingraft.testing.cases import (
     Case,
     close,
     close_each,
+    differs,
     gradients,
     loss_of,
     merge,
@@ -92,12 +93,19 @@ def _graphs(action: Callable[[], object]) -> int:
     return counters["stats"]["unique_graphs"] - before
 
 
-@law(11, heavy=True)
+def _worth_compiling(case: Case) -> bool:
+    """A graph of a model takes seconds, and hosts compile alike everywhere: every method once, every kind of host in a model once."""
+    if case.subject.transformers:
+        return case.subject.name == "llama" and case.method.name in ("lora", "parallel", "prefix", "prompt")
+    return case.subject.name == "linear" or case.method.name == "lora"
+
+
+@law(11, heavy=True, everyday=_worth_compiling)
 def compiles_to_one_graph_for_each_active_set(case: Case) -> None:
     """Compiled in full graph the model computes the same, and switching back and forth costs one graph for each set of adapters."""
     torch._dynamo.reset()
     model, batch = case.adapted("a", "b"), case.batch()
-    sets: tuple[tuple[str, ...], ...] = (("a",), ("b",), (), ("a", "b"))
+    sets: tuple[tuple[str, ...], ...] = (("a",), ()) if case.subject.transformers else (("a",), ("b",), (), ("a", "b"))
     expected: dict[tuple[str, ...], Tensor] = {}
     for names in sets:
         adapt.activate(model, *names)
@@ -122,14 +130,15 @@ def compiles_to_one_graph_for_each_active_set(case: Case) -> None:
     torch._dynamo.reset()
 
 
-@law(11, heavy=True)
+@law(11, heavy=True, everyday=_worth_compiling)
 def compiles_before_attach_and_in_training(case: Case) -> None:
     """A model compiled before its adapter was attached computes with it, and its gradients are those of the model not compiled."""
     torch._dynamo.reset()
     model, batch = case.base(), case.batch()
     compiled = _compiled(model)
-    with torch.no_grad():
-        compiled(**batch)
+    if not case.subject.transformers:  # a graph of the base, to be left behind
+        with torch.no_grad():
+            compiled(**batch)
     case.attach(model, "a")
     plain = gradients(model, "a", batch)
     for p in model.parameters():
@@ -137,6 +146,29 @@ def compiles_before_attach_and_in_training(case: Case) -> None:
     result = compiled(**batch)
     loss_of(result if isinstance(result, Tensor) else result[0]).backward()
     close_each(taken(model, "a"), plain, "gradients compiled and not", times=5.0)
+    torch._dynamo.reset()
+
+
+@law(11, heavy=True, everyday=_worth_compiling, hole=lambda case: None if case.row.dropout else "it has no dropout")
+def dropout_compiles_to_one_graph(case: Case) -> None:
+    """Compiled with dropout, every step has a mask of its own, the one it has without compiling, and steps cost no graphs."""
+    torch._dynamo.reset()
+    model, batch = case.adapted("a", dropout=0.3), case.batch()
+    model.train()
+    compiled = _compiled(model)
+    outputs: list[Tensor] = []
+
+    def step() -> None:
+        result = compiled(**batch)
+        outputs.append(result if isinstance(result, Tensor) else result[0])
+
+    assert _graphs(step) == 1
+    assert _graphs(step) + _graphs(step) == 0, "a step made a graph of its own"
+    for number, result in enumerate(outputs, start=1):
+        adapt.dropout_step(model, number)
+        close(result.detach(), run(model, batch), f"step {number}, compiled and not")
+    if case.subject.name != "embedding":  # a lookup drops nothing
+        differs(outputs[0].detach(), outputs[1].detach(), "two steps", least=1e-3)
     torch._dynamo.reset()
 
 

@@ -57,6 +57,10 @@ def two_active_compose_as_defined(case: Case) -> None:
     adapt.activate(model, "a", "b")
     both = run(model, batch)
     close(both, _reference(case, batch), "two active and their composition", times=2.0)
+    if on_weights(case):
+        merge(model, "a", "b")
+        close(run(model, batch), both, "two merged and two active", times=2.0)
+        adapt.unmerge(model)
     for name in ("a", "b"):
         adapt.activate(model, name)
         differs(both, run(model, batch), f"both and {name}")

@@ -33,7 +33,7 @@ def lines(results: Iterable[tuple[str, int, str, str]]) -> list[str]:
     reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for check in checks(with_holes=True):
         method, number, subject = check.cell
-        if method not in methods or number == 0:
+        if method not in methods or check.law.of_refusal:
             continue
         if check.hole is not None:
             reasons[check.hole][f"{method} on {subject}"].add(number)

@@ -5,7 +5,9 @@ A law is a function of a `Case` that returns nothing and raises AssertionError. 
 * `hole`: why it says nothing of a case (a reason a reader accepts), or None;
 * `refusal`: why the method must refuse what the law is about (a prefix has no weight form to merge), or None; the refusal is then the
   thing asserted;
-* `heavy`: tried on a Llama with every method and on every subject with LoRA only, unless everything is asked for.
+* `of_refusal`: it is about the cases that cannot be attached, and about no others;
+* `heavy`: tried everywhere only if everything is asked for (`-m study`); else on a Llama with every method and on every subject with LoRA,
+  or where the law itself says (`everyday`).
 
 `checks` multiplies methods, subjects and laws; nothing in it is left out without a reason, and `matrix` prints both.
 """
@@ -38,6 +40,8 @@ class Law:
     refusal: Reason
     refuses: Callable[[Case], None] | None
     heavy: bool
+    everyday: Callable[[Case], bool]
+    of_refusal: bool
 
     @property
     def statement(self) -> str:
@@ -58,6 +62,11 @@ def nowhere(case: Case) -> str | None:
     return None
 
 
+def _everyday(case: Case) -> bool:
+    """Where a heavy law is tried every day, unless it says otherwise."""
+    return case.subject.name == "llama" or case.method.name == "lora"
+
+
 def law(
     number: int,
     *,
@@ -65,6 +74,8 @@ def law(
     refusal: Reason = nowhere,
     refuses: Callable[[Case], None] | None = None,
     heavy: bool = False,
+    everyday: Callable[[Case], bool] = _everyday,
+    of_refusal: bool = False,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Record a function as a law. See the module docstring."""
 
@@ -79,6 +90,8 @@ def law(
                 refusal=refusal,
                 refuses=refuses,
                 heavy=heavy,
+                everyday=everyday,
+                of_refusal=of_refusal,
             )
         )
         return check
@@ -144,17 +157,12 @@ def checks(
                     continue
                 hole = _hole(each, case, unfit)
                 if hole is None or with_holes:
-                    yield Check(case=case, law=each, hole=hole, study=each.heavy and not _everyday(case))
+                    yield Check(case=case, law=each, hole=hole, study=each.heavy and not each.everyday(case))
 
 
 def _hole(each: Law, case: Case, unfit: str | None) -> str | None:
-    if each.number == 0:
+    if each.of_refusal:
         return None if unfit is not None else "it can be attached"
     if unfit is not None:
         return f"refused at attach (law 0): {unfit}"
     return each.hole(case)
-
-
-def _everyday(case: Case) -> bool:
-    """Whether a heavy law is tried on this case every day."""
-    return case.subject.name == "llama" or case.method.name == "lora"
