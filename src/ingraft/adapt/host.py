@@ -10,14 +10,14 @@ That is the *shortcut*, used where every acting part is a `ShortcutPart` and the
 recomputed in backward rather than kept.
 
 Several parts on one host compose in one way everywhere (shortcut, general path, merge): first all that `add`, each on the original W, so
-`W + sum(weight_i(W) - W)`; then those that `chain`, in activation order. `composed` below is that sentence in code.
+`W + sum(weight_i(W) - W)`; then those that `chain`, in activation order. `compose.py` is that sentence in code.
 
 The rows of a mixed batch are sliced group by group behind the one base call, and put together in the user's order (`rows.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ingraft.adapt.compose import composed, own_parameters
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, part_of
 from ingraft.adapt.offload import present
 from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
@@ -32,8 +33,6 @@ from ingraft.adapt.swap import Forward, Mixin
 from ingraft.adapt.weights import Kind, bias_of, shadowed
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import OutputPart, ParameterPart, Part, ShortcutPart, Site, WeightPart
-
-Values = Mapping[str, Tensor | None]
 
 
 class Host(Mixin):
@@ -343,64 +342,6 @@ def _general(
     if cheap or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return run(*args)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """The parameters registered on the module itself, absent biases included."""
-    return dict(module._parameters)
-
-
-def composed(
-    kind: Kind | None, parts: Sequence[WeightPart | ParameterPart], parameters: Values
-) -> dict[str, Tensor | None]:
-    """The module's parameters as these parts together want them, stored layout, the base's dtype; only those that change.
-
-    This is the one place that says how several adapters compose. Merge writes what it returns.
-    """
-    adds = [part for part in parts if isinstance(part, ParameterPart) or part.composition == "add"]
-    chains = [part for part in parts if isinstance(part, WeightPart) and part.composition == "chain"]
-    values: dict[str, Tensor | None] = dict(parameters)
-    if len(adds) == 1:
-        values = _changed(kind, adds[0], parameters)
-    elif adds:
-        results = [_changed(kind, part, parameters) for part in adds]
-        values = {name: _sum_of_changes(old, [result[name] for result in results]) for name, old in parameters.items()}
-    for part in chains:
-        values = _changed(kind, part, values)
-    changed: dict[str, Tensor | None] = {}
-    for name, value in values.items():
-        old = parameters[name]
-        if value is not old:
-            changed[name] = value if value is None or old is None else value.to(old.dtype)
-    return changed
-
-
-def _changed(kind: Kind | None, part: WeightPart | ParameterPart, parameters: Values) -> dict[str, Tensor | None]:
-    """The parameters as one part wants them."""
-    if isinstance(part, ParameterPart):
-        return {**parameters, **part.values({name: value for name, value in parameters.items() if value is not None})}
-    stored = parameters["weight"]
-    assert kind is not None and stored is not None
-    dense = kind.dense(stored)
-    W, b = part.weight(dense, parameters.get("bias"))
-    changed = {**parameters}
-    if W is not dense:
-        changed["weight"] = kind.stored(W, stored.shape)
-    if b is not None or "bias" in parameters:
-        changed["bias"] = b
-    return changed
-
-
-def _sum_of_changes(old: Tensor | None, results: Sequence[Tensor | None]) -> Tensor | None:
-    """old + sum(new - old), in float32; `old` itself where nothing changed it."""
-    news = [new for new in results if new is not None and new is not old]
-    if not news:
-        return old
-    start = torch.zeros_like(news[0], dtype=torch.float32) if old is None else old.float()
-    total = start
-    for new in news:
-        total = total + (new.float() - start)
-    return total.to(news[0].dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts on outputs

@@ -1,6 +1,6 @@
 """Merge and unmerge.
 
-Merging writes what `host.composed` says into the base: the very definition the general path computes with, so merged and active agree up to
+Merging writes what `compose.composed` says into the base: the very definition the general path computes with, so merged and active agree up to
 the rounding of the base's dtype. Unmerging puts the original parameter *object* back; nobody writes an inverse, so a hundred cycles in
 bfloat16 change no bit. The price is a second copy of the merged weights for as long as they are merged.
 
@@ -15,8 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.compose import composed, own_parameters
 from ingraft.adapt.control import Control, Kept, host_state, part_of, require_control
-from ingraft.adapt.host import composed, own_parameters
 from ingraft.adapt.offload import is_offloaded
 from ingraft.adapt.select import base_modules
 from ingraft.errors import IngraftError

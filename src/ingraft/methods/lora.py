@@ -116,16 +116,9 @@ LORA_LAYOUT = PeftLayout(
     constants={"use_dora": False, "use_rslora": False},
     accepted={"bias": ("none",)},
     off=(
-        *(
-            "lora_bias",
-            "rank_pattern",
-            "alpha_pattern",
-            "target_parameters",
-            "trainable_token_indices",
-            "layer_replication",
-        ),
-        *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config"),
-        *("monteclora_config", "ensure_weight_tying"),
+        *("lora_bias", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"),
+        *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+        *("velora_config", "monteclora_config", "ensure_weight_tying"),
     ),
     written={"bias": "none"},
     ignored=(
