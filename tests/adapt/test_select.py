@@ -16,6 +16,7 @@ from ingraft.methods.bitfit import BitFitConfig
 from ingraft.methods.full import FullConfig
 from ingraft.methods.houlsby import HoulsbyConfig
 from ingraft.methods.lora import LoraConfig
+from ingraft.methods.parallel import ParallelConfig
 from ingraft.methods.pfeiffer import PfeifferConfig
 from ingraft.methods.prefix import PrefixTuningConfig
 from ingraft.testing.cases import Snapshot
@@ -167,6 +168,14 @@ def test_a_llama_has_no_biases_and_bitfit_says_so() -> None:
     model = SUBJECTS["llama"].make_redrawn()
     error = error_of(model, BitFitConfig())
     assert "bitfit" in str(error) and "add_bias" in str(error)
+
+
+def test_a_parallel_bottleneck_needs_as_many_features_out_as_in() -> None:
+    model = SUBJECTS["llama"].make_redrawn()
+    assert "from 24 features to 16" in str(error_of(model, ParallelConfig(target_modules=["down_proj"])))
+    adapt.attach(model, ParallelConfig(target_modules=["mlp"]))
+    with torch.no_grad():
+        model(**SUBJECTS["llama"].batch(2))
 
 
 def test_methods_of_a_transformer_are_refused_on_a_plain_module() -> None:
