@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -15,15 +16,15 @@ def main() -> dict[str, float]:
     """Train a few steps, save, load into a fresh copy of the base. Returns losses and the difference after loading."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=2
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    model = BertForSequenceClassification(config).eval()
-    copy = BertForSequenceClassification(config).eval()
+    model: Any = BertForSequenceClassification(config).eval()
+    copy: Any = BertForSequenceClassification(config).eval()
     copy.load_state_dict(model.state_dict())
 
     adapters.init(model)
-    model.add_adapter("reviews", config=AdapterConfig.load("pfeiffer", reduction_factor=4))  # pyright: ignore
-    model.train_adapter("reviews")  # pyright: ignore
+    model.add_adapter("reviews", config=AdapterConfig.load("pfeiffer", reduction_factor=4))
+    model.train_adapter("reviews")
 
     input_ids = torch.randint(5, 100, (16, 12))
     labels = (input_ids[:, 0] > 50).long()
@@ -38,9 +39,9 @@ def main() -> dict[str, float]:
         first = first if step else last
 
     with tempfile.TemporaryDirectory() as folder:
-        model.save_adapter(f"{folder}/reviews", "reviews")  # pyright: ignore
+        model.save_adapter(f"{folder}/reviews", "reviews")
         adapters.init(copy)
-        copy.load_adapter(f"{folder}/reviews", set_active=True)  # pyright: ignore
+        copy.load_adapter(f"{folder}/reviews", set_active=True)
     with torch.no_grad():
         difference = (model(input_ids).logits - copy(input_ids).logits).abs().max().item()
     print(f"loss {first:.3f} -> {last:.3f}; largest difference after loading {difference:.1e}")
