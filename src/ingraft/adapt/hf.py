@@ -19,10 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ingraft.adapt import prefixes
-from ingraft.adapt.control import HOST_ATTRIBUTE, STEP, Control, HostState, control_of, host_state, require_control
+from ingraft.adapt.control import (
+    HOST_ATTRIBUTE,
+    STEP,
+    Control,
+    HostState,
+    child_name,
+    control_of,
+    host_state,
+    require_control,
+)
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import Mixin, beneath, is_swapped, original_class, swap, unswap
@@ -33,16 +43,28 @@ from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
 
 @dataclass(frozen=True)
 class Carry:
-    """A checkpointing function that replays a block with the adapters its forward pass saw."""
+    """A checkpointing function that replays a block with the adapters its forward pass saw.
 
+    What all sites share (a prefix encoder) was evaluated outside the block. Reentrant checkpointing runs a backward pass of its own for
+    each block, and could go through that evaluation only once; there each replay evaluates it anew. Such checkpointing is known by its
+    forward pass, which runs without grad.
+    """
+
+    model: nn.Module
     control: Control
     function: Callable[..., Any]
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         control = self.control
         call, shared = control.call, dict(control.shared)
+        reentrant: bool | None = None
 
         def run(*inputs: Any, **named: Any) -> Any:
+            nonlocal reentrant, shared
+            if reentrant is None:
+                reentrant = not torch.is_grad_enabled()
+            elif reentrant:
+                shared = {name: self.model.get_submodule(child_name(name))() for name in shared}
             before = control.call, control.replaying, control.shared
             control.call, control.replaying, control.shared = call, True, shared
             try:
@@ -242,7 +264,7 @@ def _carry(model: nn.Module, control: Control | None) -> None:
         if function is None:
             continue
         plain = function.function if isinstance(function, Carry) else function
-        module.__dict__["_gradient_checkpointing_func"] = plain if control is None else Carry(control, plain)
+        module.__dict__["_gradient_checkpointing_func"] = plain if control is None else Carry(model, control, plain)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -466,6 +466,7 @@ def expected_count(model: nn.Module, config: MethodConfig) -> int:
     modules = base_modules(model)
     total = 0
     seen: set[int] = set()
+    facts: list[SiteFacts] = []
     for path, role in {**sites, **dict.fromkeys(whole, WHOLE_ROLE)}.items():
         fact = facts_of(model, path, modules[path], role)
         if role == WHOLE_ROLE or issubclass(method.part, ParameterPart):
@@ -474,4 +475,9 @@ def expected_count(model: nn.Module, config: MethodConfig) -> int:
             total += sum(fresh.values())
         else:
             total += method.count(config, fact)
+            facts.append(fact)
+    if method.shared is not None:
+        with torch.device("meta"):
+            shared = method.shared(config, tuple(facts))
+        total += sum(p.numel() for p in shared.parameters()) if shared is not None else 0
     return total
