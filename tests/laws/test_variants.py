@@ -1,0 +1,46 @@
+"""Options that change what a method is made of, held to the same laws: a shared prefix encoder, other activations and scales, extra heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from ingraft.methods import registry
+from ingraft.testing import SUBJECTS, Row, check_method
+
+NUMBERS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 18, 19, 21, 22, 23]
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "prefix-projection-llama": (
+        "prefix",
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+    ),
+    "prefix-projection-t5": ("prefix", {"num_virtual_tokens": 3, "prefix_projection": True}),
+    "pfeiffer-gelu-bert": ("pfeiffer", {"reduction_factor": 2.0, "non_linearity": "gelu", "scaling": 0.5}),
+    "lora-gaussian-and-a-head-vit": (
+        "lora",
+        {"r": 3, "init_lora_weights": "gaussian", "modules_to_save": ["classifier"]},
+    ),
+    "dora-and-embeddings-llama": ("dora", {"r": 2, "target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
+    "ia3-by-names-gpt2": ("ia3", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+}
+
+
+def subject_ids(n: int) -> Tensor:
+    """The Llama's rows without their padding."""
+    return SUBJECTS["llama"].batch(n)["input_ids"].clamp(min=3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_keeps_every_law(name: str) -> None:
+    method, options = VARIANTS[name]
+    subject = SUBJECTS[name.rpartition("-")[2]]
+    if "embed_tokens" in options.get("target_modules", ()):
+        # Unpadded: at padding tokens the shortcut trains B, as PEFT does, and the general path nothing, as torch's padding_idx does.
+        subject = dataclasses.replace(subject, batch=lambda n: {"input_ids": subject_ids(n)})
+    inexact = "its norm is held constant" if method == "dora" else None
+    row = Row(config=registry.make_config(method, options), inexact=inexact)
+    assert check_method(row, subjects=[subject], numbers=NUMBERS) > 15
