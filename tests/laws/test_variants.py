@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from ingraft.methods import registry
@@ -29,9 +30,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def subject_ids(n: int) -> Tensor:
+def unpadded(n: int) -> dict[str, Tensor]:
     """The Llama's rows without their padding."""
-    return SUBJECTS["llama"].batch(n)["input_ids"].clamp(min=3)
+    ids = SUBJECTS["llama"].batch(n)["input_ids"].clamp(min=3)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -40,7 +42,7 @@ def test_a_variant_keeps_every_law(name: str) -> None:
     subject = SUBJECTS[name.rpartition("-")[2]]
     if "embed_tokens" in options.get("target_modules", ()):
         # Unpadded: at padding tokens the shortcut trains B, as PEFT does, and the general path nothing, as torch's padding_idx does.
-        subject = dataclasses.replace(subject, batch=lambda n: {"input_ids": subject_ids(n)})
+        subject = dataclasses.replace(subject, batch=unpadded)
     inexact = "its norm is held constant" if method == "dora" else None
     row = Row(config=registry.make_config(method, options), inexact=inexact)
     assert check_method(row, subjects=[subject], numbers=NUMBERS) > 15
