@@ -59,7 +59,7 @@ format: $(VENV)/.test
 
 types: $(VENV)/.test
 	@echo "== types: pyright"
-	@$(BIN)/pyright
+	@$(BIN)/pyright --project .
 
 # One thread a worker: the workers themselves fill the cores. A file stays on one worker, so that what it loads is loaded once.
 pytest: $(VENV)/.test
