@@ -26,7 +26,7 @@ FILES = ("amazonReviewSnippets_GroundTruth.txt", "movieReviewSnippets_GroundTrut
 QUESTION = "Is this review positive or negative?"
 CLEAR = 1.0  # mean ratings nearer to zero than this are matters of opinion
 LONGEST = 60  # words
-TRAIN_ROWS, HELDOUT_ROWS = 1600, 480
+TRAIN_ROWS, HELDOUT_ROWS = 1600, 400
 
 
 def main() -> int:
