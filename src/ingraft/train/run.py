@@ -408,7 +408,7 @@ def _finish(run: Run, prepared: Prepared, session: Session) -> None:
             data=prepared.data.report.lines(),
             about=about,
             trained=sum(p.numel() for p in learner.parameters.values()),
-            total=sum(p.numel() for p in adapt.base_parameters(run.model).values()),
+            total=sum(p.numel() for p in set(adapt.base_parameters(run.model).values())),  # tied ones once
         )
         durable.write_file(tmp / "report.html", text)
 
