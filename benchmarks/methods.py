@@ -38,7 +38,7 @@ def main() -> int:
     before = score_loss(base.model, rows, pad_id(base.tokenizer), 8)
     print(f"{len(rows)} rows, loss of the base {before.loss:.4f}")
     print(
-        "| method | rate | parameters | loss | fall per row | standard error | ratio |\n|---|---|---|---|---|---|---|"
+        "| method | rate | parameters | loss | fall | standard error | ratio |\n|---|---|---|---|---|---|---|"
     )
     for name, record in records().items():
         load_adapter(base.model, options.runs / name, name="a")

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import ingraft
 from ingraft.cli.main import main
 
 WORDS = [
@@ -193,17 +194,33 @@ def test_merge_writes_a_plain_model(home: Path, call: Call, tmp_path: Path) -> N
     assert merged["answer"] == by_adapter["answer"] != ""
 
 
-def test_merge_refuses_above_the_bound(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Above --max-difference nothing is written; an occupied folder is refused before anything is loaded."""
+def test_regression_28_a_merge_that_loses_something_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merged model that does not answer as the unmerged one did is not written; the difference is named."""
     target = tmp_path / "merged"
     words = ["merge", "--adapter", str(home / "talk"), "--output-dir", str(target)]
-    assert main([*words, "--max-difference", "0"]) in (0, 2)
-    if target.exists():
-        pytest.skip("merged and unmerged agree to the bit on this machine")
-    assert "nothing was written" in capsys.readouterr().err
+    proper = ingraft.merge
+
+    def lossy(model: Any, *names: str, **options: Any) -> None:
+        proper(model, *names, **options)
+        next(iter(model.parameters())).data.add_(0.5)
+
+    monkeypatch.setattr(ingraft, "merge", lossy)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "differ from the unmerged" in said
+    assert "nothing was written" in said
+    assert not target.exists()
+    assert main([*words, "--max-difference", "1e9"]) == 0, "a person may accept it"
+
+
+def test_merge_leaves_an_occupied_folder_alone(home: Path, tmp_path: Path) -> None:
+    """It is refused before anything is loaded."""
+    target = tmp_path / "merged"
     target.mkdir()
     (target / "mine").write_text("x")
-    assert main(words) == 2
+    assert main(["merge", "--adapter", str(home / "talk"), "--output-dir", str(target)]) == 2
     assert [path.name for path in target.iterdir()] == ["mine"]
 
 
