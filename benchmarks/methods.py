@@ -37,9 +37,7 @@ def main() -> int:
     rows = data.eval[: options.rows]
     before = score_loss(base.model, rows, pad_id(base.tokenizer), 8)
     print(f"{len(rows)} rows, loss of the base {before.loss:.4f}")
-    print(
-        "| method | rate | parameters | loss | fall | standard error | ratio |\n|---|---|---|---|---|---|---|"
-    )
+    print("| method | rate | parameters | loss | fall | standard error | ratio |\n|---|---|---|---|---|---|---|")
     for name, record in records().items():
         load_adapter(base.model, options.runs / name, name="a")
         count = sum(p.numel() for p in adapt.parameters(base.model, "a").values())
