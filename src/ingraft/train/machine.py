@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
 
     Training allocates and frees the same large tensors in every step. By default each of them is mapped anew, and the system zeroes its
     pages again; keeping them takes that time away. The few largest blocks (32 MiB and more, as large a threshold as glibc takes) are still
-    mapped one by one: with everything in one heap, fragments of it grew to several times the memory in use (docs/lab-notes.md). What a
+    mapped one by one: with everything in one heap, peak memory went on growing (docs/lab-notes.md). What a
     person has set by environment stays.
 
     Returns:
