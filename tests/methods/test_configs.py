@@ -14,7 +14,7 @@ from torch import nn
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import AttentionPart, InputPart, Method, OutputPart, ParameterPart, WeightPart
-from ingraft.testing.subjects import METHODS
+from ingraft.testing.table import METHODS
 
 FAMILIES = {"weight": WeightPart, "bottleneck": OutputPart, "prefix": AttentionPart, "prompt": InputPart}
 

@@ -1,23 +1,15 @@
 """Adapters inside a model: the verbs of Ingraft's Python interface."""
 
+from ingraft.adapt.building import base_parameters, expected_count, parameters
 from ingraft.adapt.files import load, save
-from ingraft.adapt.lifecycle import (
-    activate,
-    attach,
-    base_parameters,
-    detach,
-    disabled,
-    dropout_step,
-    expected_count,
-    parameters,
-    rows,
-    status,
-    trainable,
-)
+from ingraft.adapt.hooks import after_step, penalty, prepare, rate
+from ingraft.adapt.lifecycle import activate, attach, detach, disabled, dropout_step, rows, trainable
 from ingraft.adapt.merging import merge, unmerge
+from ingraft.adapt.summary import status
 
 __all__ = [
     "activate",
+    "after_step",
     "attach",
     "base_parameters",
     "detach",
@@ -27,6 +19,9 @@ __all__ = [
     "load",
     "merge",
     "parameters",
+    "penalty",
+    "prepare",
+    "rate",
     "rows",
     "save",
     "status",

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from ingraft import durable
 from ingraft.adapt import peft_format
+from ingraft.adapt.building import base_parameters, expected_count, parameters
 from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
-from ingraft.adapt.lifecycle import attach, base_parameters, expected_count, parameters
+from ingraft.adapt.lifecycle import attach
 from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, uncovered
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import MethodConfig, Part, PeftLayout
@@ -49,7 +50,10 @@ LARGEST_OPTION = 1 << 16
 Header = Mapping[str, tuple[tuple[int, ...], str]]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the dtypes an adapter may be stored in."""
+"""Safetensors' names of the dtypes an adapter's numbers may be stored in."""
+
+INDICES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+"""The same for its indices."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ save
@@ -107,7 +111,7 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
     usual = dtype or (getattr(torch, own) if own is not None else torch.float32)
     layout = layout_of(model, adapter.method, adapter.sites)
     tensors = {
-        entry.key: entry.take().to(dtype or entry.used_in or usual).cpu().contiguous().clone()
+        entry.key: entry.take().to(_stored_in(entry, dtype, usual)).cpu().contiguous().clone()
         for entry in _entries(model, adapter, layout)
     }
     bad = [key for key, tensor in sorted(tensors.items()) if not torch.isfinite(tensor).all()]
@@ -131,6 +135,12 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
         | {"python": platform.python_version()},
     }
     return config, to_bytes(tensors, metadata={"format": "pt"}), facts
+
+
+def _stored_in(entry: Entry, asked: torch.dtype | None, usual: torch.dtype) -> torch.dtype:
+    if entry.indices and entry.used_in is not None:
+        return entry.used_in
+    return asked or entry.used_in or usual
 
 
 def save_resumable(model: nn.Module, folder: Path) -> None:
@@ -338,14 +348,15 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) 
                 problems += _extra(weights, key, base, handle)
             elif shape != entry.shape:
                 problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
-            elif dtype not in DTYPES:
-                problems.append(f"{weights}: {key} has dtype {dtype}; an adapter is stored in {', '.join(DTYPES)}.")
+            elif dtype not in (known_dtypes := INDICES if entry.indices else DTYPES):
+                problems.append(f"{weights}: {key} has dtype {dtype}; it is stored in {', '.join(known_dtypes)}.")
             elif not torch.isfinite(handle.get_tensor(key)).all():
                 problems.append(f"{weights}: {key} holds values that are not finite; the adapter is damaged.")
         if problems:
             raise IngraftError(*problems)
         for key, entry in known.items():
-            entry.put(handle.get_tensor(key).float())
+            value = handle.get_tensor(key)
+            entry.put(value if entry.indices else value.float())
 
 
 def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any) -> list[str]:

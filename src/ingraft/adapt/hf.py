@@ -129,7 +129,7 @@ class ModelRoot(Root):
         self: Any, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """The trained tensors of one adapter, by the names of `ingraft.adapt.parameters`."""
-        from ingraft.adapt.lifecycle import parameters
+        from ingraft.adapt.building import parameters
 
         del state_dict
         name = adapter_name or require_control(self).call.active[0]

@@ -237,6 +237,8 @@ def _shortcuts(state: HostState, parts: Sequence[Part]) -> list[ShortcutPart]:
     shortcuts = [part for part in parts if isinstance(part, ShortcutPart)]
     if not state.known_forward or state.kind is None or len(shortcuts) != len(parts):
         return []
+    if any(part.kinds and state.kind.name not in part.kinds for part in shortcuts):
+        return []
     adds = [part for part in shortcuts if part.composition == "add"]
     if len(adds) > 1 and any(_has_before(part) for part in adds):
         return []  # each would want its own input to the one base call
@@ -446,6 +448,15 @@ class LayerSite(Site):
         name = _name_of(self._host, self._part)
         seed = self._state.control.adapters[name].seed
         return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
+
+
+def site_of(host: nn.Module, state: HostState, part: Part) -> LayerSite:
+    """A site to ask outside a forward: all rows, nothing below."""
+
+    def rerun(x: Tensor) -> Tensor:
+        raise IngraftError(f"{state.path}: the base cannot be run from here.")
+
+    return LayerSite(host, state, state.control.call, [], part, None, 0, rerun)
 
 
 def _name_of(host: nn.Module, part: Part) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ingraft.adapt import models
+from ingraft.adapt.building import WHOLE_ROLE, base_parameters, make_parts
 from ingraft.adapt.control import (
     ATTRIBUTE,
     HOST_ATTRIBUTE,
@@ -31,20 +31,18 @@ from ingraft.adapt.control import (
     require_control,
 )
 from ingraft.adapt.host import Host, SequentialHost
-from ingraft.adapt.offload import first_owner, is_offloaded, present
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.rows import Call, rows_of
 from ingraft.adapt.select import base_modules, select
 from ingraft.adapt.swap import is_swapped, original_class, swap, unswap
-from ingraft.adapt.weights import bias_of, kind_of
+from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, ParameterPart, Part, SiteFacts
+from ingraft.methods.contract import AttentionPart, InputPart, MethodConfig, Part
 
 M = TypeVar("M", bound=nn.Module)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-WHOLE_ROLE = "whole"
 HOSTS = (SequentialHost, Host)
 
 
@@ -98,7 +96,7 @@ def attach(
         seed=seed,
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
-    parts, shared = _make_parts(model, adapter)
+    parts, shared = make_parts(model, adapter)
     adapter.virtual = next((part.length for part in parts.values() if isinstance(part, AttentionPart | InputPart)), 0)
     if fill is not None:
         fill(adapter, parts, shared)
@@ -122,66 +120,6 @@ def attach(
     models.settle(model)
     _act(control, replace(control.call, active=(name,), rows=None))
     return model
-
-
-def _make_parts(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Part], nn.Module | None]:
-    """The adapter's parts by path, with initial values that depend on the seed and the path alone."""
-    modules = base_modules(model)
-    whole = registry.load(registry.WHOLE)
-    parts: dict[str, Part] = {}
-    masters: dict[int, nn.Parameter] = {}
-    facts: list[SiteFacts] = []
-    with torch.random.fork_rng(devices=[]):
-        for path, role in adapter.sites.items():
-            module = modules[path]
-            method, config = (whole, whole.config()) if role == WHOLE_ROLE else (adapter.method, adapter.config)
-            if is_offloaded(module) and issubclass(method.part, ParameterPart):
-                raise IngraftError(
-                    f"{method.name}: {path} is offloaded by accelerate, which hides the weights it is tied to. Attach first, then offload."
-                )
-            with present(module, first_owner(module)):
-                fact = facts_of(model, path, module, role)
-                torch.manual_seed(_seed(adapter.seed, path))
-                part = method.part(config, fact)
-            if isinstance(part, ParameterPart):
-                _follow_ties(module, part, masters)
-            parts[path] = part.train(module.training)
-            facts.append(replace(fact, W=None, b=None, parameters={}))  # sizes are all a shared module asks for
-        torch.manual_seed(_seed(adapter.seed, "shared"))
-        make = adapter.method.shared
-        shared = (
-            make(adapter.config, tuple(fact for fact in facts if fact.role != WHOLE_ROLE)) if make is not None else None
-        )
-    return parts, shared
-
-
-def _seed(seed: int, path: str) -> int:
-    return (seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63
-
-
-def _follow_ties(module: nn.Module, part: ParameterPart, masters: dict[int, nn.Parameter]) -> None:
-    """Where the base has one parameter at two places, let both parts have one tensor."""
-    for name, own in list(part._parameters.items()):
-        base = module._parameters.get(name)
-        if own is not None and base is not None:
-            part._parameters[name] = masters.setdefault(id(base), own)
-
-
-def facts_of(model: nn.Module, path: str, module: nn.Module, role: str) -> SiteFacts:
-    """What a part at this site may look at."""
-    if role in ("attention", "input"):
-        return models.site_facts(model, path, module, role)
-    kind = kind_of(module)
-    weight = module._parameters.get("weight")
-    return SiteFacts(
-        path=path,
-        role=role,
-        module=module,
-        W=kind.dense(weight) if kind is not None and weight is not None else None,
-        b=bias_of(module),
-        parameters={name: p for name, p in module._parameters.items() if p is not None},
-        width=models.width_of(model, module),
-    )
 
 
 def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module:
@@ -232,33 +170,6 @@ def _trained(model: nn.Module, name: str) -> Iterator[nn.Module]:
     shared = model._modules.get(child_name(name))
     if shared is not None and not isinstance(shared, Part):
         yield shared
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters, those of adapters left out."""
-    return {
-        f"{path}.{name}" if path else name: parameter
-        for path, module in base_modules(model).items()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
-
-
-def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """An adapter's trained tensors under stable names (site path, then tensor name), each once."""
-    control = require_control(model)
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for path in control.require(name).sites:
-        part = part_of(model.get_submodule(path), name)
-        for tensor, parameter in part.named_parameters() if part is not None else ():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{path}.{tensor}" if path else tensor] = parameter
-    shared = model._modules.get(child_name(name))
-    if shared is not None and not isinstance(shared, Part):
-        found.update({f"shared.{tensor}": parameter for tensor, parameter in shared.named_parameters()})
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- who acts
@@ -393,91 +304,3 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
     for path, parameter in base_parameters(model).items():
         parameter.requires_grad_(control.required_grad.get(path, False))
     return model
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterStatus:
-    """One adapter in a `Status`."""
-
-    name: str
-    method: str
-    sites: int
-    parameters: int
-    active: bool
-    trainable: bool
-    merged: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """What is attached to a model. `str()` prints a table."""
-
-    adapters: tuple[AdapterStatus, ...]
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        head = f"{self.trainable:,} of {self.total:,} parameters are trainable ({100 * self.trainable / max(self.total, 1):.4f} %)"
-        lines = [
-            f"  {a.name:<16} {a.method:<12} {a.sites:>4} sites {a.parameters:>12,} parameters"
-            + "".join(
-                f"  {word}"
-                for word, on in (("active", a.active), ("trainable", a.trainable), ("merged", a.merged))
-                if on
-            )
-            for a in self.adapters
-        ]
-        return "\n".join([head, *lines])
-
-
-def status(model: nn.Module) -> Status:
-    """Adapters, which act, which are merged, and how many parameters train. Works on a bare model too."""
-    control = control_of(model) or Control()
-    base = {id(p): p for p in base_parameters(model).values()}
-    adapters: list[AdapterStatus] = []
-    trained: dict[int, Tensor] = {i: p for i, p in base.items() if p.requires_grad}
-    total = dict(base)
-    for name, adapter in control.adapters.items():
-        own = parameters(model, name)
-        total.update({id(p): p for p in own.values()})
-        trained.update({id(p): p for p in own.values() if p.requires_grad})
-        adapters.append(
-            AdapterStatus(
-                name=name,
-                method=adapter.method.name,
-                sites=len(adapter.sites),
-                parameters=sum(p.numel() for p in own.values()),
-                active=name in control.call.active or any(name in row for row in control.call.rows or ()),
-                trainable=any(p.requires_grad for p in own.values()),
-                merged=name in control.merged,
-            )
-        )
-    return Status(
-        adapters=tuple(adapters),
-        trainable=sum(p.numel() for p in trained.values()),
-        total=sum(p.numel() for p in total.values()),
-    )
-
-
-def expected_count(model: nn.Module, config: MethodConfig) -> int:
-    """Trained parameters of a config on this model by the method's formula, without attaching anything."""
-    method: Method = registry.load(config.method)
-    sites, whole, _ = select(model, config, method)
-    modules = base_modules(model)
-    total = 0
-    seen: set[int] = set()
-    facts: list[SiteFacts] = []
-    for path, role in {**sites, **dict.fromkeys(whole, WHOLE_ROLE)}.items():
-        fact = facts_of(model, path, modules[path], role)
-        if role == WHOLE_ROLE or issubclass(method.part, ParameterPart):
-            fresh = {id(p): p.numel() for p in fact.parameters.values() if id(p) not in seen}
-            seen |= set(fresh)
-            total += sum(fresh.values())
-        else:
-            total += method.count(config, fact)
-            facts.append(fact)
-    if method.shared is not None:
-        with torch.device("meta"):
-            shared = method.shared(config, tuple(facts))
-        total += sum(p.numel() for p in shared.parameters()) if shared is not None else 0
-    return total

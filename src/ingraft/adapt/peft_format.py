@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from ingraft.adapt.building import WHOLE_ROLE
 from ingraft.adapt.control import Adapter
-from ingraft.adapt.lifecycle import WHOLE_ROLE
 from ingraft.adapt.select import base_modules, matches
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of

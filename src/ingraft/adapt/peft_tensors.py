@@ -10,16 +10,16 @@ then be trained further.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.lifecycle import WHOLE_ROLE
+from ingraft.adapt.building import WHOLE_ROLE
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
-from ingraft.methods.contract import AttentionPart, Method, Part, PeftLayout
+from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, PeftLayout
 
 PREFIX = "base_model.model."
 SOFT_PREFIX = "base_model."
@@ -35,7 +35,7 @@ class Entry:
         key, shape: as in the file.
         take: the adapter's values in that shape.
         put: write the file's values into the adapter.
-        used_in: the dtype in which the adapter computes with it, where that is not the base's.
+        used_in: the dtype in which the adapter computes with it, where that is not the base's (indices: integers).
     """
 
     key: str
@@ -43,6 +43,11 @@ class Entry:
     take: Callable[[], Tensor]
     put: Callable[[Tensor], None]
     used_in: torch.dtype | None = None
+
+    @property
+    def indices(self) -> bool:
+        """Whether it holds whole numbers, which no file may round."""
+        return self.used_in is not None and not self.used_in.is_floating_point
 
 
 def layout_of(model: nn.Module, method: Method, sites: Mapping[str, str]) -> PeftLayout | None:
@@ -68,7 +73,7 @@ def entries(
             stacked[path] = part
             continue
         start = (SOFT_PREFIX if layout is not None and layout.stacked else PREFIX) + (f"{path}." if path else "")
-        for name, parameter in part.named_parameters():
+        for name, parameter in saved_tensors(part):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -77,24 +82,37 @@ def entries(
             else:
                 module = model.get_submodule(path)
                 suffixes = layout.embedding_tensors if isinstance(module, nn.Embedding) else {}
-                suffix = suffixes.get(name) or layout.tensors[name]
+                suffix = suffixes.get(name) or layout.tensors.get(name, name)
                 template = _template(layout, name, module, sites[path])
                 assert template is not None, "layout_of has asked"
                 found.append(_plain(start + suffix, parameter, _shape(template, parameter, module)))
     if stacked and layout is not None:
         found.append(_stack(layout, stacked, shared))
-    for name, parameter in shared.named_parameters() if shared is not None else ():
-        plain = _plain(SHARED_PREFIX + name, parameter, tuple(parameter.shape))
-        found.append(replace(plain, used_in=torch.float32))
+    theirs = layout.shared_tensors if layout is not None else {}
+    soft = issubclass(method.part, AttentionPart | InputPart)
+    for name, parameter in saved_tensors(shared) if shared is not None else ():
+        key = SOFT_PREFIX + theirs[name] if name in theirs else SHARED_PREFIX + name
+        plain = _plain(key, parameter, tuple(parameter.shape))
+        found.append(replace(plain, used_in=torch.float32) if soft else plain)
     return found
 
 
-def _plain(key: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Entry:
+def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a part or shared module that its file holds: what is trained, and frozen ones that nothing else tells."""
+    yield from module.named_parameters()
+    for path, inner in module.named_modules():
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and name not in inner._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _plain(key: str, parameter: Tensor, shape: tuple[int, ...]) -> Entry:
     def put(value: Tensor) -> None:
         with torch.no_grad():
             parameter.copy_(value.reshape(parameter.shape))
 
-    return Entry(key=key, shape=shape, take=lambda: parameter.detach().reshape(shape), put=put)
+    whole_numbers = None if parameter.is_floating_point() else parameter.dtype
+    return Entry(key=key, shape=shape, take=lambda: parameter.detach().reshape(shape), put=put, used_in=whole_numbers)
 
 
 def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | None) -> Entry:

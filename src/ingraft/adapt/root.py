@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ingraft.adapt.control import Control, child_name, control_of, host_state, part_of
 from ingraft.adapt.swap import Forward, Mixin
 from ingraft.errors import IngraftError
+from ingraft.methods.contract import AttentionPart, InputPart
 
 
 class Root(Mixin):
@@ -47,7 +48,9 @@ def around_model(model: nn.Module, run: Callable[[], Any], size: int = 0) -> Any
         else:
             control.call = control.call.at_step(control.call.step + 1, None)
     for name in acting:
-        shared = model._modules.get(child_name(name)) if control.adapters[name].method.shared else None
+        method = control.adapters[name].method
+        evaluated = method.shared is not None and issubclass(method.part, AttentionPart | InputPart)
+        shared = model._modules.get(child_name(name)) if evaluated else None
         if shared is not None:
             control.shared[name] = shared()
     try:

@@ -55,7 +55,7 @@ def count_parameters(
 
     By the methods' formulas, which the laws hold against the real tensors; nothing is attached.
     """
-    from ingraft.adapt.lifecycle import expected_count
+    from ingraft.adapt import expected_count
     from ingraft.bases import load_base
     from ingraft.errors import IngraftError
     from ingraft.methods import registry

@@ -29,7 +29,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,11 @@ class MethodConfig:
         """Every reason why these values cannot work, each a sentence; an empty list if none. Cheap, and needs no model."""
         return []
 
+    def at(self, path: str) -> Self:
+        """The options as they hold at one site, where they may differ from site to site (a rank by pattern)."""
+        del path
+        return self
+
     def options(self) -> dict[str, object]:
         """The fields as plain data, in order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -128,7 +133,23 @@ class Site(ABC):
 
 
 class Part(nn.Module, ABC):
-    """The trained tensors of one adapter at one site."""
+    """The trained tensors of one adapter at one site.
+
+    Frozen tensors that a part needs are buffers. A persistent one is saved with the adapter; one that follows from the seed, the base or the
+    config is registered with `persistent=False`.
+    """
+
+    bank: tuple[nn.Module, ...] = ()
+    """The module that all sites of the adapter share, if the part uses it: `self.bank = (facts.shared,)`. In a tuple, because it is
+    registered once, at the root, and not again in every part."""
+
+
+class ObservingPart(ABC):
+    """A part that is shown the layer's inputs before training (`ingraft.adapt.prepare`), to start from data. Mixed into a part class."""
+
+    @abstractmethod
+    def observe(self, x: Tensor, site: Site) -> None:
+        """Take note of one batch of the layer's inputs, real rows and tokens only: (N, in). The base answers alone meanwhile."""
 
 
 class WeightPart(Part):
@@ -153,6 +174,8 @@ class ShortcutPart(WeightPart):
 
     additive: ClassVar[bool] = False
     """True if `after` only adds to y and `before` changes nothing: the host then leaves the bias fused in the base's product."""
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of layer where the shortcut holds; empty for all. Elsewhere the definition is used."""
 
     def before(self, x: Tensor, site: Site) -> Tensor:
         """What the base is to see instead of x."""
@@ -222,17 +245,21 @@ class SiteFacts:
         path: the module's full name in the model.
         role: "weight", "attention-out", "mlp-out", "mlp", "block", "norm", "attention", "input".
         module: the module itself, for its constants only; parts keep no reference to it.
-        W: the dense (out, in) weight, or the stored tensor where there is no matrix; None for other kinds of site.
+        kind: how the layer stores its weight ("linear", "conv1d-transposed", "embedding", "conv2d", "norm", ...; "" if it is no such layer).
+        shape: (out, in) of the dense weight, or the stored shape where there is no matrix; () for other kinds of site.
+        W: the weight of that shape; None for other kinds of site, and where only sizes are asked for.
         b: its bias.
         parameters: the parameters the module owns, by name.
         width: the width of the module's output (output and input sites).
         heads, head_width, tokens: key-value heads and their width (attention sites); the input embedding (input sites).
-        seed: the adapter's seed.
+        shared: the module that all sites of the adapter share, as `Method.shared` made it.
     """
 
     path: str
     role: str
     module: nn.Module
+    kind: str = ""
+    shape: tuple[int, ...] = ()
     W: Tensor | None = None
     b: Tensor | None = None
     parameters: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -240,6 +267,7 @@ class SiteFacts:
     heads: int = 0
     head_width: int = 0
     tokens: nn.Module | None = None
+    shared: nn.Module | None = None
 
     def matrix(self) -> Tensor:
         """The dense weight of a weight site."""
@@ -271,6 +299,7 @@ class PeftLayout:
         shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("" for all others): 0 keeps the dimension,
             -1 is inferred, "kernel" stands for the dimensions of a convolution's kernel. None: they do something else there.
         stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
+        shared_tensors: tensor of the shared module -> their name behind `base_model.`; one that is not listed is kept under a name of ours.
     """
 
     peft_type: str
@@ -290,12 +319,27 @@ class PeftLayout:
         default_factory=dict[str, Mapping[str, "tuple[int | str, ...] | None"]]
     )
     stacked: str | None = None
+    shared_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def plain_role(config: MethodConfig, path: str) -> str:
     """The role of a module named in target_modules, for methods that treat all alike."""
     del config, path
     return "weight"
+
+
+def everywhere(config: MethodConfig, facts: SiteFacts) -> str | None:
+    """The answer of a method that adapts every site of its kind of part."""
+    del config, facts
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where training stands when `Method.update` is called: `step` optimiser steps of `total` are made (0 where the total is unknown)."""
+
+    step: int
+    total: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +355,17 @@ class Method:
         peft: the layout of the incumbent's files, None where it does not have the method.
         role: the role of a module that the config names itself, where it is not simply "weight".
         hint: what to do where the default sites do not exist in a model.
-        shared: makes the module that all sites of one adapter use together (a prefix encoder); None, or returning None, where there is none.
+        refuses: why this site cannot be adapted with these options (a rank above the layer's, a block size that does not divide, a kind of
+            layer on which the method has no meaning) and what would work, as a sentence; None if it can. Sees sizes, not values.
+        shared: makes the module that all sites of one adapter use together (a prefix encoder, a bank of frozen projections); None, or
+            returning None, where there is none. Sees sizes, not values. That of attention and input parts is called once a forward and its
+            result handed to them; others reach it through `facts.shared`.
+        rates: factor on the learning rate by name of the trained tensor (LoRA+).
+        penalty: what is added to the loss of the adapter that trains, from its parts by path (AdaLoRA's orthogonality); a scalar.
+        update: called after each optimiser step, while the gradients are still there, with the parts by path (AdaLoRA's allocation).
+        prepare: called once the parts (all `ObservingPart`s) have seen data, with the parts by path; returns the config from then on.
+        compact: what to save instead, for a method whose trained tensors hold more than is used: the config of the smaller adapter of the same
+            function, and its tensors by path and name. None saves what there is.
     """
 
     name: str
@@ -323,7 +377,13 @@ class Method:
     peft: PeftLayout | None = None
     hint: str = ""
     role: Callable[[Any, str], str] = plain_role
+    refuses: Callable[[Any, SiteFacts], str | None] = everywhere
     shared: Callable[[Any, tuple[SiteFacts, ...]], nn.Module | None] | None = None
+    rates: Callable[[Any, str], float] | None = None
+    penalty: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    update: Callable[[Any, Mapping[str, Any], Moment], None] | None = None
+    prepare: Callable[[Any, Mapping[str, Any]], MethodConfig] | None = None
+    compact: Callable[[Any, Mapping[str, Any]], tuple[MethodConfig, Mapping[str, Mapping[str, Tensor]]]] | None = None
 
     @property
     def mergeable(self) -> bool:

@@ -56,7 +56,7 @@ class DoRA(LowRank):
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """LoRA's r (in + out), and a magnitude for every output."""
-    return count_lora(config, facts) + facts.matrix().shape[0]
+    return count_lora(config, facts) + facts.shape[0]
 
 
 METHOD = Method(

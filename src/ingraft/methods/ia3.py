@@ -79,7 +79,7 @@ def count(config: MethodConfig, facts: SiteFacts) -> int:
     """One factor for every output, or for every input of a feed-forward layer."""
     del config
     on_input = facts.role == "mlp-out" and not isinstance(facts.module, nn.Conv2d)
-    return facts.matrix().shape[1 if on_input else 0]
+    return facts.shape[1 if on_input else 0]
 
 
 METHOD = Method(

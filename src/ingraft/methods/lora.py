@@ -108,7 +108,7 @@ class LoRA(LowRank):
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """r (in + out)."""
     assert isinstance(config, LoraConfig)
-    return config.r * sum(facts.matrix().shape)
+    return config.r * sum(facts.shape)
 
 
 LORA_LAYOUT = PeftLayout(

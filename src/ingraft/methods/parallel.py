@@ -15,9 +15,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ingraft.errors import IngraftError
 from ingraft.methods.bottleneck import Bottleneck, BottleneckConfig, count
-from ingraft.methods.contract import Method, Site, SiteFacts
+from ingraft.methods.contract import Method, MethodConfig, Site, SiteFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +32,27 @@ class ParallelConfig(BottleneckConfig):
 class Parallel(Bottleneck):
     """See the file's header. x is the MLP's input, remembered by the host where the MLP begins."""
 
-    def __init__(self, config: ParallelConfig, facts: SiteFacts) -> None:
-        if (
-            facts.role == "weight"
-            and facts.W is not None
-            and facts.W.dim() == 2
-            and facts.W.shape[0] != facts.W.shape[1]
-        ):
-            raise IngraftError(
-                f"parallel: {facts.path} goes from {facts.W.shape[1]} features to {facts.W.shape[0]}; a bottleneck beside it needs as many out "
-                "as in. Name the whole MLP, or leave target_modules out."
-            )
-        super().__init__(config, facts)
-
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return y + self.change(x, site)
 
 
+def refuses(config: MethodConfig, facts: SiteFacts) -> str | None:
+    """A named layer that does not return as many features as it takes."""
+    del config
+    if facts.role != "weight" or len(facts.shape) != 2 or facts.shape[0] == facts.shape[1]:
+        return None
+    return (
+        f"parallel: {facts.path} goes from {facts.shape[1]} features to {facts.shape[0]}; a bottleneck beside it needs as many out as in. "
+        "Name the whole MLP, or leave target_modules out."
+    )
+
+
 METHOD = Method(
-    name="parallel", config=ParallelConfig, part=Parallel, sites=("mlp",), identity_at_init=True, count=count
+    name="parallel",
+    config=ParallelConfig,
+    part=Parallel,
+    sites=("mlp",),
+    identity_at_init=True,
+    count=count,
+    refuses=refuses,
 )

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.building import WHOLE_ROLE
 from ingraft.adapt.control import Adapter, part_of, require_control
-from ingraft.adapt.lifecycle import WHOLE_ROLE, attach
+from ingraft.adapt.lifecycle import attach
 from ingraft.adapt.peft_format import names_for
 from ingraft.adapt.select import base_modules
 from ingraft.errors import IngraftError

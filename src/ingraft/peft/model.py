@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ingraft.adapt import files, lifecycle, merging
+from ingraft.adapt import building, files, lifecycle, merging, summary
 from ingraft.adapt.control import control_of, require_control
 from ingraft.adapt.peft_format import base_name, task_of
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap
@@ -110,7 +110,7 @@ class PeftMethods(Mixin):
 
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""
-        found = lifecycle.status(self)
+        found = summary.status(self)
         return found.trainable, found.total
 
     def print_trainable_parameters(self: Any) -> None:
@@ -437,7 +437,7 @@ def _switch(model: Any, names: Sequence[str]) -> None:
             _freeze(model, name)
     for name in names:
         resting: dict[str, bool] = control.adapters[name].facts.pop(_RESTING, {})
-        for key, parameter in lifecycle.parameters(model, name).items():
+        for key, parameter in building.parameters(model, name).items():
             parameter.requires_grad_(resting.get(key, parameter.requires_grad))
     lifecycle.activate(model, *names)
 
@@ -449,7 +449,7 @@ def _trainability(model: Any) -> Flags:
     """Which tensors of each adapter are trainable."""
     control = control_of(model)
     names = control.adapters if control is not None else ()
-    return {name: {key: p.requires_grad for key, p in lifecycle.parameters(model, name).items()} for name in names}
+    return {name: {key: p.requires_grad for key, p in building.parameters(model, name).items()} for name in names}
 
 
 def _rest(model: Any, flags: Flags) -> None:
@@ -459,7 +459,7 @@ def _rest(model: Any, flags: Flags) -> None:
 
 
 def _freeze(model: Any, name: str) -> None:
-    for parameter in lifecycle.parameters(model, name).values():
+    for parameter in building.parameters(model, name).values():
         parameter.requires_grad_(False)
 
 

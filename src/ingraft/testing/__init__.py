@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ingraft.methods.contract import MethodConfig
-from ingraft.testing.subjects import SUBJECTS, Row, Subject
+from ingraft.testing.subjects import SUBJECTS, Subject
 from ingraft.testing.suite import Check, all_laws, checks
+from ingraft.testing.table import Row
 
 __all__ = ["SUBJECTS", "Check", "Row", "Subject", "all_laws", "check_method", "checks", "parametrize_with_laws"]
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import ingraft.adapt as adapt
+from ingraft.adapt.building import facts_of
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state
-from ingraft.adapt.select import base_modules
+from ingraft.adapt.select import base_modules, select
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import (
@@ -31,8 +32,10 @@ from ingraft.methods.contract import (
     ParameterPart,
     ShortcutPart,
     WeightPart,
+    everywhere,
 )
-from ingraft.testing.subjects import Row, Subject
+from ingraft.testing.subjects import Subject
+from ingraft.testing.table import Row
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 """Largest difference allowed where two ways of computing the same are compared: root mean square, as a share of what is expected.
@@ -118,7 +121,24 @@ def why_not(case: Case) -> str | None:
         return "a bottleneck acts on vectors of features, which neither a lookup nor a picture's channels are"
     if issubclass(part, InputPart) and subject.name == "vit":
         return "an image has no tokens to put a prompt in front of"
-    return None
+    return _refusal(case)
+
+
+_REFUSALS: dict[tuple[str, str, str], str | None] = {}
+
+
+def _refusal(case: Case) -> str | None:
+    """What the method itself says against the subject's sites (`Method.refuses`), the first site's reason."""
+    if case.method.refuses is everywhere:
+        return None
+    key = case.method.name, case.subject.name, repr(case.config)
+    if key not in _REFUSALS:
+        model, config = case.base(), case.config
+        sites, _, _ = select(model, config, case.method)
+        facts = [facts_of(model, path, model.get_submodule(path), role, values=False) for path, role in sites.items()]
+        reasons = [reason for fact in facts if (reason := case.method.refuses(config.at(fact.path), fact)) is not None]
+        _REFUSALS[key] = reasons[0] if reasons else None
+    return _REFUSALS[key]
 
 
 # ------------------------------------------------------------------------------------------------------------------- measures

@@ -1,26 +1,19 @@
-"""What the laws are tried on: tiny modules for every kind of layer, a tiny model of every family, and the table of methods.
+"""What the laws are tried on: tiny modules for every kind of layer and a tiny model of every family.
 
 A *subject* is a seeded maker of a frozen, evaluated module with a batch for it. All weights are drawn anew with a spread that keeps
 activations near one, biases and norms included: a framework's own initial values (zero biases, deviation 0.02) would let most defects of
 a bias or a scale pass unseen.
-
-A new method costs one row in `ROWS`: the options it is tried with. Which subjects it may be tried on follows from its kind of part
-(`why_not` in `cases.py`); only what that cannot know stands in the row.
 
 Legend: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from ingraft.methods import registry
-from ingraft.methods.contract import MethodConfig
 
 VOCABULARY = 48
 """Token ids of every subject; 0 pads."""
@@ -51,23 +44,6 @@ class Subject:
     def make_redrawn(self) -> nn.Module:
         """A new module with its weights drawn by `redrawn`."""
         return redrawn(self.make())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One method in the table.
-
-    Attributes:
-        config: the options it is tried with everywhere.
-        elsewhere: other options on some subjects, by name.
-        dropout: the name of its dropout option, None if it has none.
-        inexact: why its backward is not the derivative of its forward, None if it is.
-    """
-
-    config: MethodConfig
-    elsewhere: Mapping[str, MethodConfig] = field(default_factory=dict[str, MethodConfig])
-    dropout: str | None = None
-    inexact: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------------- modules
@@ -292,58 +268,3 @@ SUBJECTS: dict[str, Subject] = {
     )
 }
 """Layer kinds first, then models."""
-
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4, "lora_alpha": 12},
-    "dora": {"r": 4, "lora_alpha": 12},
-    "ia3": {},
-    "bitfit": {},
-    "full": {},
-    "houlsby": {"reduction_factor": 4.0},
-    "pfeiffer": {"reduction_factor": 4.0},
-    "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
-    "prefix": {"num_virtual_tokens": 3},
-    "prompt": {"num_virtual_tokens": 3},
-}
-"""The options each method is tried with."""
-
-_ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
-    # A Llama and a T5 have no biases.
-    "bitfit": {
-        **{name: {"add_bias": True} for name in ("llama", "t5")},
-        **{
-            name: {"add_bias": True, "target_modules": ["first", "second"]}
-            for name in ("linear", "conv2d", "conv2d-groups")
-        },
-    },
-}
-
-_DROPOUT = {
-    "lora": "lora_dropout",
-    "dora": "lora_dropout",
-    "houlsby": "dropout",
-    "pfeiffer": "dropout",
-    "parallel": "dropout",
-}
-
-
-_INEXACT = {
-    "dora": "its norm is held constant in backward (section 4.3 of the paper); law 22 compares its gradients with PEFT's"
-}
-
-
-def row(name: str) -> Row:
-    """The table's row for a method, made when asked for, since it imports the method's file."""
-    options = _OPTIONS[name]
-    return Row(
-        config=registry.make_config(name, options),
-        elsewhere={
-            where: registry.make_config(name, {**options, **other}) for where, other in _ELSEWHERE.get(name, {}).items()
-        },
-        dropout=_DROPOUT.get(name),
-        inexact=_INEXACT.get(name),
-    )
-
-
-METHODS: tuple[str, ...] = tuple(_OPTIONS)
-"""Methods of the table, in its order."""

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ingraft.testing.cases import Case, why_not
-from ingraft.testing.subjects import METHODS, SUBJECTS, Row, Subject, row
+from ingraft.testing.subjects import SUBJECTS, Subject
+from ingraft.testing.table import METHODS, Row, row
 
 Reason = Callable[[Case], str | None]
 

@@ -1,0 +1,87 @@
+"""The table of methods: the options each is tried with under the laws.
+
+A new method costs one entry in `_OPTIONS`. Which subjects it may be tried on follows from its kind of part and from what it refuses
+(`why_not` in `cases.py`); only what those cannot know stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ingraft.methods import registry
+from ingraft.methods.contract import MethodConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method in the table.
+
+    Attributes:
+        config: the options it is tried with everywhere.
+        elsewhere: other options on some subjects, by name.
+        dropout: the name of its dropout option, None if it has none.
+        inexact: why its backward is not the derivative of its forward, None if it is.
+    """
+
+    config: MethodConfig
+    elsewhere: Mapping[str, MethodConfig] = field(default_factory=dict[str, MethodConfig])
+    dropout: str | None = None
+    inexact: str | None = None
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "lora_alpha": 12},
+    "dora": {"r": 4, "lora_alpha": 12},
+    "ia3": {},
+    "bitfit": {},
+    "full": {},
+    "houlsby": {"reduction_factor": 4.0},
+    "pfeiffer": {"reduction_factor": 4.0},
+    "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
+    "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3},
+}
+"""The options each method is tried with."""
+
+_ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
+    # A Llama and a T5 have no biases.
+    "bitfit": {
+        **{name: {"add_bias": True} for name in ("llama", "t5")},
+        **{
+            name: {"add_bias": True, "target_modules": ["first", "second"]}
+            for name in ("linear", "conv2d", "conv2d-groups")
+        },
+    },
+}
+
+_DROPOUT = {
+    "lora": "lora_dropout",
+    "dora": "lora_dropout",
+    "houlsby": "dropout",
+    "pfeiffer": "dropout",
+    "parallel": "dropout",
+}
+
+
+_INEXACT = {
+    "dora": "its norm is held constant in backward (section 4.3 of the paper); law 22 compares its gradients with PEFT's"
+}
+
+
+def row(name: str) -> Row:
+    """The table's row for a method, made when asked for, since it imports the method's file."""
+    options = _OPTIONS[name]
+    return Row(
+        config=registry.make_config(name, options),
+        elsewhere={
+            where: registry.make_config(name, {**options, **other}) for where, other in _ELSEWHERE.get(name, {}).items()
+        },
+        dropout=_DROPOUT.get(name),
+        inexact=_INEXACT.get(name),
+    )
+
+
+METHODS: tuple[str, ...] = tuple(_OPTIONS)
+"""Methods of the table, in its order."""
