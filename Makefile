@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 JOBS ?= auto
 
-.PHONY: help setup demo test lint format types pytest bench study docs clean
+.PHONY: help setup demo test lint format types pytest bench study study-methods study-laws docs clean
 
 help:
 	@echo "make demo    install, tune a real language model on real reviews, show accuracy before and after"
@@ -17,6 +17,8 @@ help:
 	@echo "make lint    ruff: rules and formatting        make format   apply the formatting"
 	@echo "make bench   speed, memory and loss against PEFT + Trainer"
 	@echo "make study   the long measurements             make docs     write docs/methods.md from the registry"
+	@echo "make study-methods   every method on one base and data set, one table (DATA=folder MODEL=smollm2 STEPS=60)"
+	@echo "make study-laws      the whole matrix: method x law x layer kind x base precision"
 
 # torch goes in first and alone, so that nothing else can choose its version.
 $(VENV)/.ingraft: pyproject.toml constraints.txt
@@ -74,6 +76,20 @@ bench: $(VENV)/.test
 study: $(VENV)/.test
 	@echo "== study: the long measurements"
 	@$(BIN)/python -m pytest -m study -s
+
+# Some hours; a study that was stopped goes on where it was. DATA: a folder with train.jsonl and dev.jsonl.
+DATA ?= ../shared/data/instruct_small
+MODEL ?= smollm2
+STEPS ?= 60
+study-methods: $(VENV)/.test
+	@echo "== study: every method of the catalogue on $(MODEL), $(STEPS) steps each, one table"
+	@$(BIN)/python benchmarks/methods.py --data $(DATA) --model $(MODEL) --steps $(STEPS) --runs runs/methods-$(MODEL) \
+		--output docs/study-methods-$(MODEL).md
+
+# Methods x laws x layer kinds x base precisions, nothing left out; prints the matrix.
+study-laws: $(VENV)/.test
+	@echo "== study: every law on every method and every subject"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/laws -m "study or not study"
 
 docs: $(VENV)/.ingraft
 	@$(BIN)/python docs/make_methods.py
