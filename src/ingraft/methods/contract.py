@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -93,6 +93,11 @@ class MethodConfig:
         del path
         return self
 
+    def idle(self, paths: Iterable[str]) -> list[str]:
+        """Options that name modules and mean none of these, each a sentence."""
+        del paths
+        return []
+
     def options(self) -> dict[str, object]:
         """The fields as plain data, in order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -131,6 +136,27 @@ class Site(ABC):
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Zero entries with probability p while training, as a function of (adapter seed, step, site, row, position) alone."""
 
+    @abstractmethod
+    def prompt_mask(self, y: Tensor) -> Tensor:
+        """Which tokens of the layer's input or output y (B, T, ...) belong to the prompt: (B, T) bool. For parts with `reads_context`."""
+
+    @abstractmethod
+    def tasks(self) -> Tensor | None:
+        """(B,) the task of each row at hand, as `adapt.context` told it; None if nobody did. For parts with `reads_context`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsAtHand:
+    """The rows that an attention or input part serves in one call: those that carry its adapter.
+
+    Attributes:
+        count: B; each row as often as the model repeats it (beams).
+        tasks: (B,) the task of each, as `adapt.context` told it; None if nobody did.
+    """
+
+    count: int
+    tasks: Tensor | None = None
+
 
 class Part(nn.Module, ABC):
     """The trained tensors of one adapter at one site.
@@ -143,6 +169,9 @@ class Part(nn.Module, ABC):
     """The module that all sites of the adapter share, if the part uses it: `self.bank = (facts.shared,)`. In a tuple, because it is
     registered once, at the root, and not again in every part."""
 
+    reads_context: ClassVar[bool] = False
+    """Whether the part asks what the rows are about: which tokens are the prompt, which task a row has."""
+
 
 class ObservingPart(ABC):
     """A part that is shown the layer's inputs before training (`ingraft.adapt.prepare`), to start from data. Mixed into a part class."""
@@ -150,6 +179,16 @@ class ObservingPart(ABC):
     @abstractmethod
     def observe(self, x: Tensor, site: Site) -> None:
         """Take note of one batch of the layer's inputs, real rows and tokens only: (N, in). The base answers alone meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factors:
+    """A change of low rank: W' = W + scale B A, b' = b + bias, whatever W and b are. Float32, not rounded to a dtype of use."""
+
+    B_OR: Tensor
+    A_RI: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
 
 
 class WeightPart(Part):
@@ -168,6 +207,10 @@ class WeightPart(Part):
             b: (out,) or None where the layer has no bias.
         """
 
+    def factors(self) -> Factors | None:
+        """The change as a product of two thin matrices, for a method whose change always is one; combining adapters is then exact and cheap."""
+        return None
+
 
 class ShortcutPart(WeightPart):
     """A weight part that also knows a way round the weight. Abstract."""
@@ -176,6 +219,10 @@ class ShortcutPart(WeightPart):
     """True if `after` only adds to y and `before` changes nothing: the host then leaves the bias fused in the base's product."""
     kinds: ClassVar[frozenset[str]] = frozenset()
     """Kinds of layer where the shortcut holds; empty for all. Elsewhere the definition is used."""
+
+    def holds(self, kind: str) -> bool:
+        """Whether the shortcut holds on this kind of layer, and pays with this part's sizes."""
+        return not self.kinds or kind in self.kinds
 
     def before(self, x: Tensor, site: Site) -> Tensor:
         """What the base is to see instead of x."""
@@ -218,8 +265,8 @@ class AttentionPart(Part):
     """P; the same at every site of an adapter."""
 
     @abstractmethod
-    def keys_values(self, shared: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (H, P, D), seen by every query ahead of the real tokens.
+    def keys_values(self, shared: Any, rows: RowsAtHand) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (H, P, D), or (B, H, P, D) where they differ from row to row, seen by every query ahead of the real tokens.
 
         Args:
             shared: what the adapter's shared module returned for this forward of the model, None if it has none.
@@ -233,8 +280,8 @@ class InputPart(Part):
     """P."""
 
     @abstractmethod
-    def embeddings(self) -> Tensor:
-        """Virtual embeddings (P, D) in front of the row's own."""
+    def embeddings(self, rows: RowsAtHand) -> Tensor:
+        """Virtual embeddings (P, D), or (B, P, D) where they differ from row to row, in front of the row's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +292,7 @@ class SiteFacts:
         path: the module's full name in the model.
         role: "weight", "attention-out", "mlp-out", "mlp", "block", "norm", "attention", "input".
         module: the module itself, for its constants only; parts keep no reference to it.
-        kind: how the layer stores its weight ("linear", "conv1d-transposed", "embedding", "conv2d", "norm", ...; "" if it is no such layer).
+        kind: how the layer stores its weight ("linear", "conv1d-transposed", "embedding", "conv1d" to "conv3d", "norm", ...; "" if it is no such layer).
         shape: (out, in) of the dense weight, or the stored shape where there is no matrix; () for other kinds of site.
         W: the weight of that shape; None for other kinds of site, and where only sizes are asked for.
         b: its bias.
@@ -253,6 +300,8 @@ class SiteFacts:
         width: the width of the module's output (output and input sites).
         heads, head_width, tokens: key-value heads and their width (attention sites); the input embedding (input sites).
         shared: the module that all sites of the adapter share, as `Method.shared` made it.
+        finished: the part's values are about to come from a file; what only matters for a good start is no reason to refuse, and need not
+            be computed.
     """
 
     path: str
@@ -268,6 +317,7 @@ class SiteFacts:
     head_width: int = 0
     tokens: nn.Module | None = None
     shared: nn.Module | None = None
+    finished: bool = False
 
     def matrix(self) -> Tensor:
         """The dense weight of a weight site."""
@@ -282,6 +332,7 @@ class PeftLayout:
 
     Config fields:
         peft_type: their upper-case name.
+        kinds: the kinds of layer on which they have the method ("linear", "conv2d", ...); empty for all.
         fields: our field -> theirs, where the names differ; None where they have none (it concerns the start of training alone).
         constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`).
         accepted: their fields with the values at which they change nothing; any other value is refused by name.
@@ -292,17 +343,20 @@ class PeftLayout:
         role_fields: our field that lists sites by name -> the role of those sites.
         transposed_field: their field that is true where the adapted layers store (in, out).
         unshared: values of our fields where a file lacks the tensors of the adapter's shared module, which they do not keep.
+        otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
 
     Tensors:
         tensors: our tensor name -> their suffix behind the module path.
         embedding_tensors: the same for embedding layers, where it differs.
-        shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("" for all others): 0 keeps the dimension,
-            -1 is inferred, "kernel" stands for the dimensions of a convolution's kernel. None: they do something else there.
+        shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("conv" for every convolution that has no rule of
+            its own, "" for all others): 0 keeps the dimension, -1 is inferred, "kernel" stands for a convolution's inputs and kernel, "ones"
+            for a one in place of each dimension of its kernel. None: they do something else there.
         stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
         shared_tensors: tensor of the shared module -> their name behind `base_model.`; one that is not listed is kept under a name of ours.
     """
 
     peft_type: str
+    kinds: frozenset[str] = frozenset()
     fields: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     constants: Mapping[str, object] = field(default_factory=dict[str, object])
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
@@ -313,6 +367,7 @@ class PeftLayout:
     role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
     transposed_field: str | None = None
     unshared: Mapping[str, object] = field(default_factory=dict[str, object])
+    otherwise: Callable[[SiteFacts], str | None] | None = None
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     shapes: Mapping[str, Mapping[str, tuple[int | str, ...] | None]] = field(
