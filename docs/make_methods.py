@@ -8,26 +8,55 @@ import re
 import sys
 from pathlib import Path
 
+from ingraft.adapt.capabilities import capabilities
 from ingraft.methods import registry
+from ingraft.shapes import SHAPES, counts
 
 PAGE = Path(__file__).parent / "methods.md"
 HEAD = """# Methods
 
-*Written by `make docs` from the registry and the heads of the method files; change those.*
+*Written by `make docs` from the registry and the heads of the method files; change those. Parameters are those trained with default options on two well-known
+shapes. Rows: how a batch runs whose rows belong to different adapters - in one base call for all (`one`), or a base call for each adapter (`each`).*
 
-| name | family | what is trained | equation | merges | paper |
-|---|---|---|---|---|---|
 """
 
 
 def page() -> str:
     """The whole page."""
-    rows = [
-        f"| [`{r.name}`](#{r.name}) | {r.family} | {r.summary} | {_cell(r.equation)} | {'yes' if r.mergeable else 'no'} | {r.paper} |"
-        for r in registry.records().values()
+    columns = [
+        "name",
+        "family",
+        "what is trained",
+        "equation",
+        *SHAPES,
+        "layers",
+        "merges",
+        "quantised bases",
+        "rows",
+        "paper",
     ]
+    rows = [columns, ["---"] * len(columns), *(_row(record) for record in registry.records().values())]
+    table = ["| " + " | ".join(row) + " |" for row in rows]
     sections = [section(record) for record in registry.records().values()]
-    return HEAD + "\n".join(rows) + "\n\n" + "\n".join(sections)
+    return HEAD + "\n".join(table) + "\n\n" + "\n".join(sections)
+
+
+def _row(record: registry.MethodRecord) -> list[str]:
+    """One line of the table."""
+    can = capabilities(record.name)
+    counted = ["" if count is None else f"{count:,}" for count in counts(record.name).values()]
+    return [
+        f"[`{record.name}`](#{record.name})",
+        record.family,
+        record.summary,
+        _cell(record.equation),
+        *counted,
+        ", ".join(can.layers),
+        "yes" if can.mergeable else "no",
+        "yes" if can.quantised else "no",
+        "one" if can.mixed_rows == "one base call" else "each",
+        record.paper,
+    ]
 
 
 def section(record: registry.MethodRecord) -> str:

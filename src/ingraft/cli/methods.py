@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ingraft.cli.options import trust_option, verb
 from ingraft.cli.output import Output
+
+if TYPE_CHECKING:
+    from ingraft.methods import registry
 
 
 @verb(recipe=False)
@@ -15,9 +18,9 @@ from ingraft.cli.output import Output
 @trust_option
 @click.argument("name", required=False)
 def command(name: str | None, model: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """List the tuning methods: family, parameters for a given model, mergeable, paper.
+    """List the tuning methods: equation, paper, what they train, where they act, whether they merge.
 
-    With NAME, that method's options and their defaults.
+    Parameters are counted for two well-known shapes, or for the base given with --model. With NAME, that method's options and their defaults.
     """
     from ingraft.methods import registry
 
@@ -25,27 +28,57 @@ def command(name: str | None, model: str | None, trust_remote_code: bool, as_jso
     if name is not None:
         _show_one(name, output)
         return
-    found: list[dict[str, Any]] = [
-        {
-            "name": record.name,
-            "family": record.family,
-            "summary": record.summary,
-            "equation": record.equation,
-            "mergeable": record.mergeable,
-            "paper": record.paper,
-        }
-        for record in registry.records().values()
-    ]
+    entries = [entry(record) for record in registry.records().values()]
     if model is not None:
-        counts = count_parameters(model, [entry["name"] for entry in found], trust_remote_code=trust_remote_code)
-        for entry in found:
-            entry["parameters"], entry["refused"] = counts[entry["name"]]
-    output.result(found)
-    columns = ["name", "family", *(["parameters"] if model is not None else []), "mergeable", "summary", "paper"]
-    output.table(columns, [[entry[column] for column in columns] for entry in found])
-    for entry in found:
-        if entry.get("refused"):
-            output.say(f"{entry['name']} on this base: {entry['refused']}")
+        counts = count_parameters(model, [one["name"] for one in entries], trust_remote_code=trust_remote_code)
+        for one in entries:
+            count, one["refused"] = counts[one["name"]]
+            one["parameters"] = {model: count}
+    output.result(entries)
+    width = max(len(one["name"]) for one in entries)
+    family = None
+    for one in entries:
+        if one["family"] != family:
+            family = one["family"]
+            output.say("", f"{family} methods", "")
+        indent = " " * (width + 4)
+        output.say(
+            f"  {one['name']:<{width}}  {one['summary']}", f"{indent}{one['equation']}", f"{indent}{one['paper']}"
+        )
+        output.say(f"{indent}{_trains(one)}", f"{indent}{_can(one)}")
+
+
+def entry(record: registry.MethodRecord) -> dict[str, Any]:
+    """What the catalogue says of one method."""
+    from ingraft.adapt.capabilities import capabilities
+    from ingraft.shapes import counts
+
+    can = capabilities(record.name)
+    return {
+        "name": record.name,
+        "family": record.family,
+        "summary": record.summary,
+        "equation": record.equation,
+        "parameters": counts(record.name),
+        "layers": can.layers,
+        "mergeable": can.mergeable,
+        "quantised": can.quantised,
+        "mixed_rows": can.mixed_rows,
+        "paper": record.paper,
+    }
+
+
+def _trains(one: dict[str, Any]) -> str:
+    if one.get("refused"):
+        return f"not on this base: {one['refused']}"
+    counted = [f"{count:,} of {shape}" for shape, count in one["parameters"].items() if count is not None]
+    return f"trains {' and '.join(counted)}" if counted else "what it trains depends on what is attached"
+
+
+def _can(one: dict[str, Any]) -> str:
+    merges = "merges" if one["mergeable"] else "does not merge"
+    quantised = "over quantised bases too" if one["quantised"] else "not over quantised weights"
+    return f"on {', '.join(one['layers'])}; {merges}; {quantised}; mixed rows: {one['mixed_rows']}"
 
 
 def count_parameters(
@@ -80,24 +113,16 @@ def _show_one(name: str, output: Output) -> None:
     options = [
         {"key": field.name, "default": None if field.default is MISSING else field.default} for field in fields(config)
     ]
-    output.result(
-        {
-            "name": record.name,
-            "family": record.family,
-            "summary": record.summary,
-            "equation": record.equation,
-            "mergeable": record.mergeable,
-            "paper": record.paper,
-            "options": options,
-        }
-    )
+    one = entry(record)
+    output.result({**one, "options": options})
     output.facts(
         {
             "name": record.name,
             "family": record.family,
             "what": record.summary,
             "equation": record.equation,
-            "mergeable": record.mergeable,
+            "trains": _trains(one).removeprefix("trains "),
+            "where": _can(one),
             "paper": record.paper,
         }
     )
