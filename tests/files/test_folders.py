@@ -353,7 +353,8 @@ def test_unknown_fields_are_refused_in_our_files_and_warned_of_in_others(tmp_pat
         ({"base_model_name_or_path": 3}, "base_model_name_or_path must be"),
         ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"use_rslora": True}, "does not have"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
@@ -493,5 +494,5 @@ def test_row_8_names_that_match_nothing_are_reported_and_head_is_not_lm_head(tin
 
 def test_row_18_all_linear_leaves_the_head_of_a_plain_module_alone(tiny: SimpleNamespace) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    ingraft.attach(model, LoraConfig(target_modules="all-linear"))
+    ingraft.attach(model, LoraConfig(r=2, target_modules="all-linear"))
     assert list(model.ingraft_control.adapters["default"].sites) == ["0", "2"]

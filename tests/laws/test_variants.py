@@ -25,6 +25,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "lora",
         {"r": 3, "init_lora_weights": "gaussian", "modules_to_save": ["classifier"]},
     ),
+    "lora-ranks-and-bias-llama": (
+        "lora",
+        {
+            "r": 3,
+            "rank_pattern": {"down_proj": 5, "layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {".*_proj": 7},
+            "lora_bias": True,
+        },
+    ),
+    "lora-ranks-and-bias-conv2d": ("lora", {"r": 4, "rank_pattern": {"first": 2}, "lora_bias": True}),
     "dora-and-embeddings-llama": ("dora", {"r": 2, "target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
     "ia3-by-names-gpt2": ("ia3", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
 }

@@ -71,6 +71,28 @@ CASES: dict[str, Case] = {
         {"exclude_modules": ["mlp.down_proj"]},
         peft.LoraConfig(target_modules="all-linear", exclude_modules=["k_proj"]),
     ),
+    "lora-patterns": (
+        "llama",
+        "lora",
+        {"rank_pattern": {"down_proj": 5, "layers.1.self_attn.q_proj": 2}, "alpha_pattern": {".*_proj": 7}},
+        peft.LoraConfig(
+            target_modules=["q_proj", "v_proj"],
+            rank_pattern={"^model.layers.0.*q_proj": 3, "v_proj": 2},
+            alpha_pattern={"v_proj": 5},
+        ),
+    ),
+    "lora-bias": (
+        "bert",
+        "lora",
+        {"target_modules": ["query"], "lora_bias": True},
+        peft.LoraConfig(target_modules=["query", "value"], lora_bias=True),
+    ),
+    "lora-bias-conv2d": (
+        "picture",
+        "lora",
+        {"target_modules": ["first", "second"], "lora_bias": True},
+        peft.LoraConfig(target_modules=["first"], lora_bias=True),
+    ),
     "dora-llama": (
         "llama",
         "dora",
@@ -170,6 +192,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT says so of every lora_B.bias, its own too
 @pytest.mark.parametrize("case", CASES)
 def test_ours_loads_in_peft(case: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     kind, method, options, _ = CASES[case]
@@ -186,6 +209,7 @@ def test_ours_loads_in_peft(case: str, tmp_path: Path, tiny: SimpleNamespace) ->
     assert written <= set(type(CASES[case][3]).__dataclass_fields__)
 
 
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT says so of every lora_B.bias, its own too
 @pytest.mark.parametrize("case", CASES)
 def test_theirs_loads_here(case: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     kind, method, _, config = CASES[case]

@@ -438,7 +438,8 @@ def test_configs_are_saved_and_read(tmp_path: Path) -> None:
     [
         (LoraConfig(bias="all"), "bias = 'all'"),
         (LoraConfig(use_rslora=True), "use_rslora = True"),
-        (LoraConfig(rank_pattern={"q_proj": 2}), "rank_pattern"),
+        (LoraConfig(rank_pattern={"q_proj": 0}), "rank_pattern"),
+        (LoraConfig(r=33, target_modules=["q_proj"]), "it must be at most 32"),
         (LoraConfig(r=0), "r must be at least 1"),
         (LoraConfig(target_modules=["nothing"]), "matches no module"),
         (LoraConfig(modules_to_save=["head"]), "'head' matches no module (did you mean 'lm_head'"),
@@ -462,7 +463,7 @@ def test_row_8_names_that_match_nothing_are_not_silent(tiny: SimpleNamespace) ->
 
 def test_row_18_all_linear_leaves_a_plain_modules_head_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     assert list(model.ingraft_control.adapters["default"].sites) == ["0"]
 
 

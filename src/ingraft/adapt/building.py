@@ -25,8 +25,13 @@ WHOLE_ROLE = "whole"
 """The role of a module that is trained in full beside the method's own sites."""
 
 
-def make_parts(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Part], nn.Module | None]:
+def make_parts(
+    model: nn.Module, adapter: Adapter, *, finished: bool = False
+) -> tuple[dict[str, Part], nn.Module | None]:
     """The adapter's parts by path and their shared module, with initial values that depend on the seed and the path alone.
+
+    Args:
+        finished: the values are about to be replaced by a file's (`SiteFacts.finished`).
 
     Raises:
         IngraftError: every site that the method refuses.
@@ -36,7 +41,7 @@ def make_parts(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Part], nn.
     whole = registry.load(registry.WHOLE)
     parts: dict[str, Part] = {}
     masters: dict[int, nn.Parameter] = {}
-    sizes = own_sizes(model, method, config, adapter.sites)
+    sizes = own_sizes(model, method, config, adapter.sites, finished=finished)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(adapter.seed, "shared"))
         shared = method.shared(config, sizes) if method.shared is not None else None
@@ -49,14 +54,17 @@ def make_parts(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Part], nn.
                 )
             with present(module, first_owner(module)):
                 torch.manual_seed(_seed(adapter.seed, path))
-                part = maker.part(options, replace(facts_of(model, path, module, role), shared=shared))
+                facts = replace(facts_of(model, path, module, role), shared=shared, finished=finished)
+                part = maker.part(options, facts)
             if isinstance(part, ParameterPart):
                 _follow_ties(module, part, masters)
             parts[path] = part.train(module.training)
     return parts, shared
 
 
-def own_sizes(model: nn.Module, method: Method, config: MethodConfig, sites: dict[str, str]) -> tuple[SiteFacts, ...]:
+def own_sizes(
+    model: nn.Module, method: Method, config: MethodConfig, sites: dict[str, str], *, finished: bool = False
+) -> tuple[SiteFacts, ...]:
     """What the method's own sites look like, without values.
 
     Raises:
@@ -64,7 +72,9 @@ def own_sizes(model: nn.Module, method: Method, config: MethodConfig, sites: dic
     """
     modules = base_modules(model)
     facts = [
-        facts_of(model, path, modules[path], role, values=False) for path, role in sites.items() if role != WHOLE_ROLE
+        replace(facts_of(model, path, modules[path], role, values=False), finished=finished)
+        for path, role in sites.items()
+        if role != WHOLE_ROLE
     ]
     problems = [reason for fact in facts if (reason := method.refuses(config.at(fact.path), fact)) is not None]
     if problems:
@@ -131,16 +141,19 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def expected_count(model: nn.Module, config: MethodConfig) -> int:
+def expected_count(model: nn.Module, config: MethodConfig, *, finished: bool = False) -> int:
     """Trained parameters of a config on this model by the method's formula, without attaching anything.
+
+    Args:
+        finished: it is the config of a file.
 
     Raises:
         IngraftError: as `attach`.
     """
     method: Method = registry.load(config.method)
-    own, whole, _ = select(model, config, method)
+    own, whole, _ = select(model, config, method, strict=not finished)
     modules = base_modules(model)
-    sizes = own_sizes(model, method, config, own)
+    sizes = own_sizes(model, method, config, own, finished=finished)
     in_full = [*whole, *own] if issubclass(method.part, ParameterPart) else [*whole]
     owned = {id(p): p.numel() for path in in_full for p in modules[path]._parameters.values() if p is not None}
     total = sum(owned.values())

@@ -299,7 +299,7 @@ def _check_size(model: nn.Module, config: MethodConfig, header: Header, where: P
         if isinstance(value, int) and value > limit
     ]
     stored = sum(math.prod(shape) for shape, _ in header.values())
-    if not problems and (wanted := expected_count(model, config)) > 8 * stored + LARGEST_OPTION:
+    if not problems and (wanted := expected_count(model, config, finished=True)) > 8 * stored + LARGEST_OPTION:
         problems.append(f"{where}: asks for {wanted:,} numbers, and {WEIGHTS} holds {stored:,}.")
     if problems:
         raise IngraftError(*problems)

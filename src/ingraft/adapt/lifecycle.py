@@ -96,7 +96,7 @@ def attach(
         seed=seed,
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
-    parts, shared = make_parts(model, adapter)
+    parts, shared = make_parts(model, adapter, finished=fill is not None)
     adapter.virtual = next((part.length for part in parts.values() if isinstance(part, AttentionPart | InputPart)), 0)
     if fill is not None:
         fill(adapter, parts, shared)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -116,6 +116,8 @@ def task_of(model: nn.Module) -> str | None:
 def _json(value: object) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)  # as PEFT writes them, and the same whichever of the two the user gave
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in cast(Mapping[str, object], value).items()}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -77,6 +77,7 @@ def select(
             if (index := _block_index(path)) is None or index in config.layers_to_transform
         }
     sites = {path: role for path, role in sites.items() if path not in whole}
+    unmatched += config.idle(sites)
     for path in (*sites, *whole):
         problems += _host_problems(path, modules[path])
     problems += [

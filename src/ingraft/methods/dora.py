@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, Site, SiteFacts
-from ingraft.methods.lora import LORA_LAYOUT, LoraConfig, LowRank
+from ingraft.methods.lora import LoraConfig
 from ingraft.methods.lora import count as count_lora
+from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
+from ingraft.methods.ranked import rank_above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,12 @@ class DoraConfig(LoraConfig):
     """LoRA's hyperparameters; see `LoraConfig`."""
 
     method: ClassVar[str] = "dora"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.lora_bias:
+            found.append("lora_bias has no meaning beside DoRA's magnitudes; use lora, or leave it off.")
+        return found
 
 
 class DoRA(LowRank):
@@ -66,11 +74,12 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
+    refuses=rank_above,
     peft=replace(
         LORA_LAYOUT,
         constants={"use_dora": True, "use_rslora": False},
         tensors={**LORA_LAYOUT.tensors, "magnitude": "lora_magnitude_vector"},
         embedding_tensors={**LORA_LAYOUT.embedding_tensors, "magnitude": "lora_magnitude_vector"},
-        shapes={**LORA_LAYOUT.shapes, "magnitude": {"conv2d": (1, -1, 1, 1)}},
+        shapes={**LORA_LAYOUT.shapes, "magnitude": {"conv": (1, -1, "ones")}},
     ),
 )

@@ -12,38 +12,39 @@ Legend: O out, I in, R rank.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.contract import Factors, Method, MethodConfig, Site, SiteFacts
+from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
+from ingraft.methods.ranked import RankedConfig, rank_above
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(MethodConfig):
-    """LoRA's hyperparameters.
+class LoraConfig(RankedConfig):
+    """LoRA's hyperparameters; see `RankedConfig` for r and its patterns.
 
     Attributes:
-        r: rank of the change, at least 1.
         lora_alpha: the change is scaled by lora_alpha / r.
         lora_dropout: probability of dropping an input of the low-rank branch, in [0, 1).
         init_lora_weights: True: A Kaiming-uniform, B zero, so that the adapter starts as the identity; "gaussian": A normal with
             deviation 1 / r, B zero; False: B random too (tests).
+        lora_bias: train a bias of the branch as well, scaled like the rest of it: b' = b + s c.
     """
 
     method: ClassVar[str] = "lora"
+    alpha_field: ClassVar[str] = "lora_alpha"
 
-    r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
 
     def problems(self) -> list[str]:
-        found: list[str] = []
-        if self.r < 1:
-            found.append(f"r must be at least 1, got {self.r}.")
+        found = super().problems()
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
         if self.init_lora_weights not in (True, False, "gaussian"):
@@ -56,82 +57,54 @@ class LoraConfig(MethodConfig):
         return self.lora_alpha / self.r
 
 
-class LowRank(ShortcutPart):
-    """A and B with their initial values: the start that LoRA shares with its variants. Abstract."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def __init__(self, config: LoraConfig, facts: SiteFacts) -> None:
-        super().__init__()
-        W_OI = facts.matrix()
-        self.scale, self.p = config.scale, config.lora_dropout
-        self.lora_A = fresh(config.r, W_OI.shape[1], like=W_OI)
-        self.lora_B = fresh(W_OI.shape[0], config.r, like=W_OI)
-        lookup = isinstance(facts.module, nn.Embedding)  # there A is the side that is looked up; PEFT starts it at zero
-        start, other = (self.lora_B, self.lora_A) if lookup else (self.lora_A, self.lora_B)
-        if lookup or config.init_lora_weights == "gaussian":
-            nn.init.normal_(start, std=1.0 if lookup else 1.0 / config.r)
-        else:
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5))
-        nn.init.zeros_(other)
-        if config.init_lora_weights is False:
-            nn.init.normal_(other, std=0.02)
-
-    def delta(self, W_OI: Tensor) -> Tensor:
-        """s B A in float32, from A and B as they are used beside W."""
-        A_RI, B_OR = self.lora_A.to(W_OI.dtype).float(), self.lora_B.to(W_OI.dtype).float()
-        return self.scale * (B_OR @ A_RI)
-
-    def branch(self, x: Tensor, site: Site) -> Tensor:
-        """s B A x, the way the layer applies its weight."""
-        if x.is_floating_point():
-            dtype, x = x.dtype, site.dropout(x, self.p)
-        else:
-            dtype = site.weight().dtype  # ids: an embedding
-        u_R = site.op(x, self.lora_A.to(dtype))
-        return site.mix(u_R * self.scale, self.lora_B.to(dtype))
-
-
 class LoRA(LowRank):
     """See the file's header."""
 
     additive = True
 
+    def __init__(self, config: LoraConfig, facts: SiteFacts) -> None:
+        super().__init__(config, facts)
+        self.lora_bias = nn.Parameter(self.lora_B.new_zeros(self.lora_B.shape[0])) if config.lora_bias else None
+
     def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.lora_bias is not None:
+            c_O = self.scale * self.lora_bias.to(W.dtype).float()
+            b = (c_O if b is None else b.float() + c_O).to(W.dtype)
         return (W.float() + self.delta(W)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y + self.branch(x, site)
+        y = y + self.branch(x, site)
+        return y if self.lora_bias is None else y + site.out(self.scale * self.lora_bias.to(y.dtype))
+
+    def factors(self) -> Factors:
+        bias = None if self.lora_bias is None else self.scale * self.lora_bias
+        return Factors(B_OR=self.lora_B, A_RI=self.lora_A, scale=self.scale, bias=bias)
+
+
+def refuses(config: LoraConfig, facts: SiteFacts) -> str | None:
+    """A rank above the layer's; a bias where a lookup could have none."""
+    if config.lora_bias and facts.kind == "embedding":
+        return f"{facts.path}: lora_bias has no meaning for an embedding; leave it off, or this module out of target_modules."
+    return rank_above(config, facts)
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:
-    """r (in + out)."""
+    """r (in + out), and out once more for a bias."""
     assert isinstance(config, LoraConfig)
-    return config.r * sum(facts.shape)
+    return config.r * sum(facts.shape) + config.lora_bias * facts.shape[0]
 
 
-LORA_LAYOUT = PeftLayout(
-    peft_type="LORA",
-    constants={"use_dora": False, "use_rslora": False},
-    accepted={"bias": ("none",)},
-    off=(
-        *("lora_bias", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"),
-        *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-        *("velora_config", "monteclora_config", "ensure_weight_tying"),
-    ),
-    written={"bias": "none"},
-    ignored=(
-        *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        "qalora_group_size",
-    ),
-    aliases={"init_lora_weights": {"eva": True, "orthogonal": True}},
-    transposed_field="fan_in_fan_out",
-    tensors={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
-    embedding_tensors={"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
-    shapes={"lora_A": {"conv2d": (0, "kernel")}, "lora_B": {"conv2d": (0, 0, 1, 1)}},
-)
-"""PEFT keeps LoRA and its variants under one type; a variant replaces what differs."""
+def of_factors(changes: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
+    """The adapter of these changes, its scale 1 throughout."""
+    ranks = {path: change.A_RI.shape[0] for path, change in changes.items()}
+    r = max(ranks.values())
+    other = {f"^{path}": rank for path, rank in ranks.items() if rank != r}
+    bias = any(change.bias is not None for change in changes.values())
+    tensors = {path: {"lora_A": change.scale * change.A_RI, "lora_B": change.B_OR} for path, change in changes.items()}
+    for path, change in changes.items() if bias else ():
+        tensors[path]["lora_bias"] = change.B_OR.new_zeros(change.B_OR.shape[0]) if change.bias is None else change.bias
+    return LoraConfig(r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=other, lora_bias=bias), tensors
+
 
 METHOD = Method(
     name="lora",
@@ -140,5 +113,7 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
+    refuses=refuses,
     peft=LORA_LAYOUT,
+    of_factors=of_factors,
 )
