@@ -32,8 +32,7 @@ def command(name: str | None, model: str | None, trust_remote_code: bool, as_jso
     if model is not None:
         counts = count_parameters(model, [one["name"] for one in entries], trust_remote_code=trust_remote_code)
         for one in entries:
-            count, one["refused"] = counts[one["name"]]
-            one["parameters"] = {model: count}
+            one["parameters"], one["refused"] = counts[one["name"]]
     output.result(entries)
     width = max(len(one["name"]) for one in entries)
     family = None
@@ -59,7 +58,7 @@ def entry(record: registry.MethodRecord) -> dict[str, Any]:
         "family": record.family,
         "summary": record.summary,
         "equation": record.equation,
-        "parameters": counts(record.name),
+        "shapes": counts(record.name),
         "layers": can.layers,
         "mergeable": can.mergeable,
         "quantised": can.quantised,
@@ -71,7 +70,9 @@ def entry(record: registry.MethodRecord) -> dict[str, Any]:
 def _trains(one: dict[str, Any]) -> str:
     if one.get("refused"):
         return f"not on this base: {one['refused']}"
-    counted = [f"{count:,} of {shape}" for shape, count in one["parameters"].items() if count is not None]
+    if "parameters" in one:
+        return f"trains {one['parameters']:,} of this base"
+    counted = [f"{count:,} of {shape}" for shape, count in one["shapes"].items() if count is not None]
     return f"trains {' and '.join(counted)}" if counted else "what it trains depends on what is attached"
 
 
