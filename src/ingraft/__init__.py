@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ingraft.adapt import activate as activate
     from ingraft.adapt import attach as attach
+    from ingraft.adapt import context as context
     from ingraft.adapt import detach as detach
     from ingraft.adapt import disabled as disabled
     from ingraft.adapt import load as load
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
 
 _VERBS = (
-    *("activate", "attach", "detach", "disabled", "load", "merge"),
+    *("activate", "attach", "context", "detach", "disabled", "load", "merge"),
     *("parameters", "rows", "save", "status", "trainable", "unmerge"),
 )
 _NAMES = {"IngraftError": "ingraft.errors", **dict.fromkeys(_VERBS, "ingraft.adapt")}

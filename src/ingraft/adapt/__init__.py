@@ -3,7 +3,7 @@
 from ingraft.adapt.building import base_parameters, expected_count, parameters
 from ingraft.adapt.files import load, save
 from ingraft.adapt.hooks import after_step, penalty, prepare, rate
-from ingraft.adapt.lifecycle import activate, attach, detach, disabled, dropout_step, rows, trainable
+from ingraft.adapt.lifecycle import activate, attach, context, detach, disabled, dropout_step, rows, trainable
 from ingraft.adapt.merging import merge, unmerge
 from ingraft.adapt.summary import status
 
@@ -12,6 +12,7 @@ __all__ = [
     "after_step",
     "attach",
     "base_parameters",
+    "context",
     "detach",
     "disabled",
     "dropout_step",

@@ -178,7 +178,8 @@ class HostState:
             # Reentrant checkpointing runs its forward without grad, and so does a reference pass: believed only if nothing else is known.
             self.seen_without_grad = call
         elif not self.seen or self.seen[-1] is not call:
-            self.seen = [other for other in self.seen if other.acting != call.acting] + [call]
+            # Two that differ are enough to know that it cannot be told.
+            self.seen = [other for other in self.seen if other.acting != call.acting][-1:] + [call]
 
 
 def control_of(model: nn.Module) -> Control | None:

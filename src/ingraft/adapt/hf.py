@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,24 @@ class ModelRoot(Root):
         beneath(self, ModelRoot)._set_gradient_checkpointing(*args, **kwargs)
         _carry(self, require_control(self))
 
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the tokens it is given are the prompt, unless `adapt.context` says which are."""
+        control = require_control(self)
+        context = control.call.context
+        try:
+            return beneath(self, ModelRoot).generate(*args, **kwargs)
+        finally:
+            control.call = replace(control.call, context=context)
+
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Virtual tokens of prompts lie in the cache: make room for them."""
+        """Virtual tokens of prompts lie in the cache: make room for them. Take note of where the prompt ends."""
         control = require_control(self)
         room = max(lengths(control, control.call, InputPart).values(), default=0)
         below = beneath(self, ModelRoot)._prepare_cache_for_generation
         bound = inspect.signature(below).bind(*args, **kwargs)
+        mask = bound.arguments["model_kwargs"].get("attention_mask")
+        if control.call.context.prompt is None and isinstance(mask, Tensor) and not self.config.is_encoder_decoder:
+            control.call = replace(control.call, context=replace(control.call.context, prompt=mask.bool()))
         bound.arguments["max_cache_length"] += room
         return below(*bound.args, **bound.kwargs)
 
@@ -254,7 +266,8 @@ def settle(model: nn.Module) -> None:
     kinds = [adapter.method.part for adapter in control.adapters.values()]
     _carry(model, control if kinds else None)
     _name_attention(model, control, any(issubclass(kind, AttentionPart) for kind in kinds))
-    _lay_inner(model, control, any(issubclass(kind, AttentionPart | InputPart) for kind in kinds))
+    inside = any(issubclass(kind, AttentionPart | InputPart) or kind.reads_context for kind in kinds)
+    _lay_inner(model, control, inside)
 
 
 def _carry(model: nn.Module, control: Control | None) -> None:

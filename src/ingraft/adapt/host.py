@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingraft.adapt.compose import composed, own_parameters
+from ingraft.adapt.context import Tokens, prompt_of, tasks_of
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, part_of
 from ingraft.adapt.offload import present
 from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
@@ -448,6 +449,13 @@ class LayerSite(Site):
         name = _name_of(self._host, self._part)
         seed = self._state.control.adapters[name].seed
         return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
+
+    def prompt_mask(self, y: Tensor) -> Tensor:
+        call = self._call
+        return prompt_of(call.context, call.tokens or Tokens(), y, self._size, self._entries, self._state.path)
+
+    def tasks(self) -> Tensor | None:
+        return tasks_of(self._call.context, self._size, self._entries, self._state.path)
 
 
 def site_of(host: nn.Module, state: HostState, part: Part) -> LayerSite:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ingraft.adapt import models
 from ingraft.adapt.building import WHOLE_ROLE, base_parameters, make_parts
+from ingraft.adapt.context import Context, told
 from ingraft.adapt.control import (
     ATTRIBUTE,
     HOST_ATTRIBUTE,
@@ -245,6 +246,33 @@ def rows(model: nn.Module, entries: Sequence[str | None | Sequence[str]]) -> Ite
     per_row = rows_of(entries, tuple(control.adapters))
     with _temporarily(control, lambda call: replace(call, active=(), rows=per_row)):
         yield
+
+
+@contextmanager
+def context(
+    model: nn.Module, *, tasks: Sequence[int] | Tensor | None = None, prompt: Tensor | None = None
+) -> Iterator[None]:
+    """Inside the block the adapters know what the rows of the batch are about; what is left out holds as before.
+
+    Args:
+        tasks: (rows,) the task of each row, for methods that have values by task.
+        prompt: (rows, tokens) bool, which tokens belong to the prompt, padding none of them; tokens further on are the answer's. Where nobody
+            says, `generate` knows, and in a plain forward every real token is taken for the prompt.
+
+    Raises:
+        IngraftError: for shapes that cannot be meant; in the forward, where rows or tokens are not those of the batch.
+    """
+    control = require_control(model)
+    new = told(tasks, prompt)
+    kept = control.call.context
+    merged = Context(
+        tasks=kept.tasks if new.tasks is None else new.tasks, prompt=kept.prompt if new.prompt is None else new.prompt
+    )
+    control.call = replace(control.call, context=merged)
+    try:
+        yield
+    finally:
+        control.call = replace(control.call, context=kept)
 
 
 def dropout_step(model: nn.Module, step: int, row_ids: Tensor | None = None) -> None:

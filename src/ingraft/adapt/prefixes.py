@@ -32,10 +32,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ingraft.adapt.control import HostState, host_state, part_of
 from ingraft.adapt.offload import present
-from ingraft.adapt.rows import entries_of
 from ingraft.adapt.swap import original_class
+from ingraft.adapt.virtual import rows_at_hand
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart
+from ingraft.methods.contract import AttentionPart, RowsAtHand
 
 Output = tuple[Tensor, Tensor | None]
 OURS = {"sdpa": "ingraft_sdpa", "eager": "ingraft_eager"}
@@ -110,37 +110,39 @@ def _prefix(
     call, control = state.current(), state.control
     state.ran = True
 
-    def of(names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+    def of(names: tuple[str, ...], rows: RowsAtHand) -> tuple[Tensor, Tensor] | None:
         parts = [(name, part) for name in names if isinstance(part := part_of(module, name), AttentionPart)]
         with present(*(part for _, part in parts)):
-            pairs = [part.keys_values(control.shared_of(name)) for name, part in parts]
+            pairs = [part.keys_values(control.shared_of(name), rows) for name, part in parts]
         if not pairs:
             return None
-        return torch.cat([k for k, _ in pairs], 1).to(like.dtype), torch.cat([v for _, v in pairs], 1).to(like.dtype)
+        keys, values = (
+            [side.to(like.dtype).expand(rows.count, *side.shape[-3:]) for side in sides]
+            for sides in zip(*pairs, strict=True)
+        )
+        return (keys[0], values[0]) if len(pairs) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
-    groups = [(of(group.names), group.rows) for group in call.groups]
-    found = [pair for pair, _ in groups if pair is not None]
+    served = [rows_at_hand(call, group, batch, state.path, like.device) for group in call.groups]
+    groups = [(of(group.names, rows), entries, rows) for group, (entries, rows) in zip(call.groups, served, strict=True)]
+    found = [pair for pair, _, _ in groups if pair is not None]
     if not found:
         return None
     if len(groups) == 1:
-        key_HPD, value_HPD = found[0]
-        return key_HPD.expand(batch, *key_HPD.shape), value_HPD.expand(batch, *value_HPD.shape), None
-    assert call.rows is not None
-    longest = max(k.shape[1] for k, _ in found)
-    H, D = found[0][0].shape[0], found[0][0].shape[2]
+        return (*found[0], None)
+    longest = max(k.shape[2] for k, _ in found)
+    H, D = found[0][0].shape[1], found[0][0].shape[3]
     order: list[Tensor] = []
     keys: list[Tensor] = []
     values: list[Tensor] = []
     seen: list[Tensor] = []
-    for pair, rows in groups:
-        assert rows is not None
-        entries = entries_of(rows, batch, len(call.rows), state.path).to(like.device)
-        key_HPD, value_HPD = pair if pair is not None else (like.new_zeros(H, 0, D), like.new_zeros(H, 0, D))
-        blank = longest - key_HPD.shape[1]
-        count = entries.shape[0]
-        keys.append(F.pad(key_HPD, (0, 0, blank, 0)).expand(count, H, longest, D))
-        values.append(F.pad(value_HPD, (0, 0, blank, 0)).expand(count, H, longest, D))
-        seen.append((torch.arange(longest, device=like.device) >= blank).expand(count, longest))
+    for pair, entries, rows in groups:
+        assert entries is not None
+        blank_BHPD = like.new_zeros(rows.count, H, 0, D)
+        key_BHPD, value_BHPD = pair if pair is not None else (blank_BHPD, blank_BHPD)
+        blank = longest - key_BHPD.shape[2]
+        keys.append(F.pad(key_BHPD, (0, 0, blank, 0)))
+        values.append(F.pad(value_BHPD, (0, 0, blank, 0)))
+        seen.append((torch.arange(longest, device=like.device) >= blank).expand(rows.count, longest))
         order.append(entries)
     inverse = torch.argsort(torch.cat(order))
     key_BHPD, value_BHPD, seen_BP = (torch.cat(pieces).index_select(0, inverse) for pieces in (keys, values, seen))

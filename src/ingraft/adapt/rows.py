@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ingraft.adapt.context import Context, Tokens
 from ingraft.errors import IngraftError
 
 Names = tuple[str, ...]
@@ -47,6 +48,8 @@ class Call:
         step: the optimiser step that dropout is a function of; a tensor, so that compiled graphs need not be made anew.
         row_ids: (n,) the identity of each row for dropout; None counts from zero.
         size: entries of the model's own input in dimension 0, which is more than n where rows are repeated (beams); 0 if unknown.
+        context: what a user told about the rows.
+        tokens: what the running stack of layers sees of them, where a part that acts asks.
     """
 
     active: Names = ()
@@ -54,6 +57,8 @@ class Call:
     step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
     row_ids: Tensor | None = field(default=None, compare=False)
     size: int = field(default=0, compare=False)
+    context: Context = field(default_factory=Context, compare=False)
+    tokens: Tokens | None = field(default=None, compare=False)
     groups: tuple[Group, ...] = field(init=False, compare=False)
     """Rows by adapters, in order of first appearance; together they cover every row once. Made at once, not when asked for: compiled
     code can follow neither a lock nor a cache."""
@@ -62,9 +67,9 @@ class Call:
         object.__setattr__(self, "groups", _groups(self.active, self.rows))
 
     @property
-    def acting(self) -> tuple[Names, tuple[Names, ...] | None]:
+    def acting(self) -> tuple[Names, tuple[Names, ...] | None, int]:
         """What two calls must share to compute the same function."""
-        return self.active, self.rows
+        return self.active, self.rows, 0 if self.tokens is None else id(self.tokens)
 
     def at_step(self, step: Tensor, row_ids: Tensor | None) -> Call:
         """The same adapters at another step of training."""
@@ -76,7 +81,18 @@ class Call:
             return self
         ids = torch.arange(len(self.rows)) if self.row_ids is None else self.row_ids
         picked = ids[torch.tensor(group.rows, device=ids.device)]
-        return replace(self, active=group.names, rows=None, row_ids=picked, size=0)
+        n, tokens = len(self.rows), self.tokens
+        context = replace(self.context, tasks=_of_rows(self.context.tasks, group.rows, n), prompt=_of_rows(self.context.prompt, group.rows, n))
+        if tokens is not None:
+            tokens = replace(tokens, real=_of_rows(tokens.real, group.rows, n), virtual=_of_rows(tokens.virtual, group.rows, n))
+        return replace(self, active=group.names, rows=None, row_ids=picked, size=0, context=context, tokens=tokens)
+
+
+def _of_rows(values: Tensor | None, rows: tuple[int, ...], n: int) -> Tensor | None:
+    """The entries of these rows, of values by row; one entry that all rows share stays."""
+    if values is None or (values.shape[0] == 1 and n > 1):
+        return values
+    return values[entries_of(rows, values.shape[0], n, "the context").to(values.device)]
 
 
 def _groups(active: Names, rows: tuple[Names, ...] | None) -> tuple[Group, ...]:

@@ -16,18 +16,21 @@ Legend: B batch, T tokens, P longest prompt, D width.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.context import tasks_of, tokens_of
 from ingraft.adapt.control import Control, HostState, host_state, part_of
 from ingraft.adapt.offload import present
-from ingraft.adapt.rows import Call, entries_of
+from ingraft.adapt.rows import Call, Group, entries_of
 from ingraft.adapt.swap import Forward, Mixin, original_class
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart, InputPart
+from ingraft.methods.contract import AttentionPart, InputPart, RowsAtHand
 
 
 class Inner(Mixin):
@@ -39,10 +42,12 @@ class Inner(Mixin):
         assert state is not None
         call = state.current()
         state.ran = True
-        if not lengths(state.control, call, InputPart) and not lengths(state.control, call, AttentionPart):
+        virtual = bool(lengths(state.control, call, InputPart) or lengths(state.control, call, AttentionPart))
+        if not virtual and not reads_context(state.control, call):
             return base(*args, **kwargs)
         named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
-        return _with_virtual(module, state, call, base, named)
+        with _telling(state.control, call, named):
+            return _with_virtual(module, state, call, base, named) if virtual else base(**named)
 
 
 class Decoder(Mixin):
@@ -57,7 +62,29 @@ class Decoder(Mixin):
             prompt_B = per_row(state, state.current(), InputPart, encoded.shape[0], encoded.device)
             seen = torch.arange(lacking, device=mask.device) >= (lacking - prompt_B[:, None])
             kwargs = {**kwargs, "encoder_attention_mask": torch.cat([seen.to(mask.dtype), mask], -1)}
-        return base(*args, **kwargs)
+        if state is None or not reads_context(state.control, state.current()):
+            return base(*args, **kwargs)
+        named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
+        with _telling(state.control, state.current(), named, in_decoder=True):
+            return base(**named)
+
+
+def reads_context(control: Control, call: Call) -> bool:
+    """Whether a part that acts asks what the rows are about."""
+    return any(control.adapters[name].method.part.reads_context for group in call.groups for name in group.names)
+
+
+@contextmanager
+def _telling(control: Control, call: Call, named: dict[str, Any], *, in_decoder: bool = False) -> Iterator[None]:
+    """Inside the block the layers of a stack can tell which of their tokens are real and which came before."""
+    before = control.call
+    if reads_context(control, call):
+        virtual = 0 if in_decoder else max(lengths(control, call, InputPart).values(), default=0)
+        control.call = replace(before, tokens=tokens_of(named, virtual=virtual, in_decoder=in_decoder))
+    try:
+        yield
+    finally:
+        control.call = before
 
 
 def lengths(control: Control, call: Call, kind: type) -> dict[tuple[str, ...], int]:
@@ -83,6 +110,17 @@ def per_row(state: HostState, call: Call, kind: type, batch: int, device: torch.
         assert call.rows is not None
         count_B[entries_of(group.rows, batch, len(call.rows), state.path).to(device)] = found.get(group.names, 0)
     return count_B
+
+
+def rows_at_hand(
+    call: Call, group: Group, size: int, where: str, device: torch.device
+) -> tuple[Tensor | None, RowsAtHand]:
+    """The entries of dimension 0 that carry a group's adapters (None for all), and what its parts may know of them."""
+    if group.rows is None:
+        return None, RowsAtHand(count=size, tasks=tasks_of(call.context, size, None, where))
+    assert call.rows is not None
+    entries = entries_of(group.rows, size, len(call.rows), where).to(device)
+    return entries, RowsAtHand(count=entries.shape[0], tasks=tasks_of(call.context, size, entries, where))
 
 
 _NAMES: dict[type[nn.Module], tuple[str, ...]] = {}
@@ -147,15 +185,15 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
     order: list[Tensor] = []
     for group in call.groups:
         parts = [part for name in group.names if isinstance(part := part_of(inner, name), InputPart)]
+        entries, rows = rows_at_hand(call, group, batch.size, state.path, like.device)
         with present(*parts):
-            own_PD = torch.cat([part.embeddings() for part in parts]) if parts else like.new_zeros(0, like.shape[2])
-        full_PD = nn.functional.pad(own_PD.to(like.dtype), (0, 0, batch.prompt - own_PD.shape[0], 0))
-        if group.rows is None:
-            return full_PD.expand(batch.size, -1, -1)
-        assert call.rows is not None
-        entries = entries_of(group.rows, batch.size, len(call.rows), state.path)
-        pieces.append(full_PD.expand(entries.shape[0], -1, -1))
-        order.append(entries.to(like.device))
+            own = [part.embeddings(rows).expand(rows.count, -1, -1) for part in parts]
+        own_BPD = torch.cat(own, 1) if own else like.new_zeros(rows.count, 0, like.shape[2])
+        full_BPD = nn.functional.pad(own_BPD.to(like.dtype), (0, 0, batch.prompt - own_BPD.shape[1], 0))
+        if entries is None:
+            return full_BPD
+        pieces.append(full_BPD)
+        order.append(entries)
     return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ingraft.methods.contract import AttentionPart, Method, MethodConfig, PeftLayout, SiteFacts, fresh
+from ingraft.methods.contract import AttentionPart, Method, MethodConfig, PeftLayout, RowsAtHand, SiteFacts, fresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,8 @@ class Prefix(AttentionPart):
             nn.init.normal_(self.key, std=config.init_std)
             nn.init.normal_(self.value, std=config.init_std)
 
-    def keys_values(self, shared: Any) -> tuple[Tensor, Tensor]:
+    def keys_values(self, shared: Any, rows: RowsAtHand) -> tuple[Tensor, Tensor]:
+        del rows
         if shared is not None:
             key_value = shared[self.path]
             return key_value[0], key_value[1]

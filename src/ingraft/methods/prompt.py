@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import InputPart, Method, MethodConfig, PeftLayout, SiteFacts
+from ingraft.methods.contract import InputPart, Method, MethodConfig, PeftLayout, RowsAtHand, SiteFacts
 
 STARTS = ("sample", "random")
 
@@ -75,7 +75,8 @@ class Prompt(InputPart):
             start = torch.randn(self.length, facts.width, device=vocabulary.device) * 0.02
         self.prompt = nn.Parameter(start.detach().clone())
 
-    def embeddings(self) -> Tensor:
+    def embeddings(self, rows: RowsAtHand) -> Tensor:
+        del rows
         return self.prompt
 
 
