@@ -82,9 +82,15 @@ class Call:
         ids = torch.arange(len(self.rows)) if self.row_ids is None else self.row_ids
         picked = ids[torch.tensor(group.rows, device=ids.device)]
         n, tokens = len(self.rows), self.tokens
-        context = replace(self.context, tasks=_of_rows(self.context.tasks, group.rows, n), prompt=_of_rows(self.context.prompt, group.rows, n))
+        context = replace(
+            self.context,
+            tasks=_of_rows(self.context.tasks, group.rows, n),
+            prompt=_of_rows(self.context.prompt, group.rows, n),
+        )
         if tokens is not None:
-            tokens = replace(tokens, real=_of_rows(tokens.real, group.rows, n), virtual=_of_rows(tokens.virtual, group.rows, n))
+            tokens = replace(
+                tokens, real=_of_rows(tokens.real, group.rows, n), virtual=_of_rows(tokens.virtual, group.rows, n)
+            )
         return replace(self, active=group.names, rows=None, row_ids=picked, size=0, context=context, tokens=tokens)
 
 
