@@ -1,7 +1,7 @@
 """The catalogue as data: a frozen record for each method, importable without torch.
 
-A record names the file that holds the method (`module:attribute`); the file is imported when the method is used. A package of the user's
-adds methods through the entry point group `ingraft.methods`: each entry point is named like the method and points at a `MethodRecord`.
+The package's own records stand in `catalogue.toml`, a table for each method. A record names the file that holds the method
+(`module:attribute`); the file is imported when the method is used. A package of the user's adds methods through the entry point group `ingraft.methods`: each entry point is named like the method and points at a `MethodRecord`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.resources
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -49,126 +51,26 @@ class MethodRecord:
 WHOLE = "full"
 """The method that `modules_to_save` stands for."""
 
+LOW_RANK = "lora"
+"""The method that a change of low rank becomes when adapters are combined or converted."""
+
 _HERE = "ingraft.methods"
 
-_RECORDS = (
-    MethodRecord(
-        name="lora",
-        target=f"{_HERE}.lora:METHOD",
-        config="LoraConfig",
-        family="weight",
-        summary="a low-rank change beside every chosen weight",
-        equation="W' = W + (alpha / r) B A",
-        paper="Hu et al. 2022, arXiv:2106.09685",
-        mergeable=True,
-        learning_rate=0.0005,
-    ),
-    MethodRecord(
-        name="dora",
-        target=f"{_HERE}.dora:METHOD",
-        config="DoraConfig",
-        family="weight",
-        summary="LoRA's direction with a trained magnitude for every output",
-        equation="W' = m (W + s B A) / ||W + s B A||",
-        paper="Liu et al. 2024, arXiv:2402.09353",
-        mergeable=True,
-        learning_rate=0.0005,
-    ),
-    MethodRecord(
-        name="ia3",
-        target=f"{_HERE}.ia3:METHOD",
-        config="IA3Config",
-        family="weight",
-        summary="one trained factor for every key, value and feed-forward activation",
-        equation="y' = l * y  (feed-forward: y' = W (l * x))",
-        paper="Liu et al. 2022, arXiv:2205.05638",
-        mergeable=True,
-        learning_rate=0.01,
-    ),
-    MethodRecord(
-        name="bitfit",
-        target=f"{_HERE}.bitfit:METHOD",
-        config="BitFitConfig",
-        family="selective",
-        summary="the biases alone",
-        equation="b' = b + d",
-        paper="Ben Zaken et al. 2022, arXiv:2106.10199",
-        mergeable=True,
-        learning_rate=0.002,
-    ),
-    MethodRecord(
-        name="full",
-        target=f"{_HERE}.full:METHOD",
-        config="FullConfig",
-        family="selective",
-        summary="every parameter of the chosen modules (by default the whole base)",
-        equation="P' = a float32 copy of P, trained",
-        paper="ordinary fine-tuning",
-        mergeable=True,
-        learning_rate=3e-05,
-    ),
-    MethodRecord(
-        name="houlsby",
-        target=f"{_HERE}.houlsby:METHOD",
-        config="HoulsbyConfig",
-        family="bottleneck",
-        summary="a bottleneck behind the attention and behind the MLP of every block",
-        equation="y' = y + U f(D y)",
-        paper="Houlsby et al. 2019, arXiv:1902.00751",
-        mergeable=False,
-        learning_rate=0.001,
-    ),
-    MethodRecord(
-        name="pfeiffer",
-        target=f"{_HERE}.pfeiffer:METHOD",
-        config="PfeifferConfig",
-        family="bottleneck",
-        summary="one bottleneck at the output of every block",
-        equation="y' = y + U f(D y), inside the norm on post-norm models",
-        paper="Pfeiffer et al. 2021, arXiv:2005.00247",
-        mergeable=False,
-        learning_rate=0.001,
-    ),
-    MethodRecord(
-        name="parallel",
-        target=f"{_HERE}.parallel:METHOD",
-        config="ParallelConfig",
-        family="bottleneck",
-        summary="a bottleneck beside the MLP of every block",
-        equation="y' = MLP(x) + s U f(D x)",
-        paper="He et al. 2022, arXiv:2110.04366",
-        mergeable=False,
-        learning_rate=0.0005,
-    ),
-    MethodRecord(
-        name="prefix",
-        target=f"{_HERE}.prefix:METHOD",
-        config="PrefixTuningConfig",
-        family="prefix",
-        summary="learned keys and values ahead of the real ones in every attention",
-        equation="softmax(q [K_p; K]') [V_p; V]",
-        paper="Li and Liang 2021, arXiv:2101.00190",
-        mergeable=False,
-        learning_rate=0.01,
-    ),
-    MethodRecord(
-        name="prompt",
-        target=f"{_HERE}.prompt:METHOD",
-        config="PromptTuningConfig",
-        family="prompt",
-        summary="learned embeddings in front of the input",
-        equation="x' = [p_1 ... p_n; x]",
-        paper="Lester et al. 2021, arXiv:2104.08691",
-        mergeable=False,
-        learning_rate=0.1,
-    ),
-)
+
+@functools.cache
+def _own() -> Mapping[str, MethodRecord]:
+    """The package's own methods, from `catalogue.toml`."""
+    text = importlib.resources.files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8")
+    return {
+        name: MethodRecord(name=name, target=f"{_HERE}.{fields.pop('file')}:METHOD", **fields)
+        for name, fields in tomllib.loads(text).items()
+    }
 
 
 @functools.cache
 def records() -> Mapping[str, MethodRecord]:
     """Every method known here, by name: the package's own, then those of installed packages."""
-    found = {record.name: record for record in _RECORDS}
+    found = dict(_own())
     for entry in importlib.metadata.entry_points(group="ingraft.methods"):
         record = entry.load()
         if not isinstance(record, MethodRecord):
