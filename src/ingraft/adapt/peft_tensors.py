@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ingraft.adapt.building import WHOLE_ROLE
 from ingraft.adapt.swap import original_class
-from ingraft.adapt.weights import kind_of
+from ingraft.adapt.weights import CONVOLUTIONS, kind_of
 from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, PeftLayout
 
 PREFIX = "base_model.model."
@@ -154,7 +154,8 @@ def _template(layout: PeftLayout, tensor: str, module: nn.Module, role: str) -> 
     rules = layout.shapes.get(tensor, {})
     kind = kind_of(module)
     name = kind.name if kind is not None else ""
-    for rule in (f"{name} {role}", name, role, ""):
+    family = "conv" if kind in CONVOLUTIONS else name
+    for rule in (f"{name} {role}", name, f"{family} {role}", family, role, ""):
         if rule in rules:
             return rules[rule]
     return ("same",)
@@ -165,12 +166,11 @@ def _shape(template: tuple[int | str, ...], parameter: Tensor, module: nn.Module
         return tuple(parameter.shape)
     sizes: list[int] = []
     for position, item in enumerate(template):
-        if item == "kernel":
+        if isinstance(item, str):
             weight = module.weight
             assert isinstance(weight, Tensor)
-            sizes += weight.shape[1:]
+            sizes += weight.shape[1:] if item == "kernel" else [1] * len(weight.shape[2:])
         else:
-            assert isinstance(item, int)
             sizes.append(parameter.shape[position] if item == 0 else item)
     return tuple(torch.empty(parameter.shape, device="meta").reshape(sizes).shape)
 

@@ -1,8 +1,8 @@
 """How each kind of layer stores its matrix, and how it applies one.
 
 Methods think in one matrix W of shape (out, in). Layers store it in their own ways: `Linear` as (out, in), GPT-2's `Conv1D` as (in, out),
-`Embedding` as (number, width), convolutions with kernel dimensions. A `Kind` is one row of that table; it is the only layer knowledge in the
-package. A layer whose `forward` is not the one its kind knows (a scaled embedding, say) still has a matrix, but no shortcut: the host
+`Embedding` as (number, width), convolutions with the dimensions of the kernel behind (out, in). A `Kind` is one row of that table; it is the only layer knowledge in
+the package. A layer whose `forward` is not the one its kind knows (a scaled embedding, say) still has a matrix, but no shortcut: the host
 then computes with a shadowed weight and lets the layer's own code run.
 
 A weight of two dimensions or more that no kind claims is not guessed at. Norms have no matrix; their vectors are handed over as they are.
@@ -43,7 +43,7 @@ def shadowed(layer: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[
 class Kind(ABC):
     """One kind of layer. Stateless; see the module docstring."""
 
-    name: ClassVar[str]
+    name: str
     matrix: ClassVar[bool] = True
     channel_dim: ClassVar[int] = -1
     """The dimension of the input and output that W's columns and rows run along."""
@@ -149,17 +149,20 @@ class EmbeddingKind(Kind):
         raise NotImplementedError("an embedding has no input channels")
 
 
-class Conv2dKind(Kind):
-    """Convolutions over images. In a grouped one every group sees its own inputs through the same small matrix."""
+class ConvKind(Kind):
+    """Convolutions of one number of dimensions. W's columns run over the inputs of a group, then over the kernel; in a grouped one every
+    group sees its own inputs through the same small matrix."""
 
-    name = "conv2d"
     channel_dim = 1
 
+    def __init__(self, cls: type[nn.Module], convolve: Callable[..., Tensor]) -> None:
+        self.name, self._cls, self._convolve = cls.__name__.lower(), cls, convolve
+
     def claims(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Conv2d)
+        return isinstance(layer, self._cls)
 
     def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
-        return cls.forward is nn.Conv2d.forward
+        return cls.forward is self._cls.forward
 
     def dense(self, stored: Tensor) -> Tensor:
         return stored.flatten(1)
@@ -172,16 +175,20 @@ class Conv2dKind(Kind):
         else:
             padding = layer.padding
         kernel_K = kernel_K.repeat(layer.groups, *[1] * (kernel_K.dim() - 1))
-        return F.conv2d(x, kernel_K, None, layer.stride, padding, layer.dilation, layer.groups)
+        return self._convolve(x, kernel_K, None, layer.stride, padding, layer.dilation, layer.groups)
 
     def mix(self, layer: Any, u: Tensor, matrix_OK: Tensor) -> Tensor:
-        return F.conv2d(u, matrix_OK[:, :, None, None], groups=layer.groups)
+        return self._convolve(u, self._pointwise(layer, matrix_OK), groups=layer.groups)
 
     def along_out(self, layer: Any, v_O: Tensor) -> Tensor:
-        return v_O[:, None, None]
+        return self._pointwise(layer, v_O)
 
     def along_in(self, layer: Any, v_I: Tensor) -> Tensor:
         raise NotImplementedError("a convolution's matrix columns are not its input channels")
+
+    def _pointwise(self, layer: Any, value: Tensor) -> Tensor:
+        """The same with a dimension of one for each of the kernel's."""
+        return value.reshape(*value.shape, *[1] * len(layer.kernel_size))
 
 
 class NormKind(Kind):
@@ -204,7 +211,11 @@ class NormKind(Kind):
         raise NotImplementedError("a norm has no matrix")
 
 
-KINDS: list[Kind] = [LinearKind(), TransposedLinearKind(), EmbeddingKind(), Conv2dKind(), NormKind()]
+CONVOLUTIONS = tuple(
+    ConvKind(cls, convolve) for cls, convolve in ((nn.Conv1d, F.conv1d), (nn.Conv2d, F.conv2d), (nn.Conv3d, F.conv3d))
+)
+
+KINDS: list[Kind] = [LinearKind(), TransposedLinearKind(), EmbeddingKind(), *CONVOLUTIONS, NormKind()]
 """Asked in order; quantised backends put theirs in front."""
 
 

@@ -49,9 +49,7 @@ class IA3(ShortcutPart):
         del config
         super().__init__()
         W_OI = facts.matrix()
-        self.on_input = facts.role == "mlp-out"
-        if self.on_input and isinstance(facts.module, nn.Conv2d):
-            self.on_input = False  # a kernel's columns are not channels
+        self.on_input = on_input(facts)
         self.l = nn.Parameter(torch.ones(W_OI.shape[1] if self.on_input else W_OI.shape[0], device=W_OI.device))
 
     def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -68,6 +66,11 @@ class IA3(ShortcutPart):
         return b if b is None or self.on_input else b * self.l.to(b.dtype)
 
 
+def on_input(facts: SiteFacts) -> bool:
+    """Whether the factors are one an input: a kernel's columns are not channels, a lookup has no input to scale."""
+    return facts.role == "mlp-out" and facts.kind in ("linear", "conv1d-transposed")
+
+
 def role(config: IA3Config, path: str) -> str:
     """Which modules named by the user are feed-forward ones."""
     return (
@@ -78,8 +81,7 @@ def role(config: IA3Config, path: str) -> str:
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """One factor for every output, or for every input of a feed-forward layer."""
     del config
-    on_input = facts.role == "mlp-out" and not isinstance(facts.module, nn.Conv2d)
-    return facts.shape[1 if on_input else 0]
+    return facts.shape[1 if on_input(facts) else 0]
 
 
 METHOD = Method(
@@ -97,6 +99,7 @@ METHOD = Method(
         transposed_field="fan_in_fan_out",
         tensors={"l": "ia3_l"},
         # They scale a feed-forward convolution's input.
-        shapes={"l": {"": (-1, 1), "mlp-out": (1, -1), "conv2d": (1, -1, 1, 1), "conv2d mlp-out": None}},
+        # It has no convolutions of one dimension.
+        shapes={"l": {"": (-1, 1), "mlp-out": (1, -1), "conv": (1, -1, "ones"), "conv mlp-out": None, "conv1d": None}},
     ),
 )

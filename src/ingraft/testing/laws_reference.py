@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 import ingraft.adapt as adapt
 from ingraft.adapt.control import require_control
+from ingraft.adapt.peft_tensors import uncovered
 from ingraft.adapt.roles import blocks
-from ingraft.methods.contract import OutputPart, ParameterPart
+from ingraft.adapt.select import select
+from ingraft.methods.contract import AttentionPart, InputPart, OutputPart, ParameterPart
 from ingraft.testing.cases import Case, close, differs, gradients, loss_of, output, run
 from ingraft.testing.suite import law
 
@@ -40,20 +42,43 @@ def _peft_cannot(case: Case) -> str | None:
         return "PEFT has no grouped convolutions whose groups do not divide the rank; merged = active holds it to its equation"
     if name == "ia3" and where == "embedding":
         return "PEFT's IA3 has no embeddings"
-    if name in ("prefix", "prompt") and where == "vit":
+    soft = issubclass(case.part, AttentionPart | InputPart)
+    if soft and where == "vit":
         return "PEFT has no task type for images"
-    if name in ("prefix", "prompt") and where == "bert":
+    if soft and where == "bert":
         return "PEFT has no task type for masked language models: its wrapper leaves the virtual tokens out"
-    if name == "prefix" and where == "t5":
+    if issubclass(case.part, AttentionPart) and where == "t5":
         return (
             "PEFT puts prefixes of an encoder-decoder into the decoder's cache alone; here every self-attention has one"
         )
-    return None
+    return _uncovered(case)
+
+
+_UNCOVERED: dict[tuple[str, str], str | None] = {}
+
+
+def _uncovered(case: Case) -> str | None:
+    """Why an adapter at these sites has no file of PEFT's, or None."""
+    key = case.method.name, case.subject.name
+    layout = case.method.peft
+    if key not in _UNCOVERED and layout is not None:
+        case = _with_peft(case)
+        model = case.base()
+        sites, _, _ = select(model, case.config, case.method, strict=False)
+        outside = uncovered(layout, model, case.method, sites)
+        _UNCOVERED[key] = (
+            f"PEFT's {layout.peft_type} has no layer of this kind, or computes something else there"
+            if outside
+            else None
+        )
+    return _UNCOVERED.get(key)
 
 
 def _with_peft(case: Case) -> Case:
     """The case without what PEFT is known to compute otherwise: a forward of the user's own, padding modes and dilation of convolutions."""
-    only = {"embedding": ("plain",), "conv2d": ("first",)}.get(case.subject.name)
+    only = {"embedding": ("plain",), "conv1d": ("first",), "conv2d": ("first",), "conv3d": ("second",)}.get(
+        case.subject.name
+    )
     if only is None:
         return case
     row = dataclasses.replace(case.row, config=dataclasses.replace(case.config, target_modules=only), elsewhere={})

@@ -38,8 +38,7 @@ def lines(results: Iterable[tuple[str, int, str, str]]) -> list[str]:
         if check.hole is not None:
             reasons[check.hole][f"{method} on {subject}"].add(number)
         elif (method, number, subject) not in tried:
-            why = "heavy: `pytest -m study` tries it" if check.study else "not part of this session"
-            reasons[why][f"{method} on {subject}"].add(number)
+            reasons[check.study or "not part of this session"][f"{method} on {subject}"].add(number)
     width = max((len(method) for method in methods), default=0)
     table = [" " * width + "".join(f"{number:>7}" for number in numbers)]
     table += [

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 VOCABULARY = 48
 """Token ids of every subject; 0 pads."""
 
+FAMILIES = ("lora", "dora", "ia3", "oft", "bitfit", "full", "houlsby", "prefix", "prompt")
+"""One method of each family: what is added, what is chained, what has a way round the weight before or behind it, what has none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -31,6 +34,7 @@ class Subject:
         outputs: those of `targets` whose output a bottleneck may change; empty if there is none.
         transformers: whether it is a transformers model.
         causal: whether it generates text.
+        everyday: the methods that are tried on it every day, where others are tried with `-m study` only; None for all.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Subject:
     outputs: tuple[str, ...] = ()
     transformers: bool = False
     causal: bool = False
+    everyday: tuple[str, ...] | None = None
 
     def make_redrawn(self) -> nn.Module:
         """A new module with its weights drawn by `redrawn`."""
@@ -61,10 +66,10 @@ class Layers(nn.Module):
 
 
 class Channels(nn.Module):
-    """(B, C, H, W) to (B, C): the mean over the picture."""
+    """(B, C, ...) to (B, C): the mean over a sound, a picture or a volume."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3))
+        return x.flatten(2).mean(dim=2)
 
 
 class Rescaled(nn.Embedding):
@@ -89,10 +94,15 @@ class Embedded(nn.Module):
         return self.head(torch.tanh(self.plain(x) + self.rescaled(x)))
 
 
-def _conv1d() -> nn.Module:
+def _conv1d_transposed() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     return Layers(Conv1D(16, 12), Conv1D(16, 16), nn.LayerNorm(16))
+
+
+def _conv1d() -> nn.Module:
+    first = nn.Conv1d(4, 8, 3, stride=2, padding=1, bias=False)
+    return Layers(first, nn.Conv1d(8, 6, 5, padding="same", padding_mode="reflect", groups=2), Channels())
 
 
 def _conv2d() -> nn.Module:
@@ -104,6 +114,11 @@ def _conv2d() -> nn.Module:
 
 def _conv2d_groups() -> nn.Module:
     return Layers(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8, bias=False), Channels())
+
+
+def _conv3d() -> nn.Module:
+    first = nn.Conv3d(3, 6, 2, dilation=(1, 2, 1), padding=(0, 1, 0))
+    return Layers(first, nn.Conv3d(6, 4, (1, 2, 2), stride=(2, 1, 1), bias=False), Channels())
 
 
 # ------------------------------------------------------------------------------------------------------------------- models
@@ -246,7 +261,13 @@ SUBJECTS: dict[str, Subject] = {
             targets=("first", "second"),
             outputs=("second",),
         ),
-        Subject(name="conv1d", make=_conv1d, batch=_normal(3, 12), targets=("first", "second"), outputs=("second",)),
+        Subject(
+            name="conv1d-transposed",
+            make=_conv1d_transposed,
+            batch=_normal(3, 12),
+            targets=("first", "second"),
+            outputs=("second",),
+        ),
         Subject(
             name="embedding",
             make=Embedded,
@@ -255,6 +276,8 @@ SUBJECTS: dict[str, Subject] = {
         ),
         Subject(name="conv2d", make=_conv2d, batch=_normal(4, 9, 9), targets=("first", "second")),
         Subject(name="conv2d-groups", make=_conv2d_groups, batch=_normal(4, 7, 7), targets=("first", "second")),
+        Subject(name="conv1d", make=_conv1d, batch=_normal(4, 12), targets=("first", "second"), everyday=FAMILIES),
+        Subject(name="conv3d", make=_conv3d, batch=_normal(3, 5, 5, 4), targets=("first", "second"), everyday=FAMILIES),
         Subject(name="llama", make=_llama, batch=_text, transformers=True, causal=True),
         Subject(name="gpt2", make=_gpt2, batch=_text, transformers=True, causal=True),
         Subject(name="bert", make=_bert, batch=_text, transformers=True),

@@ -7,7 +7,8 @@ A law is a function of a `Case` that returns nothing and raises AssertionError. 
   thing asserted;
 * `of_refusal`: it is about the cases that cannot be attached, and about no others;
 * `heavy`: tried everywhere only if everything is asked for (`-m study`); else on a Llama with every method and on every subject with LoRA,
-  or where the law itself says (`everyday`).
+  or where the law itself says (`everyday`). On some subjects a method of each family is tried every day, and all on request
+  (`Subject.everyday`).
 
 `checks` multiplies methods, subjects and laws; nothing in it is left out without a reason, and `matrix` prints both.
 """
@@ -102,12 +103,12 @@ def law(
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One law on one case. Calling it tries it; `hole` says why it cannot be tried."""
+    """One law on one case. Calling it tries it; `hole` says why it cannot be tried, `study` why it is not tried every day."""
 
     case: Case
     law: Law
     hole: str | None
-    study: bool
+    study: str | None
 
     def __str__(self) -> str:
         return f"{self.case}-{self.law.number:02d}-{self.law.name}"
@@ -158,7 +159,17 @@ def checks(
                     continue
                 hole = _hole(each, case, unfit)
                 if hole is None or with_holes:
-                    yield Check(case=case, law=each, hole=hole, study=each.heavy and not each.everyday(case))
+                    yield Check(case=case, law=each, hole=hole, study=_study(each, case))
+
+
+def _study(each: Law, case: Case) -> str | None:
+    """Why this check is not tried every day, or None."""
+    everyday = case.subject.everyday
+    if everyday is not None and case.method.name in METHODS and case.method.name not in everyday:
+        return f"`pytest -m study` tries it: every day {case.subject.name} has one method of each family"
+    if each.heavy and not each.everyday(case):
+        return "heavy: `pytest -m study` tries it"
+    return None
 
 
 def _hole(each: Law, case: Case, unfit: str | None) -> str | None:
