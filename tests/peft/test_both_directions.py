@@ -84,14 +84,14 @@ CASES: dict[str, Case] = {
     "lora-bias": (
         "bert",
         "lora",
-        {"target_modules": ["query"], "lora_bias": True},
-        peft.LoraConfig(target_modules=["query", "value"], lora_bias=True),
+        {"target_modules": ["query"], "lora_bias": True, "modules_to_save": ["classifier"]},
+        peft.LoraConfig(target_modules=["query", "value"], lora_bias=True, task_type="SEQ_CLS"),
     ),
     "lora-bias-conv2d": (
         "picture",
         "lora",
-        {"target_modules": ["first", "second"], "lora_bias": True},
-        peft.LoraConfig(target_modules=["first"], lora_bias=True),
+        {"r": 4, "target_modules": ["first", "second", "head"], "lora_bias": True},
+        peft.LoraConfig(r=4, target_modules=["first", "head"], lora_bias=True),
     ),
     "dora-llama": (
         "llama",
@@ -183,6 +183,30 @@ CASES: dict[str, Case] = {
         {"num_virtual_tokens": 5, "modules_to_save": ["classifier"]},
         peft.PromptTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS"),
     ),
+    "p-tuning-llama": (
+        "llama",
+        "p-tuning",
+        {"num_virtual_tokens": 5},
+        peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=12, task_type="CAUSAL_LM"),
+    ),
+    "p-tuning-gpt2": (
+        "gpt2",
+        "p-tuning",
+        {"num_virtual_tokens": 5, "encoder_reparameterization_type": "LSTM"},
+        peft.PromptEncoderConfig(
+            num_virtual_tokens=5,
+            encoder_hidden_size=12,
+            encoder_reparameterization_type="LSTM",
+            encoder_num_layers=3,
+            task_type="CAUSAL_LM",
+        ),
+    ),
+    "p-tuning-bert": (
+        "bert",
+        "p-tuning",
+        {"num_virtual_tokens": 5, "modules_to_save": ["classifier"]},
+        peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=12, task_type="SEQ_CLS"),
+    ),
 }
 """Name -> kind of model, our method and options, their config. The two sides of a case need not adapt the same modules."""
 
@@ -192,7 +216,9 @@ def difference(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT says so of every lora_B.bias, its own too
+@pytest.mark.filterwarnings(
+    "ignore:.*have invalid shape", "ignore:.*has no bias"
+)  # PEFT, of every lora_B.bias, its own too
 @pytest.mark.parametrize("case", CASES)
 def test_ours_loads_in_peft(case: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     kind, method, options, _ = CASES[case]
@@ -209,7 +235,9 @@ def test_ours_loads_in_peft(case: str, tmp_path: Path, tiny: SimpleNamespace) ->
     assert written <= set(type(CASES[case][3]).__dataclass_fields__)
 
 
-@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT says so of every lora_B.bias, its own too
+@pytest.mark.filterwarnings(
+    "ignore:.*have invalid shape", "ignore:.*has no bias"
+)  # PEFT, of every lora_B.bias, its own too
 @pytest.mark.parametrize("case", CASES)
 def test_theirs_loads_here(case: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     kind, method, _, config = CASES[case]
