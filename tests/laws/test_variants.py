@@ -20,6 +20,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
     ),
     "prefix-projection-t5": ("prefix", {"num_virtual_tokens": 3, "prefix_projection": True}),
+    "p-tuning-lstm-llama": (
+        "p-tuning",
+        {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 6},
+    ),
+    "p-tuning-without-encoder-gpt2": ("p-tuning", {"num_virtual_tokens": 3, "encoder_reparameterization_type": None}),
     "pfeiffer-gelu-bert": ("pfeiffer", {"reduction_factor": 2.0, "non_linearity": "gelu", "scaling": 0.5}),
     "lora-gaussian-and-a-head-vit": (
         "lora",

@@ -125,6 +125,7 @@ class HostState:
         kind: how its weight is stored; None for modules that are no layer of their own.
         known_forward: whether the module's own forward is the product its kind knows, so that shortcuts hold.
         carries_rows: whether dimension 0 of its input goes with the rows of the batch.
+        projections: names of the layers within an attention that make its keys and values, where that is known.
         opens: exits of the spans that begin at this module's input (the MLP that a parallel adapter runs beside).
         hook: keeps a framework's fused path from passing over this module.
         seen: the acting sets of forward passes since the last backward, for recomputation outside transformers' checkpointing.
@@ -136,6 +137,7 @@ class HostState:
     known_forward: bool
     carries_rows: bool = True
     roles: dict[str, str] = field(default_factory=dict[str, str])
+    projections: tuple[str, ...] = ()
     opens: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     ran: bool = False
     seen: list[Call] = field(default_factory=list[Call])

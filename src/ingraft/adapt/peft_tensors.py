@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ingraft.adapt.building import WHOLE_ROLE
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import CONVOLUTIONS, kind_of
-from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, PeftLayout
+from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, PeftLayout, RowsAtHand
 
 PREFIX = "base_model.model."
 SOFT_PREFIX = "base_model."
@@ -124,9 +124,13 @@ def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | No
         made = shared() if shared is not None else None
         if made is None:
             return [getattr(part, name) for part in parts.values() for name in layout.tensors]
-        return [
-            tensor for part in parts.values() if isinstance(part, AttentionPart) for tensor in part.keys_values(made)
-        ]
+        found: list[Tensor] = []
+        for part in parts.values():
+            if isinstance(part, AttentionPart):
+                found += part.keys_values(made, RowsAtHand(count=1))
+            elif isinstance(part, InputPart):
+                found.append(part.embeddings(made, RowsAtHand(count=1)))
+        return found
 
     @torch.no_grad()
     def take() -> Tensor:
@@ -185,6 +189,9 @@ def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mappi
         return f"{method.name} on an encoder-decoder: PEFT puts the prefix into the decoder alone"
     for path, role in sites.items():
         module = model.get_submodule(path)
+        kind = kind_of(module)
+        if layout.kinds and role != WHOLE_ROLE and (kind is None or kind.name not in layout.kinds):
+            return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} has no such layers"
         for tensor in layout.tensors if role != WHOLE_ROLE else ():
             template = _template(layout, tensor, module, role)
             if template is None or ("kernel" in template and getattr(module, "groups", 1) > 1):

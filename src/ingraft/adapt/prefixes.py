@@ -11,6 +11,8 @@ tokens only, whatever its kind.
 * One query (a decode step): putting prefix and cache together would copy the cache at every step, so only the *scores* are put together:
   softmax([q K_p'; q K']) and two products.
 
+A gated part stands beside: its keys get a softmax of their own, and what comes of it is added to the attention's own result.
+
 Real tokens stand at positions P, P+1, ... (P = the row's own prefix length), as they would behind a filled cache; `virtual.py` shifts them.
 T5's relative bias knows no position for a prefix: its slots get no bias.
 
@@ -19,8 +21,10 @@ Legend: B batch, H key-value heads, G queries a key-value head, Q queries, K key
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +39,7 @@ from ingraft.adapt.offload import present
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.virtual import rows_at_hand
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart, RowsAtHand
+from ingraft.methods.contract import AttentionPart, GatedPart, RowsAtHand
 
 Output = tuple[Tensor, Tensor | None]
 OURS = {"sdpa": "ingraft_sdpa", "eager": "ingraft_eager"}
@@ -87,9 +91,29 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Output:
     state = host_state(module)
-    prefix = _prefix(module, state, query.shape[0], key) if state is not None else None
-    if prefix is None:
+    if state is None:
         return base(module, query, key, value, mask, **kwargs)
+    prefix = _prefix(module, state, query.shape[0], key)
+    output, weights = (
+        base(module, query, key, value, mask, **kwargs)
+        if prefix is None
+        else _behind(base, module, query, key, value, mask, prefix, kwargs)
+    )
+    added = _gated(module, state, query, key, kwargs.get("scaling"))
+    return (output if added is None else output + added), weights
+
+
+def _behind(
+    base: Callable[..., Output],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor, Tensor | None],
+    kwargs: dict[str, Any],
+) -> Output:
+    """Attention to a prefix and to what stands behind it."""
     key_BHPD, value_BHPD, seen_BP = prefix
     if (
         query.shape[2] == 1
@@ -111,7 +135,7 @@ def _prefix(
     state.ran = True
 
     def of(names: tuple[str, ...], rows: RowsAtHand) -> tuple[Tensor, Tensor] | None:
-        parts = [(name, part) for name in names if isinstance(part := part_of(module, name), AttentionPart)]
+        parts = _parts(module, names, gated=False)
         with present(*(part for _, part in parts)):
             pairs = [part.keys_values(control.shared_of(name), rows) for name, part in parts]
         if not pairs:
@@ -123,7 +147,9 @@ def _prefix(
         return (keys[0], values[0]) if len(pairs) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
     served = [rows_at_hand(call, group, batch, state.path, like.device) for group in call.groups]
-    groups = [(of(group.names, rows), entries, rows) for group, (entries, rows) in zip(call.groups, served, strict=True)]
+    groups = [
+        (of(group.names, rows), entries, rows) for group, (entries, rows) in zip(call.groups, served, strict=True)
+    ]
     found = [pair for pair, _, _ in groups if pair is not None]
     if not found:
         return None
@@ -147,6 +173,51 @@ def _prefix(
     inverse = torch.argsort(torch.cat(order))
     key_BHPD, value_BHPD, seen_BP = (torch.cat(pieces).index_select(0, inverse) for pieces in (keys, values, seen))
     return key_BHPD, value_BHPD, seen_BP
+
+
+def _parts(module: nn.Module, names: tuple[str, ...], *, gated: bool) -> list[tuple[str, AttentionPart]]:
+    """The parts of these adapters of one of the two kinds."""
+    found = [(name, part) for name in names if isinstance(part := part_of(module, name), AttentionPart)]
+    return [(name, part) for name, part in found if isinstance(part, GatedPart) == gated]
+
+
+def _gated(module: nn.Module, state: HostState, query: Tensor, like: Tensor, scaling: float | None) -> Tensor | None:
+    """(B, Q, heads, D) what the gated parts add to the attention; None if none acts."""
+    call, control = state.current(), state.control
+    total: Tensor | None = None
+    B, heads, Q, D = query.shape
+    H = like.shape[1]
+    scale = D**-0.5 if scaling is None else scaling
+    for group in call.groups:
+        parts = _parts(module, group.names, gated=True)
+        if not parts:
+            continue
+        entries, rows = rows_at_hand(call, group, B, state.path, like.device)
+        rows = replace(rows, project=functools.partial(_projected, module, state, like))
+        own = query if entries is None else query.index_select(0, entries)
+        own_BHXD = own.reshape(own.shape[0], H, heads // H * Q, D)  # X: the queries of all heads that share a key head
+        for name, part in parts:
+            assert isinstance(part, GatedPart)
+            with present(part):
+                key_HPD, value_HPD = part.keys_values(control.shared_of(name), rows)
+                gate = part.gate().to(like.dtype).view(-1, 1, 1)
+            scores = (own_BHXD @ key_HPD.to(like.dtype).transpose(-1, -2)).float() * scale
+            added = (torch.softmax(scores, -1).to(like.dtype) @ value_HPD.to(like.dtype)).reshape(own.shape)
+            added = (added * gate).transpose(1, 2)
+            if entries is not None:
+                added = added.new_zeros(B, Q, heads, D).index_copy(0, entries, added)
+            total = added if total is None else total + added
+    return total
+
+
+def _projected(module: nn.Module, state: HostState, like: Tensor, x_PC: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (H, P, D) by the attention's own projections, whatever is grafted onto these."""
+    H, P, D = like.shape[1], x_PC.shape[0], like.shape[3]
+    layers = [module.get_submodule(name) for name in state.projections]
+    with present(*layers):
+        made = [original_class(layer).forward(layer, x_PC.to(like.dtype)) for layer in layers]
+    key, value = (made[0][:, -2 * H * D : -H * D], made[0][:, -H * D :]) if len(made) == 1 else made
+    return key.reshape(P, H, D).transpose(0, 1), value.reshape(P, H, D).transpose(0, 1)
 
 
 def _widened(

@@ -184,10 +184,11 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
     pieces: list[Tensor] = []
     order: list[Tensor] = []
     for group in call.groups:
-        parts = [part for name in group.names if isinstance(part := part_of(inner, name), InputPart)]
+        parts = {name: part for name in group.names if isinstance(part := part_of(inner, name), InputPart)}
         entries, rows = rows_at_hand(call, group, batch.size, state.path, like.device)
-        with present(*parts):
-            own = [part.embeddings(rows).expand(rows.count, -1, -1) for part in parts]
+        with present(*parts.values()):
+            made = [part.embeddings(state.control.shared_of(name), rows) for name, part in parts.items()]
+        own = [x.expand(rows.count, -1, -1) for x in made]
         own_BPD = torch.cat(own, 1) if own else like.new_zeros(rows.count, 0, like.shape[2])
         full_BPD = nn.functional.pad(own_BPD.to(like.dtype), (0, 0, batch.prompt - own_BPD.shape[1], 0))
         if entries is None:

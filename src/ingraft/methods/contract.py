@@ -152,10 +152,13 @@ class RowsAtHand:
     Attributes:
         count: B; each row as often as the model repeats it (beams).
         tasks: (B,) the task of each, as `adapt.context` told it; None if nobody did.
+        project: what the attention's own projections make of hidden states (P, width): keys and values, each (H, P, D), without position
+            (attention parts whose site `projects`).
     """
 
     count: int
     tasks: Tensor | None = None
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 class Part(nn.Module, ABC):
@@ -273,6 +276,15 @@ class AttentionPart(Part):
         """
 
 
+class GatedPart(AttentionPart):
+    """An attention part whose keys and values get a softmax of their own, the result of which is added, times a gate, to what the attention
+    computes without it. It stands at no position, so it moves none. Abstract."""
+
+    @abstractmethod
+    def gate(self) -> Tensor:
+        """The factor: (1,), or (heads,) for each query head its own."""
+
+
 class InputPart(Part):
     """A part that gives the model virtual tokens. Abstract."""
 
@@ -280,8 +292,12 @@ class InputPart(Part):
     """P."""
 
     @abstractmethod
-    def embeddings(self, rows: RowsAtHand) -> Tensor:
-        """Virtual embeddings (P, D), or (B, P, D) where they differ from row to row, in front of the row's own."""
+    def embeddings(self, shared: Any, rows: RowsAtHand) -> Tensor:
+        """Virtual embeddings (P, D), or (B, P, D) where they differ from row to row, in front of the row's own.
+
+        Args:
+            shared: as in `AttentionPart.keys_values`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +315,7 @@ class SiteFacts:
         parameters: the parameters the module owns, by name.
         width: the width of the module's output (output and input sites).
         heads, head_width, tokens: key-value heads and their width (attention sites); the input embedding (input sites).
+        projects: whether the attention's own projections to keys and values are known (attention sites).
         shared: the module that all sites of the adapter share, as `Method.shared` made it.
         finished: the part's values are about to come from a file; what only matters for a good start is no reason to refuse, and need not
             be computed.
@@ -316,6 +333,7 @@ class SiteFacts:
     heads: int = 0
     head_width: int = 0
     tokens: nn.Module | None = None
+    projects: bool = False
     shared: nn.Module | None = None
     finished: bool = False
 
@@ -421,6 +439,8 @@ class Method:
         prepare: called once the parts (all `ObservingPart`s) have seen data, with the parts by path; returns the config from then on.
         compact: what to save instead, for a method whose trained tensors hold more than is used: the config of the smaller adapter of the same
             function, and its tensors by path and name. None saves what there is.
+        of_factors: the adapter that makes these changes, by path: its config (targets are set by the caller) and its tensors by path and name.
+            For the method that a change of low rank becomes when adapters are combined or converted (`registry.LOW_RANK`).
     """
 
     name: str
@@ -439,6 +459,7 @@ class Method:
     update: Callable[[Any, Mapping[str, Any], Moment], None] | None = None
     prepare: Callable[[Any, Mapping[str, Any]], MethodConfig] | None = None
     compact: Callable[[Any, Mapping[str, Any]], tuple[MethodConfig, Mapping[str, Mapping[str, Tensor]]]] | None = None
+    of_factors: Callable[[Mapping[str, Factors]], tuple[MethodConfig, Mapping[str, Mapping[str, Tensor]]]] | None = None
 
     @property
     def mergeable(self) -> bool:

@@ -13,7 +13,7 @@ Legend: P virtual tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,8 @@ class Prompt(InputPart):
             start = torch.randn(self.length, facts.width, device=vocabulary.device) * 0.02
         self.prompt = nn.Parameter(start.detach().clone())
 
-    def embeddings(self, rows: RowsAtHand) -> Tensor:
-        del rows
+    def embeddings(self, shared: Any, rows: RowsAtHand) -> Tensor:
+        del shared, rows
         return self.prompt
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ingraft.adapt as adapt
-from ingraft.methods.contract import InputPart
+from ingraft.methods.contract import AttentionPart, InputPart
 from ingraft.testing.cases import (
     Case,
     close,
@@ -96,7 +96,8 @@ def _graphs(action: Callable[[], object]) -> int:
 def _worth_compiling(case: Case) -> bool:
     """A graph of a model takes seconds, and hosts compile alike everywhere: every method once, every kind of host in a model once."""
     if case.subject.transformers:
-        return case.subject.name == "llama" and case.method.name in ("lora", "parallel", "prefix", "prompt")
+        in_model = issubclass(case.part, AttentionPart | InputPart) or case.method.name in ("lora", "parallel")
+        return case.subject.name == "llama" and in_model
     return case.subject.name == "linear" or case.method.name == "lora"
 
 
