@@ -1,0 +1,50 @@
+"""GGUF's Q4_0 and Q4_1: four-bit codes in blocks of 32.
+
+    Q4_0: w = d (q - 8)        Q4_1: w = d q + m
+
+Defined in ggml (`block_q4_0`, `block_q4_1`); the values are those of the `gguf` package, which a test compares. In the file code j lies in the lower
+half of byte j, code j + 16 in its upper half.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ingraft.quant.blocks import FileFormat, by_block, halves, two_codes, two_in_a_byte
+
+UNSIGNED = tuple(float(code) for code in range(16))
+SIGNED = tuple(float(code - 8) for code in range(16))
+
+
+def split_halves(raw: Tensor) -> Tensor:
+    """Codes in order, from bytes whose lower halves come first and whose upper halves follow: the last dimension doubles."""
+    return torch.cat([raw & 15, raw >> 4], dim=-1)
+
+
+class Q4_0(FileFormat):
+    name, block, bytes = "Q4_0", 32, 18
+
+    def regrouped(self, blocks_OBb: Tensor) -> list[Tensor]:
+        return [two_in_a_byte(split_halves(blocks_OBb[..., 2:])).flatten(1), blocks_OBb[..., :2].flatten(1)]
+
+    def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+        rows, codes = packed[start:stop], shape[1] // 2
+        values_OI = two_codes(rows[:, :codes], SIGNED)
+        by_block(values_OI, 32).mul_(halves(rows[:, codes:])[..., None])
+        return values_OI
+
+
+class Q4_1(FileFormat):
+    name, block, bytes = "Q4_1", 32, 20
+
+    def regrouped(self, blocks_OBb: Tensor) -> list[Tensor]:
+        codes = two_in_a_byte(split_halves(blocks_OBb[..., 4:]))
+        return [codes.flatten(1), blocks_OBb[..., :2].flatten(1), blocks_OBb[..., 2:4].flatten(1)]
+
+    def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+        rows, codes = packed[start:stop], shape[1] // 2
+        values_OI = two_codes(rows[:, :codes], UNSIGNED)
+        d, m = halves(rows[:, codes:]).chunk(2, dim=1)
+        by_block(values_OI, 32).mul_(d[..., None]).add_(m[..., None])
+        return values_OI
