@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
+from ingraft.methods.layout import PeftLayout as PeftLayout
 
 Composition = Literal["add", "chain"]
 
@@ -92,6 +93,10 @@ class MethodConfig:
         """The options as they hold at one site, where they may differ from site to site (a rank by pattern)."""
         del path
         return self
+
+    def among(self, paths: Sequence[str]) -> Sequence[str]:
+        """Which of the sites found are adapted, in model order: all, unless an option says how many (the topmost blocks)."""
+        return paths
 
     def idle(self, paths: Iterable[str]) -> list[str]:
         """Options that name modules and mean none of these, each a sentence."""
@@ -172,6 +177,9 @@ class Part(nn.Module, ABC):
     """The module that all sites of the adapter share, if the part uses it: `self.bank = (facts.shared,)`. In a tuple, because it is
     registered once, at the root, and not again in every part."""
 
+    training_state: ClassVar[tuple[str, ...]] = ()
+    """Names of persistent buffers that `Method.update` keeps book in: checkpoints hold them, an adapter's file does not."""
+
     reads_context: ClassVar[bool] = False
     """Whether the part asks what the rows are about: which tokens are the prompt, which task a row has."""
 
@@ -210,7 +218,7 @@ class WeightPart(Part):
             b: (out,) or None where the layer has no bias.
         """
 
-    def factors(self) -> Factors | None:
+    def low_rank(self) -> Factors | None:
         """The change as a product of two thin matrices, for a method whose change always is one; combining adapters is then exact and cheap."""
         return None
 
@@ -342,57 +350,6 @@ class SiteFacts:
         if self.W is None:
             raise AssertionError(f"{self.path} has no weight")
         return self.W
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftLayout:
-    """Where Hugging Face PEFT keeps this method's config and tensors, as data that `peft_format` interprets.
-
-    Config fields:
-        peft_type: their upper-case name.
-        kinds: the kinds of layer on which they have the method ("linear", "conv2d", ...); empty for all.
-        fields: our field -> theirs, where the names differ; None where they have none (it concerns the start of training alone).
-        constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`).
-        accepted: their fields with the values at which they change nothing; any other value is refused by name.
-        off: their fields that must be empty (null, false, nothing in them), likewise.
-        written: their fields that we always write so, and do not read.
-        ignored: their fields that say nothing about what a trained adapter computes.
-        aliases: values of theirs that mean one of ours, by our field.
-        role_fields: our field that lists sites by name -> the role of those sites.
-        transposed_field: their field that is true where the adapted layers store (in, out).
-        unshared: values of our fields where a file lacks the tensors of the adapter's shared module, which they do not keep.
-        otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
-
-    Tensors:
-        tensors: our tensor name -> their suffix behind the module path.
-        embedding_tensors: the same for embedding layers, where it differs.
-        shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("conv" for every convolution that has no rule of
-            its own, "" for all others): 0 keeps the dimension, -1 is inferred, "kernel" stands for a convolution's inputs and kernel, "ones"
-            for a one in place of each dimension of its kernel. None: they do something else there.
-        stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
-        shared_tensors: tensor of the shared module -> their name behind `base_model.`; one that is not listed is kept under a name of ours.
-    """
-
-    peft_type: str
-    kinds: frozenset[str] = frozenset()
-    fields: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
-    constants: Mapping[str, object] = field(default_factory=dict[str, object])
-    accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
-    off: tuple[str, ...] = ()
-    written: Mapping[str, object] = field(default_factory=dict[str, object])
-    ignored: tuple[str, ...] = ()
-    aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
-    role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
-    transposed_field: str | None = None
-    unshared: Mapping[str, object] = field(default_factory=dict[str, object])
-    otherwise: Callable[[SiteFacts], str | None] | None = None
-    tensors: Mapping[str, str] = field(default_factory=dict[str, str])
-    embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
-    shapes: Mapping[str, Mapping[str, tuple[int | str, ...] | None]] = field(
-        default_factory=dict[str, Mapping[str, "tuple[int | str, ...] | None"]]
-    )
-    stacked: str | None = None
-    shared_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def plain_role(config: MethodConfig, path: str) -> str:

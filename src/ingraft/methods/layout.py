@@ -1,0 +1,70 @@
+"""Where Hugging Face PEFT keeps a method's config and tensors, as data.
+
+Each method's record carries one of these; `adapt/peft_format.py` and `adapt/peft_tensors.py` interpret it. Nothing here is code but
+`otherwise`, which answers a question about one site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ingraft.methods.contract import SiteFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftLayout:
+    """Where Hugging Face PEFT keeps this method's config and tensors, as data that `peft_format` interprets.
+
+    Config fields:
+        peft_type: their upper-case name.
+        kinds: the kinds of layer on which they have the method ("linear", "conv2d", ...); empty for all.
+        fields: our field -> theirs, where the names differ; None where they have none (it concerns the start of training alone).
+        constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`).
+        accepted: their fields with the values at which they change nothing; any other value is refused by name.
+        off: their fields that must be empty (null, false, nothing in them), likewise.
+        written: their fields that we always write so, and do not read.
+        ignored: their fields that say nothing about what a trained adapter computes.
+        aliases: values of theirs that mean one of ours, by our field.
+        role_fields: our field that lists sites by name -> the role of those sites.
+        transposed_field: their field that is true where the adapted layers store (in, out).
+        unshared: values of our fields where a file lacks the tensors of the adapter's shared module, which they do not keep.
+        bare: their config names neither target_modules nor modules_to_save: the sites are the topmost of their role, as many as its field
+            `site_count` says, and nothing is trained in full beside them.
+        site_count: their field that holds the number of sites.
+        otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
+
+    Tensors:
+        tensors: our tensor name -> their suffix behind the module path.
+        embedding_tensors: the same for embedding layers, where it differs.
+        shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("conv" for every convolution that has no rule of
+            its own, "" for all others): 0 keeps the dimension, -1 is inferred, "kernel" stands for a convolution's inputs and kernel, "ones"
+            for a one in place of each dimension of its kernel. None: they do something else there.
+        stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
+        shared_tensors: tensor of the shared module -> their name behind `base_model.`; one that is not listed is kept under a name of ours.
+    """
+
+    peft_type: str
+    kinds: frozenset[str] = frozenset()
+    fields: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
+    constants: Mapping[str, object] = field(default_factory=dict[str, object])
+    accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
+    off: tuple[str, ...] = ()
+    written: Mapping[str, object] = field(default_factory=dict[str, object])
+    ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
+    role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
+    transposed_field: str | None = None
+    unshared: Mapping[str, object] = field(default_factory=dict[str, object])
+    bare: bool = False
+    site_count: str | None = None
+    otherwise: Callable[[SiteFacts], str | None] | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+    embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+    shapes: Mapping[str, Mapping[str, tuple[int | str, ...] | None]] = field(
+        default_factory=dict[str, Mapping[str, "tuple[int | str, ...] | None"]]
+    )
+    stacked: str | None = None
+    shared_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
