@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ingraft.adapt import activate as activate
     from ingraft.adapt import attach as attach
+    from ingraft.adapt import combine as combine
     from ingraft.adapt import context as context
+    from ingraft.adapt import convert as convert
     from ingraft.adapt import detach as detach
     from ingraft.adapt import disabled as disabled
     from ingraft.adapt import load as load
@@ -37,14 +39,20 @@ if TYPE_CHECKING:
     from ingraft.methods.full import FullConfig as FullConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
     from ingraft.methods.ia3 import IA3Config as IA3Config
+    from ingraft.methods.llama_adapter import LlamaAdapterConfig as LlamaAdapterConfig
+    from ingraft.methods.loha import LoHaConfig as LoHaConfig
+    from ingraft.methods.lokr import LoKrConfig as LoKrConfig
     from ingraft.methods.lora import LoraConfig as LoraConfig
+    from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
+    from ingraft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
     from ingraft.methods.parallel import ParallelConfig as ParallelConfig
     from ingraft.methods.pfeiffer import PfeifferConfig as PfeifferConfig
     from ingraft.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
+    from ingraft.methods.reft import ReftConfig as ReftConfig
 
 _VERBS = (
-    *("activate", "attach", "context", "detach", "disabled", "load", "merge"),
+    *("activate", "attach", "combine", "context", "convert", "detach", "disabled", "load", "merge"),
     *("parameters", "rows", "save", "status", "trainable", "unmerge"),
 )
 _NAMES = {"IngraftError": "ingraft.errors", **dict.fromkeys(_VERBS, "ingraft.adapt")}

@@ -238,7 +238,7 @@ def _shortcuts(state: HostState, parts: Sequence[Part]) -> list[ShortcutPart]:
     shortcuts = [part for part in parts if isinstance(part, ShortcutPart)]
     if not state.known_forward or state.kind is None or len(shortcuts) != len(parts):
         return []
-    if any(part.kinds and state.kind.name not in part.kinds for part in shortcuts):
+    if not all(part.holds(state.kind.name) for part in shortcuts):
         return []
     adds = [part for part in shortcuts if part.composition == "add"]
     if len(adds) > 1 and any(_has_before(part) for part in adds):

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.building import WHOLE_ROLE
+from ingraft.adapt.building import WHOLE_ROLE, facts_of
+from ingraft.adapt.roles import sites_of_role
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import CONVOLUTIONS, kind_of
 from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, PeftLayout, RowsAtHand
@@ -102,7 +103,8 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     for path, inner in module.named_modules():
         for name, buffer in inner._buffers.items():
-            if buffer is not None and name not in inner._non_persistent_buffers_set:
+            book = isinstance(inner, Part) and name in inner.training_state
+            if buffer is not None and name not in inner._non_persistent_buffers_set and not book:
                 yield f"{path}.{name}" if path else name, buffer
 
 
@@ -187,8 +189,19 @@ def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mappi
         and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     ):
         return f"{method.name} on an encoder-decoder: PEFT puts the prefix into the decoder alone"
+    if issubclass(method.part, AttentionPart) and (layout.stacked or layout.bare):
+        own = [path for path, role in sites.items() if role != WHOLE_ROLE]
+        every = list(sites_of_role(model, "attention"))
+        if own != (every if layout.stacked else every[-len(own) :]):
+            return f"{method.name} in some of the blocks: PEFT has it in {'all' if layout.stacked else 'the topmost'} alone"
+    if layout.bare and WHOLE_ROLE in sites.values():
+        return f"{method.name} beside modules trained in full: PEFT has no such thing"
     for path, role in sites.items():
         module = model.get_submodule(path)
+        if layout.otherwise is not None and role != WHOLE_ROLE:
+            reason = layout.otherwise(facts_of(model, path, module, role, values=False))
+            if reason is not None:
+                return f"{path}: {reason}"
         kind = kind_of(module)
         if layout.kinds and role != WHOLE_ROLE and (kind is None or kind.name not in layout.kinds):
             return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} has no such layers"

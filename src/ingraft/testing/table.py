@@ -34,14 +34,20 @@ class Row:
 _OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 12},
     "dora": {"r": 4, "lora_alpha": 12},
+    "loha": {"r": 2, "alpha": 12},
+    "lokr": {"r": 2, "alpha": 3},
     "ia3": {},
     "bitfit": {},
     "full": {},
     "houlsby": {"reduction_factor": 4.0},
     "pfeiffer": {"reduction_factor": 4.0},
     "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
+    "reft": {"r": 3, "positions": "f2+l1"},
     "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3},
+    "p-tuning-v2": {"num_virtual_tokens": 3},
+    "llama-adapter": {"adapter_len": 3},
+    "p-tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
 }
 """The options each method is tried with."""
 
@@ -62,6 +68,7 @@ _DROPOUT = {
     "houlsby": "dropout",
     "pfeiffer": "dropout",
     "parallel": "dropout",
+    "reft": "dropout",
 }
 
 

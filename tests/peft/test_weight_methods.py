@@ -1,0 +1,184 @@
+"""Methods on weights, held to Hugging Face PEFT in both directions: files, outputs in float32 and bfloat16, the gradient of every tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import ingraft
+import peft
+from ingraft.methods.registry import make_config
+from ingraft.testing.cases import loss_of
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+Case = tuple[str, str, dict[str, Any], Any]
+
+SOME = ["q_proj", "v_proj", "down_proj"]
+
+CASES: dict[str, Case] = {
+    "loha-llama": ("llama", "loha", {"r": 3, "alpha": 6}, peft.LoHaConfig(r=3, alpha=6, target_modules=SOME)),
+    "loha-large-rank-bert": (
+        "bert",
+        "loha",
+        {"r": 6, "rank_pattern": {"key": 2}, "modules_to_save": ["classifier"]},
+        peft.LoHaConfig(
+            r=6, alpha_pattern={"value": 3}, target_modules=["query", "value", "output.dense"], task_type="SEQ_CLS"
+        ),
+    ),
+    "loha-conv2d": (
+        "picture",
+        "loha",
+        {"r": 3, "target_modules": ["first", "second"]},
+        peft.LoHaConfig(r=3, target_modules=["first", "second", "head"]),
+    ),
+    "loha-cores-conv2d": (
+        "picture",
+        "loha",
+        {"r": 3, "use_effective_conv2d": True, "target_modules": ["first", "second"]},
+        peft.LoHaConfig(r=3, use_effective_conv2d=True, target_modules=["first", "second", "head"]),
+    ),
+    "lokr-llama": ("llama", "lokr", {"r": 2}, peft.LoKrConfig(r=2, target_modules=SOME)),
+    "lokr-full-llama": ("llama", "lokr", {"r": 8, "alpha": 4}, peft.LoKrConfig(r=8, alpha=4, target_modules=SOME)),
+    "lokr-both-bert": (
+        "bert",
+        "lokr",
+        {"r": 1, "decompose_both": True, "decompose_factor": 4, "modules_to_save": ["classifier"]},
+        peft.LoKrConfig(
+            r=1, decompose_both=True, decompose_factor=5, target_modules=["query", "dense"], task_type="SEQ_CLS"
+        ),
+    ),
+    "lokr-conv2d": (
+        "picture",
+        "lokr",
+        {"r": 1, "target_modules": ["first", "second"]},
+        peft.LoKrConfig(r=8, target_modules=["first", "second", "head"]),
+    ),
+    "lokr-cores-conv2d": (
+        "picture",
+        "lokr",
+        {"r": 1, "use_effective_conv2d": True, "target_modules": ["first", "second"]},
+        peft.LoKrConfig(r=1, use_effective_conv2d=True, decompose_factor=2, target_modules=["first", "second"]),
+    ),
+}
+"""Name -> kind of model, our method and options, their config. The two sides of a case need not adapt the same modules."""
+
+CORES = "loha-cores-conv2d"
+"""Where PEFT's backward is no derivative: made of the wrong factors."""
+
+CAST = [name for name in CASES if name.endswith(("-llama", "-bert"))]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return (one.float() - other.float()).abs().max().item()
+
+
+def stir(model: nn.Module, seed: int = 5) -> None:
+    """Move what is trained away from its start by something of its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                size = max(float(parameter.square().mean().sqrt()), 0.3)
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def theirs_from(model: nn.Module, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified to")
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()  # type: ignore[arg-type]
+
+
+def into_gradients(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Replace every trained value by its gradient under one loss, so that a file holds the gradients."""
+    out = model(**batch)
+    loss_of(out if isinstance(out, Tensor) else out.logits).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                parameter.copy_(parameter.grad)
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def cores(*tensors: Tensor, scale: Tensor) -> Tensor:
+    """PEFT's formula for LoHa's cores."""
+    sides = [torch.einsum("ijkl,jr,ip->prkl", core, b, a) for core, a, b in (tensors[:3], tensors[3:])]
+    return sides[0] * sides[1] * scale
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ours_loads_in_peft(case: str, tmp_path: Path, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our file means the same there: outputs and the gradient of every tensor."""
+    if case == CORES:  # their forward, differentiated by autograd
+        monkeypatch.setattr(peft.tuners.loha.layer, "make_weight_cp", cores)
+    kind, method, options, config = CASES[case]
+    model, batch = tiny.make(kind), tiny.example(kind)
+    base = tiny.output(model, batch)
+    ingraft.attach(model, make_config(method, options), seed=3)
+    stir(model)
+    ours = tiny.output(model, batch)
+    assert apart(ours, base) > 100 * TOLERANCE[torch.float32]
+    ingraft.save(model, tmp_path / "ours", dtype=torch.float32)
+    theirs = theirs_from(tiny.make(kind), tmp_path / "ours")
+    assert apart(ours, tiny.output(theirs, batch)) < TOLERANCE[torch.float32]
+    fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert set(fields) <= {field.name for field in dataclasses.fields(config)}
+    into_gradients(model, batch)
+    into_gradients(theirs, batch)
+    ingraft.save(model, tmp_path / "gradients", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, other = written(tmp_path / "gradients"), written(tmp_path / "theirs")
+    assert mine.keys() == other.keys()
+    size = max(float(value.abs().max()) for value in other.values() if value.is_floating_point())
+    for key, value in other.items():
+        assert apart(mine[key], value) < 1e-4 * size, key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_theirs_loads_here(case: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """Their file means the same here, and written again it is the same file."""
+    kind, method, _, config = CASES[case]
+    batch = tiny.example(kind)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(tiny.make(kind), config).eval()
+    stir(model)
+    theirs = tiny.output(model, batch)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    here = tiny.make(kind)
+    base = tiny.output(here, batch)
+    ingraft.load(here, tmp_path / "theirs")
+    ours = tiny.output(here, batch)
+    assert apart(theirs, base) > 100 * TOLERANCE[torch.float32]
+    assert apart(ours, theirs) < TOLERANCE[torch.float32]
+    assert ingraft.status(here).adapters[0].method == method
+    ingraft.save(here, tmp_path / "ours", dtype=torch.float32)
+    mine, other = written(tmp_path / "ours"), written(tmp_path / "theirs")
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key], value.to(mine[key].dtype)) for key, value in other.items())
+
+
+@pytest.mark.parametrize("case", CAST)
+def test_bfloat16_agrees(case: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """On a bfloat16 base, where PEFT computes the adapter in float32 and this package in bfloat16, outputs agree within its rounding."""
+    kind, method, options, _ = CASES[case]
+    model, batch = tiny.make(kind).bfloat16(), tiny.example(kind)
+    ingraft.attach(model, make_config(method, options), seed=3)
+    stir(model)
+    ours = tiny.output(model, batch)
+    ingraft.save(model, tmp_path / "ours")
+    theirs = tiny.output(theirs_from(tiny.make(kind).bfloat16(), tmp_path / "ours"), batch)
+    assert apart(ours, theirs) < TOLERANCE[torch.bfloat16] * max(1.0, float(theirs.float().abs().max()))
