@@ -1,8 +1,9 @@
 """Adapters inside a model: the verbs of Ingraft's Python interface."""
 
-from ingraft.adapt.building import base_parameters, expected_count, parameters
+from ingraft.adapt.building import base_parameters, expected_count, parameters, training_state
+from ingraft.adapt.combining import combine, convert
 from ingraft.adapt.files import load, save
-from ingraft.adapt.hooks import after_step, penalty, prepare, rate
+from ingraft.adapt.hooks import after_step, grouped, param_groups, penalty, prepare, rate, wants_data
 from ingraft.adapt.lifecycle import activate, attach, context, detach, disabled, dropout_step, rows, trainable
 from ingraft.adapt.merging import merge, unmerge
 from ingraft.adapt.summary import status
@@ -19,8 +20,10 @@ __all__ = [
     "expected_count",
     "load",
     "merge",
+    "grouped",
     "parameters",
     "penalty",
+    "param_groups",
     "prepare",
     "rate",
     "rows",
@@ -29,3 +32,5 @@ __all__ = [
     "trainable",
     "unmerge",
 ]
+    "training_state",
+    "wants_data",

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ingraft.adapt import models
 from ingraft.adapt.control import Adapter, child_name, part_of, require_control
@@ -138,6 +138,16 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     shared = model._modules.get(child_name(name))
     if shared is not None and not isinstance(shared, Part):
         found.update({f"shared.{tensor}": parameter for tensor, parameter in shared.named_parameters()})
+    return found
+
+
+def training_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors beside an adapter's parameters that training changes (`Part.training_state`), named likewise."""
+    found: dict[str, Tensor] = {}
+    for path in require_control(model).require(name).sites:
+        part = part_of(model.get_submodule(path), name)
+        if part is not None:
+            found |= {f"{path}.{tensor}": part.get_buffer(tensor) for tensor in part.training_state}
     return found
 
 

@@ -35,10 +35,12 @@ from ingraft.adapt.control import (
 )
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.root import Root
-from ingraft.adapt.swap import Mixin, beneath, is_swapped, original_class, swap, unswap
+from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, lengths, names_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
+
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Carry:
 
 class ModelRoot(Root):
     """A transformers model with adapters. Its functions are copied into the generated class (see `swap.Mixin`)."""
+
+    @staticmethod
+    def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = Root.around(module, base, args, kwargs)
+        return _with_penalty(module, result, kwargs) if module.training and kwargs.get("labels") is not None else result
 
     _hf_peft_config_loaded = True  # what the Trainer asks before it trains over a quantised base
 
@@ -174,6 +181,21 @@ class ModelRoot(Root):
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
             kwargs = {name: value for name, value in kwargs.items() if name in signature}
         return create_masks_for_generate(*args, **kwargs)
+
+
+def _with_penalty(model: nn.Module, result: Any, kwargs: dict[str, Any]) -> Any:
+    """The loss with what methods add to it. Of a Trainer's step in several batches, each carries its share."""
+    from ingraft.adapt.hooks import penalty
+
+    extra = penalty(model)
+    if extra is None:
+        return result
+    if (items := kwargs.get("num_items_in_batch")) is not None:
+        extra = extra * (kwargs["labels"].ne(IGNORED_LABEL).sum() / items).clamp(max=1.0)
+    if isinstance(result, tuple):
+        return (result[0] + extra, *result[1:])
+    result.loss = result.loss + extra
+    return result
 
 
 def inner_path(model: nn.Module) -> str:

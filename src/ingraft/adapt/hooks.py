@@ -1,18 +1,21 @@
 """What a trainer does for methods that want more than gradients: their own rates, a penalty, a word after each step, a look at the data.
 
-Ingraft's own loop calls these; a foreign trainer needs `after_step` behind its optimiser step and nothing else, since a transformers model
-adds the penalty to its loss by itself (`hf.ModelRoot`). A method that wants none of it costs one look at its record.
+Ingraft's own loop calls these. A foreign trainer needs `after_step` behind its optimiser step (transformers' Trainer: `AdapterCallback`), an
+optimiser over `param_groups` where a method has several rates, and `prepare` ahead of it where one starts from data; a transformers
+model adds the penalty to its loss by itself (`hf.ModelRoot`). A method that wants none of it costs one look at its record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.building import parameters
 from ingraft.adapt.control import Adapter, Control, host_state, part_of, require_control
 from ingraft.adapt.host import site_of
 from ingraft.adapt.lifecycle import disabled
@@ -30,6 +33,35 @@ def rate(model: nn.Module, name: str, tensor: str) -> float:
     """Factor on the learning rate of one of an adapter's tensors, named as in `parameters`."""
     adapter = require_control(model).require(name)
     return 1.0 if adapter.method.rates is None else adapter.method.rates(adapter.config, tensor.rpartition(".")[2])
+
+
+def grouped(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, factor: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: matrices are pulled to zero, biases, norms and scales are not, and each has its factor on the rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].dim() <= 1):
+        groups.setdefault((weight_decay if parameter.dim() > 1 else 0.0, factor(name)), []).append(parameter)
+    return [{"params": own, "weight_decay": decay, "factor": f} for (decay, f), own in groups.items()]
+
+
+def param_groups(
+    model: nn.Module, learning_rate: float, *names: str, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable tensors of adapters as groups for an optimiser of your own, for methods with several learning rates.
+
+    Args:
+        learning_rate: of most tensors; a method's factors are on top of it.
+        names: of the adapters; those that act if none is given.
+    """
+    control = require_control(model)
+    found: list[dict[str, Any]] = []
+    for name in names or [adapter.name for adapter in acting(control)]:
+        own = {tensor: p for tensor, p in parameters(model, name).items() if p.requires_grad}
+        for group in grouped(own, weight_decay, partial(rate, model, name)):
+            factor = group.pop("factor")
+            found.append({**group, "lr": learning_rate * factor})
+    return found
 
 
 def penalty(model: nn.Module) -> Tensor | None:

@@ -7,13 +7,14 @@ nothing else. Its state is tensors and plain numbers; the learning rate is a fun
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt import grouped
 from ingraft.recipe import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +29,8 @@ class Learner:
     Attributes:
         name: of the adapter.
         parameters: its trained tensors by stable name.
-        optimizer: AdamW over them.
+        optimizer: AdamW over them, each group with a factor on the learning rate.
+        state: what else training changes in the adapter (a method's own book-keeping).
         scale: what the loss is multiplied by before backward; 1 except in float16.
         best, best_step, best_tensors: the best evaluation so far, and a copy of the tensors then if it may be wanted back.
         waited: evaluations since.
@@ -38,6 +40,7 @@ class Learner:
     name: str
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
+    state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     scale: float = 1.0
     best: float | None = None
     best_step: int = 0
@@ -47,8 +50,11 @@ class Learner:
     skipped_in_row: int = 0
     good_in_row: int = 0
 
-    def apply(self, learning_rate: float, max_norm: float) -> float | None:
+    def apply(self, learning_rate: float, max_norm: float, behind: Callable[[], None] | None = None) -> float | None:
         """One optimiser step from the gradients at hand, which are used up.
+
+        Args:
+            behind: called behind the step, while the gradients are there.
 
         Returns:
             the gradients' norm before clipping, or None if it was not finite; then nothing has changed but the counters.
@@ -65,8 +71,10 @@ class Learner:
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self.optimizer.step()
+        if behind is not None:
+            behind()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped_in_row = 0
         self.good_in_row += 1
@@ -97,12 +105,15 @@ class Learner:
             return False
         self.best, self.best_step, self.waited = value, step, 0
         if keep:
-            self.best_tensors = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best_tensors = {name: p.detach().clone() for name, p in self._held().items()}
         return True
 
     def use_best(self) -> None:
         """Put the tensors of the best evaluation back."""
-        _copy(self.best_tensors, self.parameters)
+        _copy(self.best_tensors, self._held())
+
+    def _held(self) -> dict[str, Tensor]:
+        return {**self.parameters, **self.state}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Its state as tensors, by file: adapter, optimizer and, where it is kept, best."""
@@ -116,6 +127,8 @@ class Learner:
             "adapter": {f"{self.name}/{name}": p.detach() for name, p in self.parameters.items()},
             "optimizer": moments,
         }
+        if self.state:
+            found["state"] = {f"{self.name}/{name}": tensor for name, tensor in self.state.items()}
         if self.best_tensors:
             found["best"] = {f"{self.name}/{name}": tensor for name, tensor in self.best_tensors.items()}
         return found
@@ -136,6 +149,7 @@ class Learner:
         """Take the state back that `tensors` and `numbers` gave."""
         prefix = f"{self.name}/"
         _copy({name: tensors["adapter"][prefix + name] for name in self.parameters}, self.parameters)
+        _copy({name: tensors["state"][prefix + name] for name in self.state}, self.state)
         moments = tensors["optimizer"]
         for name, parameter in self.parameters.items():
             if f"{prefix}{name}/step" in moments:
@@ -143,35 +157,41 @@ class Learner:
                 self.optimizer.state[parameter] = {"step": moments[f"{prefix}{name}/step"].clone(), **state}
         best = tensors.get("best", {})
         self.best_tensors = {
-            name: best[prefix + name].to(p.device).clone()
-            for name, p in self.parameters.items()
-            if prefix + name in best
+            name: best[prefix + name].to(p.device).clone() for name, p in self._held().items() if prefix + name in best
         }
         for key, value in numbers.items():
             setattr(self, key, value)
 
 
-def make_learner(name: str, parameters: dict[str, nn.Parameter], recipe: Recipe, half: bool) -> Learner:
+def make_learner(
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    recipe: Recipe,
+    half: bool,
+    *,
+    factor: Callable[[str], float] = lambda _: 1.0,
+    state: Mapping[str, Tensor] | None = None,
+) -> Learner:
     """A learner at its start.
 
     Args:
         half: whether the base computes in float16.
+        factor: on the learning rate, by tensor.
+        state: what else training changes in the adapter.
     """
-    decayed = [p for p in parameters.values() if p.dim() > 1]
-    others = [p for p in parameters.values() if p.dim() <= 1]  # biases, norms and scales are not pulled to zero
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}] if decayed else []
-    groups += [{"params": others, "weight_decay": 0.0}] if others else []
     optimizer = torch.optim.AdamW(
-        groups,
+        grouped(parameters, recipe.weight_decay, factor),
         lr=recipe.peak_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         fused=True,
     )
-    return Learner(name=name, parameters=parameters, optimizer=optimizer, scale=FIRST_SCALE if half else 1.0)
+    return Learner(
+        name=name, parameters=parameters, optimizer=optimizer, state=state or {}, scale=FIRST_SCALE if half else 1.0
+    )
 
 
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, nn.Parameter]) -> None:
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in source.items():
             target[name].copy_(tensor)

@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Progress:
         early: whether early stopping ended it.
         loss_sum, units, steps: since the last line of the log, for its means.
         before: what the run found before its first step (metrics, samples).
+        options: the method's, once data have had a say in them; empty where they have none.
     """
 
     step: int = 0
@@ -61,6 +63,7 @@ class Progress:
     units: int = 0
     steps: int = 0
     before: dict[str, Any] = field(default_factory=dict[str, Any])
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,7 +169,8 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
         total = gradients(session, learner, rows, units, progress.step)
         norm = None
         if finite(total):
-            norm = learner.apply(rate, recipe.max_grad_norm)
+            behind = partial(adapt.after_step, session.model, progress.step + 1, plan.total, learner.name)
+            norm = learner.apply(rate, recipe.max_grad_norm, behind)
         else:
             learner.skip()
         if norm is None and learner.skipped_in_row >= PATIENCE:
@@ -207,6 +211,8 @@ def gradients(session: Session, learner: Learner, rows: Sequence[Example], units
             loss = session.objective.loss(session.objective.batch(micro))
             session.accelerator.backward(loss * (learner.scale / units))
             total += loss.detach()
+        if (extra := adapt.penalty(session.model)) is not None:  # once a step; the loss that is reported is the task's
+            session.accelerator.backward(extra * learner.scale)
     except BaseException:
         learner.optimizer.zero_grad(set_to_none=True)
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 
 from ingraft import adapt, durable
+from ingraft.adapt.control import require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS, serialised
 from ingraft.adapt.files import load as load_adapter
 from ingraft.bases import check_base, load_base, load_tokenizer
@@ -28,7 +29,7 @@ from ingraft.data.records import Labelled
 from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate import ChoiceRow, choice_rows
 from ingraft.methods import registry
-from ingraft.recipe import Recipe, as_recipe, to_yaml
+from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, samples
 from ingraft.train.learner import make_learner
 from ingraft.train.lock import NAME as LOCK
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"
+ROWS_TO_START_FROM = 256
+"""So many training rows, from the front, are shown to a method that starts from data."""
+
 MOST_CHOICES = 20
 """Above so many labels, scoring each of them as an answer takes too long to do by the way."""
 
@@ -191,8 +195,17 @@ def _run(
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     if accelerator.num_processes > 1:
         raise IngraftError("Training on several processes comes later; start a single one.")
-    half = model.dtype == torch.float16
-    learner = make_learner(ADAPTER, adapt.parameters(model, ADAPTER), recipe, half)
+    who = checkpoint.identity(recipe, data.train, data.eval)
+    found = checkpoint.find(folder, resume, who) if resume is not None else None
+    options = _start(prepared, found)
+    learner = make_learner(
+        ADAPTER,
+        adapt.parameters(model, ADAPTER),
+        recipe,
+        model.dtype == torch.float16,
+        factor=partial(adapt.rate, model, ADAPTER),
+        state=adapt.training_state(model, ADAPTER),
+    )
     session = Session(
         recipe=recipe,
         plan=plan(recipe, len(data.train)),
@@ -205,10 +218,11 @@ def _run(
         journal=notes,
         stop=Stop(),
         accelerator=accelerator,
-        who=checkpoint.identity(recipe, data.train, data.eval),
+        who=who,
         metric=recipe.metric_for_best_model.removeprefix("eval_"),
     )
-    progress = _begin(session, resume, overwrite)
+    progress = _begin(session, found, resume, overwrite)
+    progress.options = options
     trained = sum(p.numel() for p in learner.parameters.values())
     notes.say(
         f"{recipe.method}: {trained:,} trained parameters; {session.plan.total} steps of {session.plan.effective} rows, "
@@ -304,11 +318,33 @@ def _check_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
         )
 
 
-def _begin(session: Session, resume: str | None, overwrite: bool) -> Progress:
+def _start(prepared: Prepared, found: checkpoint.Found | None) -> dict[str, Any]:
+    """Let an adapter whose method starts from data see some, or take the shape it took in the run that is gone on with.
+
+    Returns:
+        The method's options from then on; empty where data have no say in them.
+    """
+    recipe, model, objective = prepared.recipe, prepared.model, prepared.objective
+    if recipe.init_adapter is not None or not adapt.wants_data(model, ADAPTER):
+        return {}
+    if found is not None:
+        adapt.detach(model, ADAPTER)
+        adapt.attach(model, registry.make_config(recipe.method, found.state["options"]), name=ADAPTER, seed=recipe.seed)
+        return found.state["options"]
+    rows, size = prepared.data.train[:ROWS_TO_START_FROM], recipe.per_device_train_batch_size
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(rows), size):
+            yield {key: x for key, x in objective.batch(rows[start : start + size]).items() if key != "labels"}
+
+    adapt.prepare(model, ADAPTER, batches())
+    return plain(require_control(model).require(ADAPTER).config.options())
+
+
+def _begin(session: Session, found: checkpoint.Found | None, resume: str | None, overwrite: bool) -> Progress:
     """The run folder made ready: emptied, or gone on with; and the disk tried before work is spent."""
     folder, recipe = session.folder, session.recipe
     progress = Progress()
-    found = checkpoint.find(folder, resume, session.who) if resume is not None else None
     if found is not None:
         checkpoint.restore(found, session.learners)
         progress = Progress(**found.state)
