@@ -18,6 +18,7 @@ import ingraft
 import ingraft.peft as ours
 import peft
 from ingraft import IngraftError
+from ingraft.methods.registry import records
 from ingraft.peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -268,38 +269,115 @@ def test_disable_adapter_is_the_base(tiny: SimpleNamespace) -> None:
     assert model.active_adapter == "default"
 
 
-@pytest.mark.parametrize("how", ["svd", "cat", "linear"])
-@pytest.mark.parametrize("kind", ["llama", "picture"])
-def test_weighted_sums_are_the_incumbents(how: str, kind: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
-    batch = tiny.example(kind)
-    names = ["first", "second"] if kind == "picture" else ["q_proj", "up_proj"]
+WAYS = [
+    *("svd", "cat", "linear", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"),
+    *("magnitude_prune", "magnitude_prune_svd"),
+]
+
+
+RANK_STABILISED = {"use_rslora": True} if "rslora" in records() else {}
+
+
+def chosen(share: Tensor, **_: object) -> Tensor:
+    """In place of `torch.bernoulli`: the same entries for both sides, whatever else has drawn from the generator."""
+    rows, columns = (torch.arange(1, n + 1, dtype=torch.float64) for n in share.flatten(1).shape)
+    places = (
+        rows[:, None] * columns * 0.7548776662
+    ).frac()  # symmetric: an embedding's change is stored the other way round
+    return (places.reshape(share.shape) < share).to(share.dtype)
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "picture"])
+def test_weighted_sums_are_the_incumbents(
+    how: str, kind: str, tmp_path: Path, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors' scales differ, a weight is negative, one site has one adapter only."""
+    monkeypatch.setattr(torch, "bernoulli", chosen)
+    names = {"picture": ["first", "second"], "gpt2": ["c_attn", "c_fc"]}.get(
+        kind, ["q_proj", "up_proj", "embed_tokens"]
+    )
     task = None if kind == "picture" else "CAUSAL_LM"
+    settings: dict[str, Any] = {"density": 0.6} if "_" in how or how == "ties" else {}
     model = tuned(tiny, kind, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type=task))
-    model.add_adapter("b", LoraConfig(r=4, lora_alpha=2, target_modules=names, task_type=task))
+    model.add_adapter("b", LoraConfig(r=4, lora_alpha=2, target_modules=names[:1], task_type=task, **RANK_STABILISED))
     tiny.perturb(ingraft.parameters(model, "b").values())
-    first, mine = tiny.output(model, batch), None
     model.save_pretrained(tmp_path)
-    model.add_weighted_adapter(["default", "b"], [0.5, 2.0], "sum", combination_type=how)
-    model.add_weighted_adapter(["default"], [1.0], "itself", combination_type=how)
+    for name, weights in (("sum", [0.5, 2.0]), ("difference", [1.5, -0.5])):
+        model.add_weighted_adapter(["default", "b"], weights, name, combination_type=how, **settings)
+    model.add_weighted_adapter(["default"], [1.0], "itself", combination_type=how, **settings)
     assert model.active_adapter == "default"
-    model.set_adapter("itself")
-    assert torch.allclose(tiny.output(model, batch), first, atol=1e-5)
-    model.set_adapter("sum")
-    mine = tiny.output(model, batch)
-    theirs = peft.PeftModel.from_pretrained(tiny.make(kind), tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(tiny.make(kind), tmp_path)
     theirs.load_adapter(str(tmp_path / "b"), "b")
-    theirs.add_weighted_adapter(["default", "b"], [0.5, 2.0], "sum", combination_type=how)
-    theirs.set_adapter("sum")
-    assert torch.allclose(mine, tiny.output(theirs.eval(), batch), atol=1e-5)
+    for name, weights in (("sum", [0.5, 2.0]), ("difference", [1.5, -0.5])):
+        theirs.add_weighted_adapter(["default", "b"], weights, name, combination_type=how, **settings)
+    batch, theirs = tiny.example(kind), theirs.eval()
+    for name in ("sum", "difference"):
+        model.set_adapter(name)
+        theirs.set_adapter(name)
+        assert torch.allclose(tiny.output(model, batch), tiny.output(theirs, batch), atol=1e-5)
+    model.set_adapter("itself")
+    mine = tiny.output(model, batch)
+    model.set_adapter("default")
+    assert torch.allclose(tiny.output(model, batch), mine, atol=1e-5)
+
+
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize("how", ["ties", "ties_svd"])
+def test_signs_are_elected_as_by_the_incumbent(how: str, majority: Any, tmp_path: Path, tiny: SimpleNamespace) -> None:
+    model = tuned(tiny, "llama", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for seed, name in enumerate(("b", "c")):
+        model.add_adapter(name, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        torch.manual_seed(seed)
+        for parameter in ingraft.parameters(model, name).values():
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
+    for name in ("b", "c"):
+        theirs.load_adapter(str(tmp_path / name), name)
+    batch, options = tiny.example("llama"), {"density": 0.5, "majority_sign_method": majority}
+    for one in (model, theirs):
+        one.add_weighted_adapter(["default", "b", "c"], [1.0, 0.7, 0.4], "sum", combination_type=how, **options)
+        one.set_adapter("sum")
+    assert torch.allclose(tiny.output(model, batch), tiny.output(theirs.eval(), batch), atol=1e-5)
+
+
+def test_ia3_adapters_sum_their_vectors_as_the_incumbents_do(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    config = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
+    model = tuned(tiny, "llama", IA3Config(**config))
+    model.add_adapter("b", IA3Config(**config))
+    with torch.no_grad():
+        for parameter in ingraft.parameters(model, "b").values():
+            parameter.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
+    theirs.load_adapter(str(tmp_path / "b"), "b")
+    for one in (model, theirs):
+        one.add_weighted_adapter(["default", "b"], [0.3, 0.9], "sum")
+        one.set_adapter("sum")
+    batch = tiny.example("llama")
+    assert torch.allclose(tiny.output(model, batch), tiny.output(theirs.eval(), batch), atol=1e-5)
+
+
+def test_regression_4_the_incumbents_call_keeps_a_scale(tiny: SimpleNamespace) -> None:
+    """Rank-stabilised LoRA, and DoRA with its magnitudes: one adapter with weight 1 gives itself."""
+    batch = tiny.example("llama")
+    for options in (RANK_STABILISED, {"use_dora": True}):
+        for how in ("svd", "linear", "cat"):
+            model = tuned(tiny, "llama", LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+            expected = tiny.output(model, batch)
+            model.add_weighted_adapter(["default"], [1.0], "itself", combination_type=how)
+            model.set_adapter("itself")
+            assert torch.allclose(tiny.output(model, batch), expected, atol=1e-5), (options, how)
 
 
 def test_what_cannot_be_combined_is_refused_at_once(tiny: SimpleNamespace) -> None:
     model = tuned(tiny)
-    model.add_adapter("ia3", IA3Config())
+    model.add_adapter("soft", PromptTuningConfig(num_virtual_tokens=2))
     with pytest.raises(IngraftError) as error:
-        model.add_weighted_adapter(["default", "ia3"], [1.0, 1.0], "sum", combination_type="magic")
+        model.add_weighted_adapter(["default", "soft"], [1.0, 1.0], "sum", combination_type="magic")
     assert len(error.value.problems) == 2
-    assert list(model.peft_config) == ["default", "ia3"]
+    assert list(model.peft_config) == ["default", "soft"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ merge, save

@@ -76,7 +76,7 @@ class LoRA(LowRank):
         y = y + self.branch(x, site)
         return y if self.lora_bias is None else y + site.out(self.scale * self.lora_bias.to(y.dtype))
 
-    def factors(self) -> Factors:
+    def low_rank(self) -> Factors:
         bias = None if self.lora_bias is None else self.scale * self.lora_bias
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A, scale=self.scale, bias=bias)
 

@@ -18,18 +18,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ingraft.adapt import building, files, lifecycle, merging, summary
+from ingraft.adapt.combining import combine
 from ingraft.adapt.control import control_of, require_control
 from ingraft.adapt.peft_format import base_name, task_of
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap
 from ingraft.adapt.virtual import lengths
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import InputPart
-from ingraft.peft.combine import combine
 from ingraft.peft.configs import PeftConfig, PeftType, TaskType
 from ingraft.peft.convert import DESCRIBED, describe, method_config
 from ingraft.peft.hub import folder_of
@@ -195,10 +195,31 @@ class PeftMethods(Mixin):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add a LoRA that is a weighted sum of others: "svd" (best at a given rank), "linear" (same ranks), "cat" (exact)."""
+        """Add an adapter that mixes others: `ingraft.combine`, in the incumbent's words.
+
+        As there, IA3 adapters sum their vectors, a single adapter is copied whatever the type, and `svd_rank` counts for the types that cut to a
+        rank. How the singular values are computed (`svd_full_matrices`, `svd_driver`) changes nothing.
+        """
+        del svd_full_matrices, svd_driver
         before, flags = require_control(self).call.active, _trainability(self)
-        combine(self, dict(zip(adapters, weights, strict=True)), adapter_name, how=combination_type, rank=svd_rank)
+        kinds = {self.peft_config[name].peft_type for name in adapters}
+        how = "linear" if len(adapters) == 1 else combination_type
+        combine(
+            self,
+            dict(zip(adapters, weights, strict=True)),
+            adapter_name,
+            how="parameters" if kinds == {PeftType.IA3} else how,
+            rank=svd_rank if how.endswith("svd") else None,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            clamp=svd_clamp if how.endswith("svd") else None,
+        )
         _rest(self, flags)
         _switch(self, before)
 
