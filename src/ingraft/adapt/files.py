@@ -218,7 +218,15 @@ def load(
         )
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
     ours = facts is not None
-    config, layout = peft_format.read_config(model, raw, shared=shared_too, ours=ours, where=str(folder / CONFIG))
+    said = kept.get("method")
+    config, layout = peft_format.read_config(
+        model,
+        raw,
+        shared=shared_too,
+        ours=ours,
+        where=str(folder / CONFIG),
+        method=said if isinstance(said, str) else None,
+    )
     _check_size(model, config, header, folder / CONFIG)
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:

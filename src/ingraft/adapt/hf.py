@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt import prefixes
+from ingraft.adapt.context import prompt_at_start
 from ingraft.adapt.control import (
     HOST_ATTRIBUTE,
     STEP,
@@ -33,7 +34,7 @@ from ingraft.adapt.control import (
     host_state,
     require_control,
 )
-from ingraft.adapt.roles import blocks
+from ingraft.adapt.roles import blocks, projects
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, lengths, names_of
@@ -155,15 +156,22 @@ class ModelRoot(Root):
         finally:
             control.call = replace(control.call, context=context)
 
+    def _expand_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take note of where the prompt ends: here `generate` has its inputs complete, and not yet repeated for beams."""
+        control = require_control(self)
+        if control.call.context.prompt is None and not self.config.is_encoder_decoder:
+            below = beneath(self, ModelRoot)._expand_inputs_for_generation
+            bound = inspect.signature(below).bind(*args, **kwargs).arguments
+            named = {**bound, **bound.get("model_kwargs", {})}
+            control.call = replace(control.call, context=replace(control.call.context, prompt=prompt_at_start(named)))
+        return beneath(self, ModelRoot)._expand_inputs_for_generation(*args, **kwargs)
+
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Virtual tokens of prompts lie in the cache: make room for them. Take note of where the prompt ends."""
+        """Virtual tokens of prompts lie in the cache: make room for them."""
         control = require_control(self)
         room = max(lengths(control, control.call, InputPart).values(), default=0)
         below = beneath(self, ModelRoot)._prepare_cache_for_generation
         bound = inspect.signature(below).bind(*args, **kwargs)
-        mask = bound.arguments["model_kwargs"].get("attention_mask")
-        if control.call.context.prompt is None and isinstance(mask, Tensor) and not self.config.is_encoder_decoder:
-            control.call = replace(control.call, context=replace(control.call.context, prompt=mask.bool()))
         bound.arguments["max_cache_length"] += room
         return below(*bound.args, **bound.kwargs)
 
@@ -266,7 +274,15 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if width is None:
         width = config.hidden_size // config.num_attention_heads
-    return SiteFacts(path=path, role=role, module=module, heads=heads, head_width=width, width=config.hidden_size)
+    return SiteFacts(
+        path=path,
+        role=role,
+        module=module,
+        heads=heads,
+        head_width=width,
+        width=config.hidden_size,
+        projects=projects(module, heads * width),
+    )
 
 
 def _embedding_width(tokens: nn.Module) -> int:

@@ -32,14 +32,14 @@ from ingraft.adapt.control import (
     require_control,
 )
 from ingraft.adapt.host import Host, SequentialHost
-from ingraft.adapt.roles import blocks
+from ingraft.adapt.roles import blocks, key_value_layers
 from ingraft.adapt.rows import Call, rows_of
 from ingraft.adapt.select import base_modules, select
 from ingraft.adapt.swap import is_swapped, original_class, swap, unswap
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import AttentionPart, InputPart, MethodConfig, Part
+from ingraft.methods.contract import AttentionPart, GatedPart, InputPart, MethodConfig, Part
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -98,7 +98,10 @@ def attach(
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
     parts, shared = make_parts(model, adapter, finished=fill is not None)
-    adapter.virtual = next((part.length for part in parts.values() if isinstance(part, AttentionPart | InputPart)), 0)
+    lengths = (
+        p.length for p in parts.values() if isinstance(p, AttentionPart | InputPart) and not isinstance(p, GatedPart)
+    )
+    adapter.virtual = next(lengths, 0)
     if fill is not None:
         fill(adapter, parts, shared)
     for remark in remarks:
@@ -135,6 +138,8 @@ def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module
         )
         module.__dict__[HOST_ATTRIBUTE] = state
         models.enter_host(model, path)
+    if role == "attention":
+        state.projections = key_value_layers(module)
     # The attention reaches its parts through the attention registry, the input through the root; neither runs anything around the module.
     if role not in ("attention", "input") and not is_swapped(module, HOSTS):
         swap(module, SequentialHost if isinstance(module, nn.Sequential) else Host)

@@ -79,6 +79,10 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         theirs = layout.fields.get(name, name)
         if name not in _COMMON and theirs is not None:
             written[theirs] = _json(value)
+    if layout.site_count is not None:
+        written[layout.site_count] = len(sites)
+    if layout.bare:
+        return written
     written["modules_to_save"] = _written_whole(modules, adapter) or None
     if layout.stacked:
         return written
@@ -153,7 +157,7 @@ def names_for(paths: Collection[str], modules: Iterable[str], *, dotted: bool = 
 
 
 def read_config(
-    model: nn.Module, raw: Mapping[str, Any], *, shared: bool, ours: bool, where: str
+    model: nn.Module, raw: Mapping[str, Any], *, shared: bool, ours: bool, where: str, method: str | None = None
 ) -> tuple[MethodConfig, PeftLayout | None]:
     """The method's config that a file means for this model, and the layout of its tensors (None: our own).
 
@@ -161,6 +165,7 @@ def read_config(
         shared: whether the tensors of the method's shared module come with it (where it has one; PEFT does not keep them).
         ours: whether Ingraft wrote the file; then an unknown field is an error, not a warning.
         where: the file, for messages.
+        method: the method it is said to be, which counts where several are kept alike.
 
     Raises:
         IngraftError: every field that cannot be honoured, by name.
@@ -173,10 +178,10 @@ def read_config(
     if own is not None:
         _unknown(raw, {*_UNREAD, *_option_names(own)}, ours=True, where=where)
         return _make(own, {name: value for name, value in raw.items() if name in _option_names(own)}, where), None
-    method, layout = _identify(methods, kind, raw, where)
+    found, layout = _identify(sorted(methods, key=lambda one: one.name != method), kind, raw, where)
     if problems := _ill_typed(raw, layout, where):
         raise IngraftError(*problems)
-    theirs = {ours_: layout.fields.get(ours_, ours_) for ours_ in _option_names(method) if ours_ not in _COMMON}
+    theirs = {ours_: layout.fields.get(ours_, ours_) for ours_ in _option_names(found) if ours_ not in _COMMON}
     known = {
         *_UNREAD,
         *_COMMON,
@@ -205,9 +210,9 @@ def read_config(
     if not shared:
         options |= layout.unshared
     options["modules_to_save"] = tuple(_read_whole(model, raw))
-    if not layout.stacked:
+    if not layout.stacked and not layout.bare:
         options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)
-    config = _make(method, options, where)
+    config = _make(found, options, where)
     return config, layout
 
 

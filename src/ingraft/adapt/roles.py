@@ -141,6 +141,30 @@ def _keys_values(projections: list[str]) -> list[str]:
     return named if len(named) == 2 else projections[1:3]
 
 
+FUSED = ("gpt2", "phi3")
+"""Types of models whose attention has one projection in which query, key and value stand behind one another."""
+
+
+def key_value_layers(attention: nn.Module) -> tuple[str, ...]:
+    """Names of the layers within an attention that make its keys and its values, or of the one that makes them behind the query; () where
+    that is not known."""
+    linears = [name for name in _linears(attention) if "adapter:" not in name]
+    made = _keys_values(linears[:-1] if len(linears) in (2, 4) else linears)
+    if len(made) == 1:
+        kind = getattr(getattr(attention, "config", None), "model_type", "")
+        return tuple(made) if kind in FUSED else ()
+    if len(made) != 2:
+        return ()
+    leaves = [name.rpartition(".")[2].lower() for name in made]
+    return (made[1], made[0]) if leaves[0][0] == "v" else (made[0], made[1])
+
+
+def projects(attention: nn.Module, width: int) -> bool:
+    """Whether `key_value_layers` are known, and make keys and values of this width."""
+    names = key_value_layers(attention)
+    return len(names) == 1 or (bool(names) and all(_width_out(attention.get_submodule(n)) == width for n in names))
+
+
 def _post_norm(path: str, block: nn.Module, mlp_out: str | None, model_type: str) -> str | None:
     if model_type in POST_NORM:
         return f"{path}.{POST_NORM[model_type]}"

@@ -77,6 +77,7 @@ def select(
             if (index := _block_index(path)) is None or index in config.layers_to_transform
         }
     sites = {path: role for path, role in sites.items() if path not in whole}
+    sites = {path: sites[path] for path in config.among([path for path in modules if path in sites])}
     unmatched += config.idle(sites)
     for path in (*sites, *whole):
         problems += _host_problems(path, modules[path])
@@ -230,9 +231,7 @@ def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> st
             return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead."
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return f"{what}: its weight is computed (parametrized or weight-normed), so changing it would do nothing. Remove the parametrization first."
-    elif (
-        issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-    ):
+    elif issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return f"{what}: {method.name} adapts what a block or projection returns, vectors of features; this is an embedding or a convolution."
     elif issubclass(part, AttentionPart | InputPart) and role not in ("attention", "input"):
         return f"{what}: {method.name} has no choice of modules; leave target_modules out."

@@ -61,11 +61,7 @@ class Prefix(AttentionPart):
         self.length = config.num_virtual_tokens
         self.path = facts.path
         if not config.prefix_projection:
-            like = next(iter(facts.module.parameters()), None)
-            self.key = fresh(facts.heads, self.length, facts.head_width, like=like)
-            self.value = fresh(facts.heads, self.length, facts.head_width, like=like)
-            nn.init.normal_(self.key, std=config.init_std)
-            nn.init.normal_(self.value, std=config.init_std)
+            self.key, self.value = drawn(facts, self.length, config.init_std)
 
     def keys_values(self, shared: Any, rows: RowsAtHand) -> tuple[Tensor, Tensor]:
         del rows
@@ -73,6 +69,15 @@ class Prefix(AttentionPart):
             key_value = shared[self.path]
             return key_value[0], key_value[1]
         return self.key, self.value
+
+
+def drawn(facts: SiteFacts, length: int, std: float) -> tuple[nn.Parameter, nn.Parameter]:
+    """One site's keys and values (H, P, D), to be trained as they are."""
+    like = next(iter(facts.module.parameters()), None)
+    key, value = (fresh(facts.heads, length, facts.head_width, like=like) for _ in range(2))
+    nn.init.normal_(key, std=std)
+    nn.init.normal_(value, std=std)
+    return key, value
 
 
 class Encoder(nn.Module):
