@@ -43,12 +43,14 @@ if TYPE_CHECKING:
     from ingraft.methods.loha import LoHaConfig as LoHaConfig
     from ingraft.methods.lokr import LoKrConfig as LoKrConfig
     from ingraft.methods.lora import LoraConfig as LoraConfig
+    from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
     from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
     from ingraft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
     from ingraft.methods.parallel import ParallelConfig as ParallelConfig
     from ingraft.methods.pfeiffer import PfeifferConfig as PfeifferConfig
     from ingraft.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
+    from ingraft.methods.randlora import RandLoraConfig as RandLoraConfig
     from ingraft.methods.reft import ReftConfig as ReftConfig
 
 _VERBS = (
@@ -75,5 +77,6 @@ def __dir__() -> list[str]:
 def _configs() -> dict[str, str]:
     """Config class -> module, for every method in the catalogue."""
     from ingraft.methods.registry import records
+    from ingraft.methods.vera import VeraConfig as VeraConfig
 
     return {record.config: record.target.partition(":")[0] for record in records().values()}

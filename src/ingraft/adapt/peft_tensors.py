@@ -72,6 +72,9 @@ def entries(
     for path, part in parts.items():
         if layout is not None and layout.stacked and sites[path] != WHOLE_ROLE:
             stacked[path] = part
+            for name, key in layout.beside.items():
+                parameter = part.get_parameter(name)
+                found.append(_plain(key, parameter, tuple(parameter.shape)))
             continue
         start = (SOFT_PREFIX if layout is not None and layout.stacked else PREFIX) + (f"{path}." if path else "")
         for name, parameter in saved_tensors(part):

@@ -146,7 +146,7 @@ def _prefix(
         )
         return (keys[0], values[0]) if len(pairs) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
-    served = [rows_at_hand(call, group, batch, state.path, like.device) for group in call.groups]
+    served = [rows_at_hand(call, group, batch, state.path, like) for group in call.groups]
     groups = [
         (of(group.names, rows), entries, rows) for group, (entries, rows) in zip(call.groups, served, strict=True)
     ]
@@ -192,7 +192,7 @@ def _gated(module: nn.Module, state: HostState, query: Tensor, like: Tensor, sca
         parts = _parts(module, group.names, gated=True)
         if not parts:
             continue
-        entries, rows = rows_at_hand(call, group, B, state.path, like.device)
+        entries, rows = rows_at_hand(call, group, B, state.path, like)
         rows = replace(rows, project=functools.partial(_projected, module, state, like))
         own = query if entries is None else query.index_select(0, entries)
         own_BHXD = own.reshape(own.shape[0], H, heads // H * Q, D)  # X: the queries of all heads that share a key head

@@ -79,7 +79,7 @@ def _telling(control: Control, call: Call, named: dict[str, Any], *, in_decoder:
     """Inside the block the layers of a stack can tell which of their tokens are real and which came before."""
     before = control.call
     if reads_context(control, call):
-        virtual = 0 if in_decoder else max(lengths(control, call, InputPart).values(), default=0)
+        virtual = 0 if in_decoder else longest(control, call, InputPart)
         control.call = replace(before, tokens=tokens_of(named, virtual=virtual, in_decoder=in_decoder))
     try:
         yield
@@ -100,6 +100,14 @@ def lengths(control: Control, call: Call, kind: type) -> dict[tuple[str, ...], i
     return {names: length for names, length in found.items() if length}
 
 
+def longest(control: Control, call: Call, kind: type) -> int:
+    """The most virtual tokens of this kind that any group of adapters has."""
+    P = 0
+    for length in lengths(control, call, kind).values():  # compiled code knows no max with a default
+        P = length if length > P else P
+    return P
+
+
 def per_row(state: HostState, call: Call, kind: type, batch: int, device: torch.device) -> Tensor:
     """(B,) virtual tokens of this kind that each entry of the batch has."""
     found = lengths(state.control, call, kind)
@@ -112,15 +120,14 @@ def per_row(state: HostState, call: Call, kind: type, batch: int, device: torch.
     return count_B
 
 
-def rows_at_hand(
-    call: Call, group: Group, size: int, where: str, device: torch.device
-) -> tuple[Tensor | None, RowsAtHand]:
+def rows_at_hand(call: Call, group: Group, size: int, where: str, like: Tensor) -> tuple[Tensor | None, RowsAtHand]:
     """The entries of dimension 0 that carry a group's adapters (None for all), and what its parts may know of them."""
-    if group.rows is None:
-        return None, RowsAtHand(count=size, tasks=tasks_of(call.context, size, None, where))
-    assert call.rows is not None
-    entries = entries_of(group.rows, size, len(call.rows), where).to(device)
-    return entries, RowsAtHand(count=entries.shape[0], tasks=tasks_of(call.context, size, entries, where))
+    entries = None
+    if group.rows is not None:
+        assert call.rows is not None
+        entries = entries_of(group.rows, size, len(call.rows), where).to(like.device)
+    count = size if entries is None else entries.shape[0]
+    return entries, RowsAtHand(count=count, dtype=like.dtype, tasks=tasks_of(call.context, size, entries, where))
 
 
 _NAMES: dict[type[nn.Module], tuple[str, ...]] = {}
@@ -153,9 +160,7 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
         raise IngraftError(f"{original_class(inner).__name__}: virtual tokens need input_ids or inputs_embeds.")
     cached = named.get("past_key_values")
     past = 0 if cached is None else cached.get_seq_length()
-    P = 0
-    for length in lengths(state.control, call, InputPart).values():  # compiled code knows no max with a default
-        P = length if length > P else P
+    P = longest(state.control, call, InputPart)
     batch = _Batch(size=tokens.shape[0], tokens=tokens.shape[1], past=past, prompt=P, device=tokens.device)
     prompt_B = per_row(state, call, InputPart, batch.size, batch.device)
     prefix_B = per_row(state, call, AttentionPart, batch.size, batch.device)
@@ -185,7 +190,7 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
     order: list[Tensor] = []
     for group in call.groups:
         parts = {name: part for name in group.names if isinstance(part := part_of(inner, name), InputPart)}
-        entries, rows = rows_at_hand(call, group, batch.size, state.path, like.device)
+        entries, rows = rows_at_hand(call, group, batch.size, state.path, like)
         with present(*parts.values()):
             made = [part.embeddings(state.control.shared_of(name), rows) for name, part in parts.items()]
         own = [x.expand(rows.count, -1, -1) for x in made]

@@ -156,12 +156,14 @@ class RowsAtHand:
 
     Attributes:
         count: B; each row as often as the model repeats it (beams).
+        dtype: of use: what the model computes in.
         tasks: (B,) the task of each, as `adapt.context` told it; None if nobody did.
         project: what the attention's own projections make of hidden states (P, width): keys and values, each (H, P, D), without position
             (attention parts whose site `projects`).
     """
 
     count: int
+    dtype: torch.dtype = torch.float32
     tasks: Tensor | None = None
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
@@ -319,6 +321,7 @@ class SiteFacts:
         kind: how the layer stores its weight ("linear", "conv1d-transposed", "embedding", "conv1d" to "conv3d", "norm", ...; "" if it is no such layer).
         shape: (out, in) of the dense weight, or the stored shape where there is no matrix; () for other kinds of site.
         W: the weight of that shape; None for other kinds of site, and where only sizes are asked for.
+        original: reads the weight a packed one was made from, (out, in), from the base's files; None where W is all there is.
         b: its bias.
         parameters: the parameters the module owns, by name.
         width: the width of the module's output (output and input sites).
@@ -335,6 +338,7 @@ class SiteFacts:
     kind: str = ""
     shape: tuple[int, ...] = ()
     W: Tensor | None = None
+    original: Callable[[], Tensor] | None = None
     b: Tensor | None = None
     parameters: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     width: int = 0
@@ -394,8 +398,11 @@ class Method:
         penalty: what is added to the loss of the adapter that trains, from its parts by path (AdaLoRA's orthogonality); a scalar.
         update: called after each optimiser step, while the gradients are still there, with the parts by path (AdaLoRA's allocation).
         prepare: called once the parts (all `ObservingPart`s) have seen data, with the parts by path; returns the config from then on.
-        compact: what to save instead, for a method whose trained tensors hold more than is used: the config of the smaller adapter of the same
-            function, and its tensors by path and name. None saves what there is.
+        compact: what to save instead, for a method whose trained tensors hold more than is used, or that no other library could read: the
+            config of another adapter of the same function, which may be of another method, and its tensors by path and name. None saves
+            what there is.
+        reopen: takes the values back from the parts of that other method, by path, so that what `compact` wrote can be trained further as
+            this method; the options come from the manifest. Without it, a file written as another method is of that method.
         of_factors: the adapter that makes these changes, by path: its config (targets are set by the caller) and its tensors by path and name.
             For the method that a change of low rank becomes when adapters are combined or converted (`registry.LOW_RANK`).
     """
@@ -416,6 +423,7 @@ class Method:
     update: Callable[[Any, Mapping[str, Any], Moment], None] | None = None
     prepare: Callable[[Any, Mapping[str, Any]], MethodConfig] | None = None
     compact: Callable[[Any, Mapping[str, Any]], tuple[MethodConfig, Mapping[str, Mapping[str, Tensor]]]] | None = None
+    reopen: Callable[[Mapping[str, Any], Mapping[str, Any]], None] | None = None
     of_factors: Callable[[Mapping[str, Factors]], tuple[MethodConfig, Mapping[str, Mapping[str, Tensor]]]] | None = None
 
     @property

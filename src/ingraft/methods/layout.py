@@ -43,6 +43,7 @@ class PeftLayout:
             its own, "" for all others): 0 keeps the dimension, -1 is inferred, "kernel" stands for a convolution's inputs and kernel, "ones"
             for a one in place of each dimension of its kernel. None: they do something else there.
         stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
+        beside: tensors that stand beside the stacked one -> their name in the file, by itself.
         shared_tensors: tensor of the shared module -> their name behind `base_model.`; one that is not listed is kept under a name of ours.
     """
 
@@ -67,4 +68,5 @@ class PeftLayout:
         default_factory=dict[str, Mapping[str, "tuple[int | str, ...] | None"]]
     )
     stacked: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict[str, str])
     shared_tensors: Mapping[str, str] = field(default_factory=dict[str, str])

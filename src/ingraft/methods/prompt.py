@@ -41,14 +41,7 @@ class PromptTuningConfig(MethodConfig):
     prompt_init_ids: tuple[int, ...] | None = None
 
     def problems(self) -> list[str]:
-        found = (
-            []
-            if self.num_virtual_tokens >= 1
-            else [f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}."]
-        )
-        if self.prompt_init not in STARTS:
-            found.append(f"prompt_init must be one of {', '.join(STARTS)}, got {self.prompt_init!r}.")
-        return found
+        return start_problems(self.num_virtual_tokens, self.prompt_init)
 
 
 class Prompt(InputPart):
@@ -57,27 +50,36 @@ class Prompt(InputPart):
     def __init__(self, config: PromptTuningConfig, facts: SiteFacts) -> None:
         super().__init__()
         self.length = config.num_virtual_tokens
-        assert facts.tokens is not None
-        vocabulary = facts.tokens.weight
-        assert isinstance(vocabulary, Tensor)
-        if config.prompt_init_ids is not None or config.prompt_init == "sample":
-            ids = config.prompt_init_ids or tuple(
-                torch.randint(min(vocabulary.shape[0], 5000), (self.length,)).tolist()
-            )
-            if wrong := [token for token in ids if not 0 <= token < vocabulary.shape[0]]:
-                raise IngraftError(
-                    f"prompt_init_ids: {wrong} lie outside the vocabulary of {vocabulary.shape[0]} tokens."
-                )
-            picked = torch.tensor([ids[slot % len(ids)] for slot in range(self.length)], device=vocabulary.device)
-            with torch.no_grad():
-                start = facts.tokens(picked).float()
-        else:
-            start = torch.randn(self.length, facts.width, device=vocabulary.device) * 0.02
-        self.prompt = nn.Parameter(start.detach().clone())
+        self.prompt = nn.Parameter(
+            embeddings_to_start_from(facts, self.length, config.prompt_init, config.prompt_init_ids)
+        )
 
     def embeddings(self, shared: Any, rows: RowsAtHand) -> Tensor:
         del shared, rows
         return self.prompt
+
+
+def start_problems(length: int, start: str) -> list[str]:
+    """What is wrong with a prompt's length or start."""
+    found = [] if length >= 1 else [f"num_virtual_tokens must be at least 1, got {length}."]
+    if start not in STARTS:
+        found.append(f"prompt_init must be one of {', '.join(STARTS)}, got {start!r}.")
+    return found
+
+
+@torch.no_grad()
+def embeddings_to_start_from(facts: SiteFacts, length: int, start: str, ids: tuple[int, ...] | None) -> Tensor:
+    """(P, D) float32."""
+    assert facts.tokens is not None
+    vocabulary = facts.tokens.weight
+    assert isinstance(vocabulary, Tensor)
+    if ids is None and start == "random":
+        return torch.randn(length, facts.width, device=vocabulary.device) * 0.02
+    ids = ids or tuple(torch.randint(min(vocabulary.shape[0], 5000), (length,)).tolist())
+    if wrong := [token for token in ids if not 0 <= token < vocabulary.shape[0]]:
+        raise IngraftError(f"prompt_init_ids: {wrong} lie outside the vocabulary of {vocabulary.shape[0]} tokens.")
+    picked = torch.tensor([ids[slot % len(ids)] for slot in range(length)], device=vocabulary.device)
+    return facts.tokens(picked).float().clone()
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

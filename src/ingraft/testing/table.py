@@ -36,6 +36,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "lora_alpha": 12},
     "loha": {"r": 2, "alpha": 12},
     "lokr": {"r": 2, "alpha": 3},
+    "vera": {"r": 6, "d_initial": 0.7},
+    "randlora": {"r": 4, "randlora_alpha": 8},
+    "rslora": {"r": 4, "lora_alpha": 6},
+    "lora-plus": {"r": 4, "lora_alpha": 12},
     "ia3": {},
     "bitfit": {},
     "full": {},
@@ -47,6 +51,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "prompt": {"num_virtual_tokens": 3},
     "p-tuning-v2": {"num_virtual_tokens": 3},
     "llama-adapter": {"adapter_len": 3},
+    "multitask-prompt": {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 2},
     "p-tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
 }
 """The options each method is tried with."""
@@ -64,11 +69,12 @@ _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
 
 _DROPOUT = {
     "lora": "lora_dropout",
-    "dora": "lora_dropout",
+    **dict.fromkeys(("dora", "rslora", "lora-plus"), "lora_dropout"),
     "houlsby": "dropout",
     "pfeiffer": "dropout",
     "parallel": "dropout",
     "reft": "dropout",
+    **{name: f"{name}_dropout" for name in ("vera", "randlora", "miss")},
 }
 
 
