@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ingraft.methods.pfeiffer import PfeifferConfig as PfeifferConfig
     from ingraft.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
+    from ingraft.methods.reft import ReftConfig as ReftConfig
     from ingraft.methods.randlora import RandLoraConfig as RandLoraConfig
     from ingraft.methods.reft import ReftConfig as ReftConfig
 

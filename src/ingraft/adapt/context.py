@@ -102,6 +102,24 @@ def tokens_of(named: Mapping[str, Any], *, virtual: int = 0, in_decoder: bool = 
     )
 
 
+def prompt_at_start(named: Mapping[str, Any], virtual: int) -> Tensor | None:
+    """(rows, L) bool the prompt that `generate` begins with: what its mask says, or all of its input where nothing is padded.
+
+    Args:
+        virtual: virtual tokens that a cache from an earlier call holds.
+    """
+    mask, ids, embedded = named.get("attention_mask"), named.get("input_ids"), named.get("inputs_embeds")
+    if isinstance(mask, Tensor):
+        return mask.bool()
+    given = ids if embedded is None else embedded
+    if given is None:
+        return None
+    cached = named.get("past_key_values")
+    past, length = 0 if cached is None else max(int(cached.get_seq_length()) - virtual, 0), given.shape[1]
+    # An input that does not reach beyond a cache from an earlier call continues it.
+    return torch.ones(1, length + (past if length <= past else 0), dtype=torch.bool, device=given.device)
+
+
 def tasks_of(context: Context, size: int, entries: Tensor | None, where: str) -> Tensor | None:
     """(B,) the tasks of the entries at hand. See `_rows_at`."""
     return None if context.tasks is None else _rows_at(context.tasks, size, entries, where)

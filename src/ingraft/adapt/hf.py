@@ -163,7 +163,9 @@ class ModelRoot(Root):
             below = beneath(self, ModelRoot)._expand_inputs_for_generation
             bound = inspect.signature(below).bind(*args, **kwargs).arguments
             named = {**bound, **bound.get("model_kwargs", {})}
-            control.call = replace(control.call, context=replace(control.call.context, prompt=prompt_at_start(named)))
+            virtual = max(lengths(control, control.call, InputPart).values(), default=0)
+            prompt = prompt_at_start(named, virtual)
+            control.call = replace(control.call, context=replace(control.call.context, prompt=prompt))
         return beneath(self, ModelRoot)._expand_inputs_for_generation(*args, **kwargs)
 
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ingraft.adapt.control import host_state
+from ingraft.adapt import context
+from ingraft.adapt.control import control_of, host_state
 from ingraft.evaluate.modes import unnoticed
 
 log = logging.getLogger(__name__)
@@ -61,10 +62,9 @@ class CausalHead:
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed negative log-likelihood (nats) of the batch's learned tokens; `labels` (B, T) holds -100 elsewhere. Differentiable."""
         rows_N, at_N, targets_N = learned(batch["labels"])
-        inputs = _inputs(batch)
         if self._behind is None:
-            return F.cross_entropy(self._logits(inputs, rows_N, at_N), targets_N, reduction="sum")
-        h_ND = self._hidden(inputs)[rows_N, at_N]
+            return F.cross_entropy(self._logits(batch, rows_N, at_N), targets_N, reduction="sum")
+        h_ND = self._hidden(batch)[rows_N, at_N]
         weight_VD, bias_V = self._matrix()
         return cast(Tensor, _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[0])
 
@@ -72,20 +72,18 @@ class CausalHead:
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Per learned token its negative log-likelihood in nats (N,) and its row (N,)."""
         rows_N, at_N, targets_N = learned(batch["labels"])
-        inputs = _inputs(batch)
         if self._behind is None:
-            return F.cross_entropy(self._logits(inputs, rows_N, at_N), targets_N, reduction="none"), rows_N
-        h_ND = self._hidden(inputs)[rows_N, at_N]
+            return F.cross_entropy(self._logits(batch, rows_N, at_N), targets_N, reduction="none"), rows_N
+        h_ND = self._hidden(batch)[rows_N, at_N]
         weight_VD, bias_V = self._matrix()
         return _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[1], rows_N
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
         """Float32 logits (N, V) at the given positions."""
-        inputs = _inputs(batch)
         if self._behind is None:
-            return self._logits(inputs, rows_N, at_N)
-        h_ND = self._hidden(inputs)[rows_N, at_N]
+            return self._logits(batch, rows_N, at_N)
+        h_ND = self._hidden(batch)[rows_N, at_N]
         weight_VD, bias_V = self._matrix()
         return self._behind.apply_(F.linear(h_ND, weight_VD, bias_V).float())
 
@@ -93,11 +91,19 @@ class CausalHead:
         head = cast(nn.Linear, self._head)
         return head.weight, head.bias
 
-    def _logits(self, inputs: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
-        logits_BTV = self._model(**inputs, use_cache=False).logits
-        return logits_BTV[:, -inputs["input_ids"].shape[1] :][rows_N, at_N].float()
+    def _logits(self, batch: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
+        logits_BTV = self._run(batch).logits
+        return logits_BTV[:, -batch["input_ids"].shape[1] :][rows_N, at_N].float()
 
-    def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _run(self, batch: dict[str, Tensor]) -> Any:
+        """One forward, in which adapters know the prompt where there are labels to tell it from."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "labels" not in batch or control_of(self._model) is None:
+            return self._model(**inputs, use_cache=False)
+        with context(self._model, prompt=prompts(batch)):
+            return self._model(**inputs, use_cache=False)
+
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """The hidden states (B, T, D) that the model hands to its head, which itself gets to see one position a row."""
         seen: list[Tensor] = []
 
@@ -110,11 +116,11 @@ class CausalHead:
         assert self._head is not None
         handle = self._head.register_forward_pre_hook(take)
         try:
-            self._model(**inputs, use_cache=False)
+            self._run(batch)
         finally:
             handle.remove()
         # Virtual tokens, where an adapter has some, stand in front of the real ones.
-        return seen[0][:, -inputs["input_ids"].shape[1] :]
+        return seen[0][:, -batch["input_ids"].shape[1] :]
 
     def _probe(self) -> Behind | None:
         """The candidate that reproduces the model's own logits, or None."""
@@ -153,8 +159,11 @@ def learned(labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows_N, at_N, labels_BT[rows_N, at_N + 1]
 
 
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+def prompts(batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) bool: the tokens before the first learned one; all real tokens of plain text, where nothing but the text is learned."""
+    learned_BT = batch["labels"] != -100
+    before_BT = learned_BT.cumsum(1) == 0
+    return (before_BT | learned_BT[:, :1]) & batch["attention_mask"].bool()
 
 
 def _inverse(x: float | None) -> float | None:

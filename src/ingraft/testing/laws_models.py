@@ -144,7 +144,8 @@ def caches_agree(case: Case) -> None:
     batch = {"input_ids": batch["input_ids"][:, :5], "attention_mask": batch["attention_mask"][:, :5]}
     by_hand = batch["input_ids"]
     for _ in range(6):
-        logits = run(model, {"input_ids": by_hand, "attention_mask": torch.ones_like(by_hand)})
+        with adapt.context(model, prompt=batch["attention_mask"]):
+            logits = run(model, {"input_ids": by_hand, "attention_mask": torch.ones_like(by_hand)})
         by_hand = torch.cat([by_hand, _pick(logits[:, -1])], 1)
     none = _generate(model, batch, use_cache=False)
     same(none, by_hand, "without a cache and by whole passes")
