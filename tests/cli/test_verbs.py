@@ -224,6 +224,68 @@ def test_merge_leaves_an_occupied_folder_alone(home: Path, tmp_path: Path) -> No
     assert [path.name for path in target.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("run", ["talk", "sort"])
+def test_convert_writes_a_lora_that_does_the_same(run: str, home: Path, call: Call, tmp_path: Path) -> None:
+    """At a rank that holds all of the change nothing is lost; the folder is an adapter like any other, head and labels included."""
+    target = tmp_path / "converted"
+    found = call("convert", "--adapter", home / run, "--rank", "8", "--output-dir", target)
+    assert found["method"] == "lora"
+    assert found["error"] < 1e-4
+    assert found["max_difference"] < 1e-3
+    whole = {path for path, site in found["sites"].items() if site["rank"] is None}
+    assert whole == (set() if run == "talk" else {"bert.pooler.dense", "classifier"})
+    assert {site["rank"] for path, site in found["sites"].items() if path not in whole} == {8}
+    rows = home / "rows.jsonl"
+    ours, theirs = (
+        call("eval", "--adapter", adapter, "--data", rows, *more)["train"]
+        for adapter, more in (
+            (home / run, ()),
+            (target, ("--dtype", "float32", "--task", "sft" if run == "talk" else "classify")),
+        )
+    )
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert call("inspect", target)["facts"]["extra"]["relative_error"] == found["error"]
+
+
+def test_convert_says_what_a_small_rank_loses(
+    home: Path, call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for each site, the error over all, and the difference of the logits; by an error the ranks differ."""
+    words = ["convert", "--adapter", str(home / "talk"), "--output-dir", str(tmp_path / "one"), "--rank", "1"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "model.layers.0.self_attn.q_proj" in said
+    assert "relative error over all sites" in said
+    found = call("convert", "--adapter", home / "talk", "--error", "0.2", "--output-dir", tmp_path / "two")
+    assert 0 < found["error"] <= 0.2
+    assert len({site["rank"] for site in found["sites"].values()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rank", "2"], "--output-dir DIR is needed"),
+        (["--output-dir", "x"], "--rank N or --error SHARE"),
+        (["--output-dir", "x", "--rank", "2", "--error", "0.1"], "one of them"),
+        (["--output-dir", "x", "--rank", "0"], "at least 1"),
+        (["--output-dir", "x", "--error", "2"], "between 0 and 1"),
+    ],
+)
+def test_convert_refuses_bad_options(
+    words: list[str],
+    said: str,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Exit code 2, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "--adapter", str(home / "talk"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_chat_through_a_pipe(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Lines of standard input are turns; the adapter is switched while talking; a slip does not end the talk."""
     said = f"bad film\n/base\nbad film\n/adapter default\n/adapter\n/nope\n/adapter {home / 'none'}\n/reset\nbad film\n/quit\nbad film\n"

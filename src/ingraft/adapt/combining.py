@@ -7,7 +7,8 @@ The new adapter sits wherever one of the given ones does. At each site it is one
 
 * of low rank, where all changes come as factors, or where a rank (or an error) was asked for: then the mixed change is cut to that rank by its
   singular values, and what was left out is reported;
-* whole, where a change has no low rank and none was asked for, and where what changes is a vector (a norm): the module's parameters in full.
+* whole, where a change has no low rank and none was asked for, where what changes is a vector (a norm), and where an adapter keeps the module
+  in full beside its own sites (a head): the module's parameters.
 
 Over factors "linear" (and "ties" and its kin, unless they end in `_svd`) mixes A with A and B with B, as the incumbent does: with weights
 c_i^2 = w_i s_i this is sum(c_i B_i) sum(c_i A_i), cheap, and not the sum of the changes. Where a change has no factors there is only the sum.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.arithmetic import ALIASES, WAYS, Mixing
-from ingraft.adapt.building import parameters
+from ingraft.adapt.building import WHOLE_ROLE, parameters
 from ingraft.adapt.changes import Change, change_of, side_by_side, spectrum
 from ingraft.adapt.control import Adapter, child_name, host_state, part_of, require_control
 from ingraft.adapt.lifecycle import attach
@@ -251,6 +252,8 @@ def _of_changes(model: nn.Module, adapters: Sequence[Adapter], name: str, plan: 
     problems: list[str] = []
     with torch.random.fork_rng(devices=[]):
         for path in paths:
+            if any(adapter.sites.get(path) == WHOLE_ROLE for adapter in adapters):
+                continue  # a head in full beside an adapter stays one
             torch.manual_seed(plan.seed_at(path))
             try:
                 made = _low(found_at(path), plan, modules[path], path)

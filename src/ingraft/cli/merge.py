@@ -115,9 +115,8 @@ def merge_and_write(
     before = [logits(model, batch) for batch in batches]
     ingraft.merge(model, safe=True)
     after = [logits(model, batch) for batch in batches]
-    differences = [(new - old).abs().max().item() for new, old in zip(after, before, strict=True)]
-    agreeing = sum(int((new.argmax(-1) == old.argmax(-1)).sum()) for new, old in zip(after, before, strict=True))
-    worst = max(differences)
+    found = comparison(before, after)
+    worst = found["max_difference"]
     if not worst <= limit:
         raise IngraftError(
             f"the merged model's logits differ from the unmerged one's by {worst:.3g}, more than {limit:g}; nothing was written. "
@@ -129,13 +128,17 @@ def merge_and_write(
     with durable.folder(target, overwrite=overwrite, facts=facts) as scratch:
         model.save_pretrained(scratch)
         opened.tokenizer.save_pretrained(scratch)
+    return {"bound": limit, "dtype": dtype, "tokens": sum(batch.numel() for batch in batches), **found}
+
+
+def comparison(before: list[Tensor], after: list[Tensor]) -> dict[str, Any]:
+    """How far two models' logits on the same tokens are apart."""
+    pairs = list(zip(after, before, strict=True))
+    places = sum(old[..., 0].numel() for old in before)
     return {
-        "max_difference": worst,
-        "bound": limit,
-        "dtype": dtype,
-        "tokens": sum(batch.numel() for batch in batches),
-        "same_choice": agreeing / sum(old[..., 0].numel() for old in before),
-        "largest_logit": max(kept.abs().max().item() for kept in before),
+        "max_difference": max((new - old).abs().max().item() for new, old in pairs),
+        "same_choice": sum(int((new.argmax(-1) == old.argmax(-1)).sum()) for new, old in pairs) / places,
+        "largest_logit": max(old.abs().max().item() for old in before),
     }
 
 
@@ -147,7 +150,8 @@ def token_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[Te
 
     recipe, tokenizer, device = opened.recipe, opened.tokenizer, opened.model.device
     if data is None:
-        return [torch.tensor([tokenizer(TEXT)["input_ids"]], device=device)]
+        longest = min(tokenizer.model_max_length, getattr(opened.model.config, "max_position_embeddings", 1 << 20))
+        return [torch.tensor([tokenizer(TEXT, truncation=True, max_length=longest)["input_ids"]], device=device)]
     from ingraft.cli.sources import load_data, model_labels
 
     wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)

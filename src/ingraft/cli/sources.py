@@ -144,7 +144,7 @@ def open_model(
     if announce:
         output.say(f"base {recipe.model}" + (f", adapter {adapter}" if adapter else ""))
     facts = manifest_facts(adapter_folder(adapter)) if adapter is not None else {}
-    labels = facts.get("run", {}).get("labels")
+    labels = (facts.get("run") or facts.get("extra", {}).get("run", {})).get("labels")
     dtype = recipe.dtype
     if dtype == "auto" and facts.get("dtype"):  # the dtype the adapter was trained in, not what is fast here today
         dtype = facts["dtype"]

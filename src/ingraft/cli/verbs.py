@@ -19,6 +19,7 @@ VERBS = {
     "chat": "Talk to a base with one adapter, or switch adapters while talking.",
     "predict": "Answer every row of a file: a file in, a file out.",
     "merge": "Write an adapter into its base: a plain model folder, checked against the unmerged model.",
+    "convert": "Rewrite an adapter of any mergeable method as a LoRA of a given rank.",
     "inspect": "Say what an adapter folder is: method, sites, parameters, base, metrics.",
     "methods": "List the tuning methods: family, parameters for a given model, mergeable, paper.",
     "models": "List the bases at hand without a hub.",
