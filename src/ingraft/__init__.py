@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingraft.adapt import activate as activate
+    from ingraft.adapt import after_step as after_step
     from ingraft.adapt import attach as attach
     from ingraft.adapt import combine as combine
     from ingraft.adapt import context as context
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
     from ingraft.adapt import disabled as disabled
     from ingraft.adapt import load as load
     from ingraft.adapt import merge as merge
+    from ingraft.adapt import param_groups as param_groups
     from ingraft.adapt import parameters as parameters
+    from ingraft.adapt import prepare as prepare
     from ingraft.adapt import rows as rows
     from ingraft.adapt import save as save
     from ingraft.adapt import status as status
     from ingraft.adapt import trainable as trainable
     from ingraft.adapt import unmerge as unmerge
+    from ingraft.adapt.callback import AdapterCallback as AdapterCallback
     from ingraft.errors import IngraftError as IngraftError
     from ingraft.methods.bitfit import BitFitConfig as BitFitConfig
     from ingraft.methods.dora import DoraConfig as DoraConfig
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from ingraft.methods.loha import LoHaConfig as LoHaConfig
     from ingraft.methods.lokr import LoKrConfig as LoKrConfig
     from ingraft.methods.lora import LoraConfig as LoraConfig
+    from ingraft.methods.lora_plus import LoraPlusConfig as LoraPlusConfig
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
     from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
     from ingraft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
@@ -50,15 +55,20 @@ if TYPE_CHECKING:
     from ingraft.methods.pfeiffer import PfeifferConfig as PfeifferConfig
     from ingraft.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
-    from ingraft.methods.reft import ReftConfig as ReftConfig
     from ingraft.methods.randlora import RandLoraConfig as RandLoraConfig
     from ingraft.methods.reft import ReftConfig as ReftConfig
+    from ingraft.methods.rslora import RsLoraConfig as RsLoraConfig
+    from ingraft.methods.vera import VeraConfig as VeraConfig
 
 _VERBS = (
-    *("activate", "attach", "combine", "context", "convert", "detach", "disabled", "load", "merge"),
-    *("parameters", "rows", "save", "status", "trainable", "unmerge"),
+    *("activate", "after_step", "attach", "combine", "context", "convert", "detach", "disabled", "load", "merge"),
+    *("param_groups", "parameters", "prepare", "rows", "save", "status", "trainable", "unmerge"),
 )
-_NAMES = {"IngraftError": "ingraft.errors", **dict.fromkeys(_VERBS, "ingraft.adapt")}
+_NAMES = {
+    "AdapterCallback": "ingraft.adapt.callback",
+    "IngraftError": "ingraft.errors",
+    **dict.fromkeys(_VERBS, "ingraft.adapt"),
+}
 """Public name -> module that defines it. The methods' configs come from the catalogue."""
 
 
@@ -78,6 +88,5 @@ def __dir__() -> list[str]:
 def _configs() -> dict[str, str]:
     """Config class -> module, for every method in the catalogue."""
     from ingraft.methods.registry import records
-    from ingraft.methods.vera import VeraConfig as VeraConfig
 
     return {record.config: record.target.partition(":")[0] for record in records().values()}

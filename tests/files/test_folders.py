@@ -352,7 +352,7 @@ def test_unknown_fields_are_refused_in_our_files_and_warned_of_in_others(tmp_pat
         ({"layers_to_transform": ["1"]}, "layers_to_transform must be"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path must be"),
         ({"bias": "all"}, "bias = 'all' is not supported"),
-        ({"use_rslora": True}, "does not have"),
+        ({"use_rslora": True, "use_dora": True}, "does not have"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
         ({"init_lora_weights": "pissa"}, "pissa"),

@@ -93,6 +93,18 @@ CASES: dict[str, Case] = {
         {"r": 4, "target_modules": ["first", "second", "head"], "lora_bias": True},
         peft.LoraConfig(r=4, target_modules=["first", "head"], lora_bias=True),
     ),
+    "rslora-llama": (
+        "llama",
+        "rslora",
+        {"r": 4, "rank_pattern": {"down_proj": 9}},
+        peft.LoraConfig(r=9, use_rslora=True, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 3}),
+    ),
+    "rslora-conv2d": (
+        "picture",
+        "rslora",
+        {"r": 4, "target_modules": ["first", "second", "head"]},
+        peft.LoraConfig(r=4, use_rslora=True, target_modules=["first", "second"], modules_to_save=["head"]),
+    ),
     "dora-llama": (
         "llama",
         "dora",

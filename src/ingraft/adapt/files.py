@@ -20,6 +20,7 @@ import platform
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from torch import Tensor, nn
 
 from ingraft import durable
 from ingraft.adapt import peft_format
-from ingraft.adapt.building import base_parameters, expected_count, parameters
+from ingraft.adapt.building import base_parameters, expected_count, make_parts, parameters
 from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
+from ingraft.adapt.hooks import parts_of
 from ingraft.adapt.lifecycle import attach
-from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, uncovered
+from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, saved_tensors, uncovered
 from ingraft.errors import IngraftError
+from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig, Part, PeftLayout
 
 CONFIG = "adapter_config.json"
@@ -46,6 +49,9 @@ RESUMABLE = "model.safetensors"
 CONFIG_LIMIT = 1 << 22
 LARGEST_OPTION = 1 << 16
 """Up to here a size in a config needs no tensor to vouch for it."""
+
+COMMON = tuple(field.name for field in fields(MethodConfig))
+"""Options of every method: which modules. The config file tells them."""
 
 Header = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -109,10 +115,11 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
     adapter = require_control(model).require(name)
     own = main_dtype(base_parameters(model).values())
     usual = dtype or (getattr(torch, own) if own is not None else torch.float32)
-    layout = layout_of(model, adapter.method, adapter.sites)
+    written, parts = _as_written(model, adapter)
+    layout = layout_of(model, written.method, adapter.sites)
     tensors = {
         entry.key: entry.take().to(_stored_in(entry, dtype, usual)).cpu().contiguous().clone()
-        for entry in _entries(model, adapter, layout)
+        for entry in _entries(model, written, layout, parts)
     }
     bad = [key for key, tensor in sorted(tensors.items()) if not torch.isfinite(tensor).all()]
     if bad:
@@ -122,7 +129,7 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
                 for key in bad
             )
         )
-    config = durable.to_json(peft_format.write_config(model, adapter, layout))
+    config = durable.to_json(peft_format.write_config(model, written, layout))
     facts: dict[str, Any] = {
         "name": name,
         "method": adapter.method.name,
@@ -134,6 +141,10 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
         "versions": {package: _version(package) for package in ("ingraft", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
+    if written.method is not adapter.method:
+        facts["options"] = {
+            key: peft_format.plain_value(value) for key, value in adapter.config.options().items() if key not in COMMON
+        }
     return config, to_bytes(tensors, metadata={"format": "pt"}), facts
 
 
@@ -160,10 +171,28 @@ def _the_name(model: nn.Module, name: str | None) -> str:
     return name if name is not None else "default" if "default" in attached else attached[0]
 
 
-def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> list[Entry]:
+class _Values(Part):
+    """Tensors that stand for a part in a file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach())
+
+
+def _as_written(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, Part]]:
+    """The adapter that the file is to hold, of the same function (`Method.compact`), and its parts."""
     parts = {
         path: part for path in adapter.sites if (part := part_of(model.get_submodule(path), adapter.name)) is not None
     }
+    if adapter.method.compact is None:
+        return adapter, parts
+    config, tensors = adapter.method.compact(adapter.config, parts_of(model, adapter))
+    values = {path: _Values(own) for path, own in tensors.items()}
+    return replace(adapter, config=config, method=registry.load(config.method)), {**parts, **values}
+
+
+def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None, parts: Mapping[str, Part]) -> list[Entry]:
     shared = model._modules.get(child_name(adapter.name))
     return entries(model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout)
 
@@ -229,19 +258,28 @@ def load(
     )
     _check_size(model, config, header, folder / CONFIG)
 
+    own = _reopened(config, kept, folder)
+
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
+        mine = parts
+        if own is not config:
+            adapter = replace(adapter, config=config, method=registry.load(config.method))
+            parts, shared = make_parts(model, adapter, finished=True)
+            parts |= {path: mine[path] for path in adapter.saved_whole}
         if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.sites)):
             raise IngraftError(f"{folder}: {reason}, so the file cannot be read as it is meant.")
         wanted = entries(model, adapter.method, adapter.sites, parts, shared, layout)
         kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))
         _fill(model, weights, header, wanted)
+        if own is not config:
+            _put_back(own, mine, config, parts, folder)
 
     before = (
         {id(p): p.requires_grad for other in control.adapters for p in parameters(model, other).values()}
         if control
         else {}
     )
-    attach(model, config, name, seed=seed, strict=False, fill=fill)
+    attach(model, own, name, seed=seed, strict=False, fill=fill)
     adapter = require_control(model).adapters[name]
     adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
     if not trainable:
@@ -296,6 +334,38 @@ def read_header(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise IngraftError(f"{weights}: not a readable safetensors file: {error}.") from error
+
+
+def _reopened(config: MethodConfig, facts: Mapping[str, Any], folder: Path) -> MethodConfig:
+    """The config of the method that wrote the file, where it was written as another one's (`Method.reopen`)."""
+    name, options = facts.get("method"), facts.get("options")
+    if name == config.method or not isinstance(options, dict) or name not in registry.records():
+        return config
+    method = registry.load(str(name))
+    if method.reopen is None:
+        return config
+    sites = {key: getattr(config, key) for key in COMMON}
+    try:
+        return registry.make_config(method.name, {**options, **sites})
+    except IngraftError as error:
+        raise IngraftError(*(f"{folder / durable.MANIFEST}: {text}" for text in error.problems)) from None
+
+
+def _put_back(
+    own: MethodConfig, parts: dict[str, Part], config: MethodConfig, read: dict[str, Part], folder: Path
+) -> None:
+    """Give a method its values back from the adapter of another method that it was written as."""
+    method = registry.load(own.method)
+    assert method.compact is not None and method.reopen is not None
+    mine = {path: part for path, part in parts.items() if path not in read or read[path] is not part}
+    again, tensors = method.compact(own, mine)
+    theirs = {path: {name: t.shape for name, t in saved_tensors(read[path])} for path in mine}
+    if again != config or theirs != {path: {name: t.shape for name, t in own.items()} for path, own in tensors.items()}:
+        raise IngraftError(
+            f"{folder / durable.MANIFEST}: its options do not fit the adapter in {CONFIG} and {WEIGHTS}."
+        )
+    with torch.no_grad():
+        method.reopen({path: read[path] for path in mine}, mine)
 
 
 def _check_size(model: nn.Module, config: MethodConfig, header: Header, where: Path) -> None:

@@ -71,14 +71,14 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         return {
             "peft_type": own_type(adapter.method),
             **head,
-            **{name: _json(value) for name, value in options.items()},
+            **{name: plain_value(value) for name, value in options.items()},
         }
     sites = {path: role for path, role in adapter.sites.items() if role != WHOLE_ROLE}
     written: dict[str, Any] = {"peft_type": layout.peft_type, **head, **layout.written, **layout.constants}
     for name, value in options.items():
         theirs = layout.fields.get(name, name)
         if name not in _COMMON and theirs is not None:
-            written[theirs] = _json(value)
+            written[theirs] = plain_value(value)
     if layout.site_count is not None:
         written[layout.site_count] = len(sites)
     if layout.bare:
@@ -117,11 +117,12 @@ def task_of(model: nn.Module) -> str | None:
     return next((task for ending, task in TASKS if name.endswith(ending)), None)
 
 
-def _json(value: object) -> Any:
+def plain_value(value: object) -> Any:
+    """A config's value as JSON has it."""
     if isinstance(value, float) and value.is_integer():
         return int(value)  # as PEFT writes them, and the same whichever of the two the user gave
     if isinstance(value, Mapping):
-        return {key: _json(item) for key, item in cast(Mapping[str, object], value).items()}
+        return {key: plain_value(item) for key, item in cast(Mapping[str, object], value).items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -257,9 +258,13 @@ def _identify(methods: list[Method], kind: str, raw: Mapping[str, Any], where: s
         raise IngraftError(
             f"{where}: peft_type {kind!r} is none that this version of Ingraft has{nearest(kind, known)}. It has {', '.join(known)}."
         )
-    for method, layout in candidates:
-        if all((raw.get(name) or False) == value for name, value in layout.constants.items()):
-            return method, layout
+    fitting = [
+        (method, layout)
+        for method, layout in candidates
+        if all((raw.get(name) or False) == value for name, value in layout.constants.items())
+    ]
+    if fitting:
+        return max(fitting, key=lambda pair: len(pair[1].constants))  # a variant says more than what it varies
     names = sorted({name for _, layout in candidates for name in layout.constants})
     shown = ", ".join(f"{name} = {raw.get(name)!r}" for name in names)
     raise IngraftError(f"{where}: {kind} with {shown} is a method that this version of Ingraft does not have.")
