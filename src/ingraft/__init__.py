@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ingraft.adapt.callback import AdapterCallback as AdapterCallback
     from ingraft.errors import IngraftError as IngraftError
     from ingraft.methods.bitfit import BitFitConfig as BitFitConfig
+    from ingraft.methods.compacter import CompacterConfig as CompacterConfig
     from ingraft.methods.dora import DoraConfig as DoraConfig
     from ingraft.methods.full import FullConfig as FullConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig

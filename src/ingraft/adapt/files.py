@@ -37,7 +37,16 @@ from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
 from ingraft.adapt.hooks import parts_of
 from ingraft.adapt.lifecycle import attach
-from ingraft.adapt.peft_tensors import PREFIX, SHARED_PREFIX, Entry, entries, layout_of, saved_tensors, uncovered
+from ingraft.adapt.peft_tensors import (
+    PREFIX,
+    SHARED_PREFIX,
+    SOFT_PREFIX,
+    Entry,
+    entries,
+    layout_of,
+    saved_tensors,
+    uncovered,
+)
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig, Part, PeftLayout
@@ -423,7 +432,7 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) 
         for key, (shape, dtype) in header.items():
             entry = known.get(key)
             if entry is None:
-                problems += _extra(weights, key, base, handle)
+                problems += _extra(weights, key, base, handle, known)
             elif shape != entry.shape:
                 problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
             elif dtype not in (known_dtypes := INDICES if entry.indices else DTYPES):
@@ -437,8 +446,13 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) 
             entry.put(value if entry.indices else value.float())
 
 
-def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any) -> list[str]:
-    """PEFT stores copies of base weights beside some adapters (a whole embedding): harmless if they are this base's."""
+def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any, known: Mapping[str, Entry]) -> list[str]:
+    """PEFT stores copies beside some adapters: of base weights (a whole embedding), harmless if they are this base's, and of what all sites
+    share, once for every site, harmless if they are the same."""
+    once = SOFT_PREFIX + key.rpartition(".")[2]
+    if once in known and key != once:
+        same = torch.equal(handle.get_tensor(key), handle.get_tensor(once)) if once in handle.keys() else False  # noqa: SIM118
+        return [] if same else [f"{weights}: {key} is not the {once} that all sites share."]
     name = key.removeprefix(PREFIX).replace("base_layer.", "")
     mine = base.get(name)
     if mine is None:

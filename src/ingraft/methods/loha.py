@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Factors, Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.pieces import kernel_of, used
 from ingraft.methods.ranked import RankedConfig, rank_above
 
 
@@ -96,11 +97,6 @@ class LoHa(ShortcutPart):
         return Factors(B_OR=up_OQ, A_RI=down_QI, scale=self.scale)
 
 
-def used(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter as it is used beside a weight of this dtype, in float32."""
-    return parameter.to(dtype).float()
-
-
 def product(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """A (O, R) times B (R, I); with a core (R, R, kernel), A (R, O) and B (R, C): the kernel (O, C, K), flat."""
     return a @ b if core is None else torch.einsum("ijK,iO,jC->OCK", core.flatten(2), a, b).flatten(1)
@@ -110,11 +106,6 @@ def core_kernel(effective: bool, facts: SiteFacts) -> tuple[int, ...]:
     """The sizes of a convolution's kernel where a core stands for it, () elsewhere."""
     kernel = kernel_of(facts)
     return kernel if effective and math.prod(kernel) > 1 else ()
-
-
-def kernel_of(facts: SiteFacts) -> tuple[int, ...]:
-    """The sizes of a convolution's kernel, () for other layers."""
-    return tuple(facts.module.kernel_size) if facts.kind in ("conv1d", "conv2d", "conv3d") else ()  # type: ignore[arg-type]
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

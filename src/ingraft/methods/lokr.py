@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
-from ingraft.methods.loha import core_kernel, kernel_of, product, used
+from ingraft.methods.loha import core_kernel, product
+from ingraft.methods.pieces import kernel_of, used
 from ingraft.methods.ranked import RankedConfig
 
 

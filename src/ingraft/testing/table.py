@@ -40,12 +40,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "randlora": {"r": 4, "randlora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 6},
     "lora-plus": {"r": 4, "lora_alpha": 12},
+    "pissa": {"r": 3, "lora_alpha": 6},
+    "olora": {"r": 3, "lora_alpha": 3},
     "ia3": {},
     "bitfit": {},
     "full": {},
     "houlsby": {"reduction_factor": 4.0},
     "pfeiffer": {"reduction_factor": 4.0},
     "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
+    "compacter": {"reduction_factor": 4.0, "phm_dim": 2, "phm_init_range": 0.3},
     "reft": {"r": 3, "positions": "f2+l1"},
     "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3},
@@ -69,10 +72,11 @@ _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
 
 _DROPOUT = {
     "lora": "lora_dropout",
-    **dict.fromkeys(("dora", "rslora", "lora-plus"), "lora_dropout"),
+    **dict.fromkeys(("dora", "rslora", "lora-plus", "pissa", "olora"), "lora_dropout"),
     "houlsby": "dropout",
     "pfeiffer": "dropout",
     "parallel": "dropout",
+    "compacter": "dropout",
     "reft": "dropout",
     **{name: f"{name}_dropout" for name in ("vera", "randlora", "miss")},
 }
