@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.compose import own_parameters
 from ingraft.adapt.control import host_state
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Factors, ParameterPart, Part, WeightPart
@@ -58,7 +59,7 @@ def change_of(module: nn.Module, path: str, part: Part) -> Change:
     assert state is not None
     kind = state.kind
     if isinstance(part, ParameterPart):
-        own = {name: p.detach().float() for name, p in module._parameters.items() if p is not None}
+        own = {name: p.detach().float() for name, p in own_parameters(module).items() if p is not None}
         new = part.values(own)
         if unlike := [name for name, value in new.items() if value.shape != own[name].shape]:
             raise IngraftError(
@@ -70,7 +71,8 @@ def change_of(module: nn.Module, path: str, part: Part) -> Change:
     assert isinstance(part, WeightPart)
     if (factors := part.low_rank()) is not None:
         return _change(factors, None, {} if factors.bias is None else {"bias": factors.bias.float()})
-    stored, b = module._parameters["weight"], module._parameters.get("bias")
+    own = own_parameters(module)
+    stored, b = own["weight"], own.get("bias")
     assert kind is not None and stored is not None
     W = kind.dense(stored.detach()).float()
     b = None if b is None else b.detach().float()

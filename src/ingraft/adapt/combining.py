@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ingraft.adapt.arithmetic import ALIASES, WAYS, Mixing
 from ingraft.adapt.building import WHOLE_ROLE, parameters
 from ingraft.adapt.changes import Change, change_of, side_by_side, spectrum
+from ingraft.adapt.compose import own_parameters
 from ingraft.adapt.control import Adapter, child_name, host_state, part_of, require_control
 from ingraft.adapt.lifecycle import attach
 from ingraft.adapt.peft_format import names_for
@@ -408,7 +409,7 @@ def _kind(module: nn.Module) -> Kind | None:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module._parameters["weight"]
+    weight = own_parameters(module)["weight"]
     assert weight is not None
     return weight
 
