@@ -113,6 +113,12 @@ REAL: dict[str, Any] = {
     "ia3": lambda library: library.IA3Config(task_type="CAUSAL_LM"),
     "prompt": lambda library: library.PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"),
     "prefix": lambda library: library.PrefixTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"),
+    "p-tuning": lambda library: library.PromptEncoderConfig(
+        num_virtual_tokens=8, encoder_hidden_size=64, task_type="CAUSAL_LM"
+    ),
+    "llama-adapter": lambda library: library.AdaptionPromptConfig(
+        adapter_len=8, adapter_layers=20, task_type="CAUSAL_LM"
+    ),
 }
 
 

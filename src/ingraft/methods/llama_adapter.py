@@ -114,7 +114,7 @@ METHOD = Method(
         peft_type="ADAPTION_PROMPT",
         bare=True,
         site_count="adapter_layers",
-        accepted={"target_modules": (None, "self_attn")},
+        accepted={"target_modules": (None, "self_attn", "attn")},
         otherwise=otherwise,
         tensors={"prompt": "adaption_prompt", "opening": "adaption_gate"},
     ),

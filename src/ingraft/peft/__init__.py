@@ -40,9 +40,17 @@ from ingraft.peft.model import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from ingraft.peft.soft_configs import (
+    AdaptionPromptConfig,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+)
 from ingraft.peft.state import get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
 
 __all__ = [
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -53,6 +61,8 @@ __all__ = [
     "IA3Config",
     "LoraConfig",
     "LoraModel",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -63,6 +73,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",

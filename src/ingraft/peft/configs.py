@@ -42,6 +42,9 @@ class PeftType(StrEnum):
     IA3 = "IA3"
     PREFIX_TUNING = "PREFIX_TUNING"
     PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
 
 
 @dataclass(kw_only=True)
@@ -80,7 +83,7 @@ class PeftConfig:
     @property
     def is_prompt_learning(self) -> bool:
         """Whether the method adds virtual tokens."""
-        return self.kind in (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING)
+        return isinstance(self, PromptLearningConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, sets sorted."""
@@ -178,21 +181,22 @@ class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning. Fields as in the incumbent; TEXT needs `prompt_tuning_init_text` and `tokenizer_name_or_path`."""
 
     kind: ClassVar[PeftType | None] = PeftType.PROMPT_TUNING
+    starts: ClassVar[type[StrEnum]] = PromptTuningInit
 
-    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init: StrEnum | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = [start.value for start in PromptTuningInit]
+        known = [start.value for start in self.starts]
         if self.prompt_tuning_init not in known:
             raise IngraftError(
                 f"prompt_tuning_init must be one of {', '.join(known)}, got {self.prompt_tuning_init!r}."
             )
-        self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
-        if self.prompt_tuning_init is PromptTuningInit.TEXT and not (
+        self.prompt_tuning_init = self.starts(self.prompt_tuning_init)
+        if str(self.prompt_tuning_init) == "TEXT" and not (
             self.prompt_tuning_init_text and self.tokenizer_name_or_path
         ):
             raise IngraftError("prompt_tuning_init = TEXT needs prompt_tuning_init_text and tokenizer_name_or_path.")

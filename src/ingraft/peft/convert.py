@@ -111,10 +111,10 @@ def _fill_targets(
 
 def _start(config: PromptTuningConfig) -> dict[str, Any]:
     """How a prompt starts, in native terms."""
-    if config.prompt_tuning_init is PromptTuningInit.RANDOM:
-        return {"prompt_init": "random"}
-    if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+    if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
         return {"prompt_init": "sample"}
+    if config.prompt_tuning_init != PromptTuningInit.TEXT:
+        return {"prompt_init": "random"}
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))

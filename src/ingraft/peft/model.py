@@ -33,6 +33,7 @@ from ingraft.methods.contract import InputPart
 from ingraft.peft.configs import PeftConfig, PeftType, TaskType
 from ingraft.peft.convert import DESCRIBED, describe, method_config
 from ingraft.peft.hub import folder_of
+from ingraft.peft.soft_configs import source_values
 
 BASE = "__base__"
 """In `adapter_names`: the row is the base's alone."""
@@ -55,8 +56,7 @@ class PeftMethods(Mixin):
 
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = kwargs.pop("adapter_names", None)
-        with _rows(module, names):
+        with _rows(module, kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)):
             control = require_control(module)
             labels = kwargs.get("labels")
             if control.keep_virtual and isinstance(labels, Tensor):
@@ -64,9 +64,15 @@ class PeftMethods(Mixin):
                 kwargs["labels"] = nn.functional.pad(labels, (room, 0), value=IGNORED_LABEL)
             return base(*args, **kwargs)
 
-    def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """As in transformers; `adapter_names` gives each row its adapter."""
-        with _rows(self, adapter_names):
+    def generate(
+        self: Any,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; `adapter_names` gives each row its adapter, `task_ids` its task."""
+        with _rows(self, adapter_names, task_ids):
             return beneath(self, PeftMethods).generate(*args, **kwargs)
 
     # -- what there is
@@ -392,18 +398,16 @@ class LoraModel(PeftModel):
 
 
 @contextmanager
-def _rows(model: Any, names: Sequence[str] | None) -> Iterator[None]:
-    """Adapters per row in the incumbent's spelling."""
-    inner = (
-        nullcontext() if names is None else lifecycle.rows(model, [None if name == BASE else name for name in names])
-    )
-    with inner:
+def _rows(model: Any, names: Sequence[str] | None, tasks: Sequence[int] | Tensor | None) -> Iterator[None]:
+    """Adapters and tasks per row in the incumbent's spelling."""
+    rows = nullcontext() if names is None else lifecycle.rows(model, [None if name == BASE else name for name in names])
+    with rows, nullcontext() if tasks is None else lifecycle.context(model, tasks=tasks):
         yield
 
 
 def _add(model: Any, config: PeftConfig, name: str) -> None:
     made, flags = method_config(model, config), _trainability(model)
-    lifecycle.attach(model, made, name, strict=False)
+    lifecycle.attach(model, made, name, strict=False, fill=source_values(config))
     _rest(model, flags)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base_name(model)
