@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from ingraft.adapt.callback import AdapterCallback as AdapterCallback
     from ingraft.errors import IngraftError as IngraftError
     from ingraft.methods.bitfit import BitFitConfig as BitFitConfig
+    from ingraft.methods.boft import BOFTConfig as BOFTConfig
     from ingraft.methods.compacter import CompacterConfig as CompacterConfig
     from ingraft.methods.dora import DoraConfig as DoraConfig
     from ingraft.methods.full import FullConfig as FullConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
+    from ingraft.methods.hra import HRAConfig as HRAConfig
     from ingraft.methods.ia3 import IA3Config as IA3Config
     from ingraft.methods.llama_adapter import LlamaAdapterConfig as LlamaAdapterConfig
     from ingraft.methods.loha import LoHaConfig as LoHaConfig
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from ingraft.methods.lora import LoraConfig as LoraConfig
     from ingraft.methods.lora_plus import LoraPlusConfig as LoraPlusConfig
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
+    from ingraft.methods.oft import OFTConfig as OFTConfig
     from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
     from ingraft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
     from ingraft.methods.parallel import ParallelConfig as ParallelConfig
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
     from ingraft.methods.randlora import RandLoraConfig as RandLoraConfig
     from ingraft.methods.reft import ReftConfig as ReftConfig
+    from ingraft.methods.road import RoadConfig as RoadConfig
     from ingraft.methods.rslora import RsLoraConfig as RsLoraConfig
     from ingraft.methods.vera import VeraConfig as VeraConfig
 

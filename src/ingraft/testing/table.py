@@ -42,6 +42,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "lora-plus": {"r": 4, "lora_alpha": 12},
     "pissa": {"r": 3, "lora_alpha": 6},
     "olora": {"r": 3, "lora_alpha": 3},
+    "oft": {"oft_block_size": 4},
+    "boft": {"boft_block_size": 4},
+    "hra": {"r": 2},
+    "road": {"group_size": 4},
     "ia3": {},
     "bitfit": {},
     "full": {},
@@ -60,6 +64,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 """The options each method is tried with."""
 
 _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
+    # A kernel of 3 x 3 over one input has nine entries.
+    "oft": {"conv2d-groups": {"oft_block_size": 3}},
+    "boft": {"conv2d-groups": {"boft_block_size": 3}, "t5": {"boft_block_size": 8}, "vit": {"boft_block_size": 8}},
     # A Llama and a T5 have no biases.
     "bitfit": {
         **{name: {"add_bias": True} for name in ("llama", "t5")},
