@@ -52,11 +52,13 @@ if TYPE_CHECKING:
     from ingraft.methods.lora import LoraConfig as LoraConfig
     from ingraft.methods.lora_plus import LoraPlusConfig as LoraPlusConfig
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
+    from ingraft.methods.olora import OloraConfig as OloraConfig
     from ingraft.methods.oft import OFTConfig as OFTConfig
     from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
     from ingraft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
     from ingraft.methods.parallel import ParallelConfig as ParallelConfig
     from ingraft.methods.pfeiffer import PfeifferConfig as PfeifferConfig
+    from ingraft.methods.pissa import PissaConfig as PissaConfig
     from ingraft.methods.prefix import PrefixTuningConfig as PrefixTuningConfig
     from ingraft.methods.prompt import PromptTuningConfig as PromptTuningConfig
     from ingraft.methods.randlora import RandLoraConfig as RandLoraConfig

@@ -105,6 +105,18 @@ CASES: dict[str, Case] = {
         {"r": 4, "target_modules": ["first", "second", "head"]},
         peft.LoraConfig(r=4, use_rslora=True, target_modules=["first", "second"], modules_to_save=["head"]),
     ),
+    "pissa-llama": (
+        "llama",
+        "pissa",
+        {"r": 4, "rank_pattern": {"down_proj": 6}},
+        peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], lora_alpha=6),
+    ),
+    "olora-llama": (
+        "llama",
+        "olora",
+        {"r": 4, "lora_alpha": 3},
+        peft.LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj", "v_proj"], lora_alpha=6),
+    ),
     "dora-llama": (
         "llama",
         "dora",

@@ -12,6 +12,7 @@ Legend: O out, I in, R rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -37,6 +38,8 @@ class LoraConfig(RankedConfig):
 
     method: ClassVar[str] = "lora"
     alpha_field: ClassVar[str] = "lora_alpha"
+    starts: ClassVar[str] = "true|false|gaussian"
+    """What `init_lora_weights` may be, as a regular expression."""
 
     lora_alpha: float = 16
     lora_dropout: float = 0.0
@@ -47,8 +50,11 @@ class LoraConfig(RankedConfig):
         found = super().problems()
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            found.append(f"init_lora_weights must be true, false or 'gaussian', got {self.init_lora_weights!r}.")
+        if not re.fullmatch(self.starts, str(self.init_lora_weights), re.IGNORECASE):
+            known = self.starts.replace("|", ", ")
+            found.append(f"init_lora_weights must be one of {known}, got {self.init_lora_weights!r}.")
+        if self.lora_bias and self.starts != LoraConfig.starts:
+            found.append(f"lora_bias is an option of lora's; {self.method} has none.")
         return found
 
     @property
@@ -113,7 +119,7 @@ def as_lora(config: LoraConfig, times: int = 1) -> LoraConfig:
         own[name] = times * own[name]
     for name in ("rank_pattern", "alpha_pattern"):
         own[name] = {key: times * value for key, value in own[name].items()}
-    return LoraConfig(**own)
+    return LoraConfig(**own | {"init_lora_weights": True})
 
 
 METHOD = Method(

@@ -108,6 +108,8 @@ def agrees_with_peft(case: Case) -> None:
         differs(expected, run(case.base(), batch), "PEFT's adapter and base")
     if any(key.startswith("shared.") for key in adapt.parameters(model, "a")):
         return  # PEFT keeps what the shared module made, not the module: other tensors, other gradients
+    if case.method.compact is not None:
+        return  # the file is another adapter of the same function; tests/peft compares with PEFT's own of this method
     ours = sorted(float(g.norm()) for g in gradients(model, "a", batch).values())
     found = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad and p.grad is not None)
     if len(found) == len(ours):  # PEFT keeps the prefixes of all layers in one tensor
