@@ -6,6 +6,7 @@ from ingraft.adapt.files import load, save
 from ingraft.adapt.hooks import after_step, grouped, param_groups, penalty, prepare, rate, wants_data
 from ingraft.adapt.lifecycle import activate, attach, context, detach, disabled, dropout_step, rows, trainable
 from ingraft.adapt.merging import merge, unmerge
+from ingraft.adapt.packed import make_dense
 from ingraft.adapt.summary import status
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "expected_count",
     "grouped",
     "load",
+    "make_dense",
     "merge",
     "param_groups",
     "parameters",

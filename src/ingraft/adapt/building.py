@@ -99,15 +99,16 @@ def facts_of(model: nn.Module, path: str, module: nn.Module, role: str, *, value
     if role in ("attention", "input"):
         return models.site_facts(model, path, module, role)
     kind = kind_of(module)
-    weight = module._parameters.get("weight")
-    W = kind.dense(weight) if kind is not None and weight is not None else None
+    weight = kind.weight_of(module) if kind is not None and values else None
+    origin = kind.origin_of(module) if kind is not None else None
     return SiteFacts(
         path=path,
         role=role,
         module=module,
         kind=kind.name if kind is not None else "",
-        shape=tuple(W.shape) if W is not None else (),
-        W=W if values else None,
+        shape=kind.shape_of(module) if kind is not None else (),
+        W=kind.dense(weight) if kind is not None and weight is not None else None,
+        original=origin.read if origin is not None else None,
         b=bias_of(module),
         parameters={name: p for name, p in module._parameters.items() if p is not None},
         width=models.width_of(model, module),

@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.weights import Kind
+from ingraft.adapt.weights import Kind, kind_of
 from ingraft.methods.contract import ParameterPart, WeightPart
 
 Values = Mapping[str, Tensor | None]
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """The parameters registered on the module itself, absent biases included."""
-    return dict(module._parameters)
+    """The parameters registered on the module itself, absent biases included; a packed weight in numbers."""
+    kind = kind_of(module)
+    if kind is None or kind.dense_class is None:
+        return dict(module._parameters)
+    return {**module._parameters, "weight": kind.weight_of(module)}
 
 
 def composed(

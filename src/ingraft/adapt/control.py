@@ -61,11 +61,16 @@ class Adapter:
 
 @dataclass(kw_only=True, eq=False)
 class Kept:
-    """A base parameter set aside by a merge: the very tensor, to be put back."""
+    """A base parameter set aside by a merge: the very tensor, to be put back.
+
+    Attributes:
+        cls: the module's own class, where that changed with the parameter.
+    """
 
     path: str
     name: str
     parameter: nn.Parameter | None
+    cls: type[nn.Module] | None = None
 
 
 @dataclass(kw_only=True, eq=False)

@@ -9,6 +9,9 @@ fingerprint and loading compares it:
 * `content`: up to 64 values of each tensor at fixed places, rounded to bfloat16, so that a float32 and a bfloat16 copy of one base agree.
   It takes about 10 ms for a model of 135 million parameters, so nothing is kept from one call to the next.
 
+A base that is quantised while it is loaded has the fingerprint of the base it was loaded from: an adapter trained over nf4 belongs to that base,
+and fits it in any precision.
+
 Modules that the adapter itself replaces in full (a fresh classification head) are left out: their random start differs from run to run.
 """
 
@@ -22,10 +25,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.control import control_of
+from ingraft.adapt.merging import unmerged
 from ingraft.adapt.select import base_modules
-
-SAMPLES = 64
+from ingraft.adapt.weights import kind_of
+from ingraft.quant.layers import Origin, sampled
 
 FIELDS = frozenset(
     {
@@ -78,23 +81,34 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
         `config`, `tensors`, `content` (hex sha256; None where the model has no config, or no data: the meta device), and for information
         `name` and `dtype`.
     """
-    control = control_of(model)
-    originals = {(item.path, item.name): item.parameter for item in control.kept} if control is not None else {}
     found: dict[str, Tensor] = {}
-    for path, module in base_modules(model).items():
-        for name, value in module._parameters.items():
-            parameter = originals.get((path, name), value)
-            if parameter is not None and path not in without:
-                found[f"{path}.{name}" if path else name] = parameter
+    packed: dict[str, Origin] = {}
+    with unmerged(model):
+        for path, module in base_modules(model).items():
+            kind = kind_of(module)
+            for name, parameter in module._parameters.items():
+                if parameter is None or path in without:
+                    continue
+                full = f"{path}.{name}" if path else name
+                if name == "weight" and kind is not None and kind.dense_class is not None:
+                    packed[full] = kind.origin_of(module) or _as_it_is(kind.weight_of(module))
+                else:
+                    found[full] = parameter
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     return {
         "name": name or None,
         "dtype": main_dtype(found.values()),
         "config": _digest(_settings(config.to_dict())) if config is not None and hasattr(config, "to_dict") else None,
-        "tensors": _digest(sorted((name, list(parameter.shape)) for name, parameter in found.items())),
-        "content": _content(found),
+        "tensors": _digest(sorted((name, list(one.shape)) for name, one in (*found.items(), *packed.items()))),
+        "content": _content(found, packed),
     }
+
+
+def _as_it_is(weight: Tensor | None) -> Origin:
+    """Of a packed weight whose origin is not known: what it says now."""
+    assert weight is not None
+    return Origin(shape=tuple(weight.shape), sample=sampled(weight))
 
 
 def main_dtype(parameters: Collection[Tensor]) -> str | None:
@@ -128,12 +142,11 @@ def _digest(value: Any) -> str:
 
 
 @torch.no_grad()
-def _content(parameters: Mapping[str, Tensor]) -> str | None:
+def _content(parameters: Mapping[str, Tensor], packed: Mapping[str, Origin]) -> str | None:
     if any(parameter.is_meta for parameter in parameters.values()):
         return None
     digest = hashlib.sha256()
-    for name in sorted(parameters):
-        flat = parameters[name].detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        digest.update(sample.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+    for name in sorted((*parameters, *packed)):
+        sample = packed[name].sample if name in packed else sampled(parameters[name])
+        digest.update(sample.cpu().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

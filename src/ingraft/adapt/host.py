@@ -338,7 +338,10 @@ def _general(
     """The definition, through the shadow. W' is recomputed in backward unless it is a mere copy of a parameter."""
 
     def run(*inputs: Any) -> Any:
-        with shadowed(host, composed(kind, parts, own_parameters(host))):
+        values = composed(kind, parts, own_parameters(host))
+        if kind is not None:
+            return kind.run(host, base, values, inputs, kwargs)
+        with shadowed(host, values):
             return base(*inputs, **kwargs)
 
     cheap = all(isinstance(part, ParameterPart) for part in parts)
@@ -432,7 +435,7 @@ class LayerSite(Site):
         own = own_parameters(self._host)
         below = [part for part in self._below if isinstance(part, WeightPart | ParameterPart)]
         stored = composed(self._kind(), below, own).get("weight") if below else None
-        return self._kind().dense(stored if stored is not None else self._host._parameters["weight"]).detach()  # type: ignore[arg-type]
+        return self._kind().dense(stored if stored is not None else own["weight"]).detach()  # type: ignore[arg-type]
 
     def base(self, x: Tensor) -> Tensor:
         return self._base(x)

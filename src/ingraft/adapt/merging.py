@@ -2,7 +2,8 @@
 
 Merging writes what `compose.composed` says into the base: the very definition the general path computes with, so merged and active agree up to
 the rounding of the base's dtype. Unmerging puts the original parameter *object* back; nobody writes an inverse, so a hundred cycles in
-bfloat16 change no bit. The price is a second copy of the merged weights for as long as they are merged.
+bfloat16 change no bit. The price is a second copy of the merged weights for as long as they are merged; a layer whose weight is packed is one
+with a dense weight for that time, since packing the sum again would lose part of what was trained.
 
 A weight that the base ties to another module's is refused: written at one side it would change the other too. Full tuning follows the tie
 (its parts share one tensor); otherwise `untie=True` gives the merged side a parameter of its own.
@@ -10,15 +11,18 @@ A weight that the base ties to another module's is refused: written at one side 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.compose import composed, own_parameters
-from ingraft.adapt.control import Control, Kept, host_state, part_of, require_control
+from ingraft.adapt.control import Control, Kept, control_of, host_state, part_of, require_control
 from ingraft.adapt.offload import is_offloaded
 from ingraft.adapt.select import base_modules
+from ingraft.adapt.swap import original_class, rebase
+from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import ParameterPart, WeightPart
 
@@ -83,9 +87,8 @@ def _values(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     state = host_state(module)
     assert state is not None
     parts = [part for name in names if isinstance(part := part_of(module, name), WeightPart | ParameterPart)]
-    return {
-        name: value for name, value in composed(state.kind, parts, own_parameters(module)).items() if value is not None
-    }
+    values = composed(state.kind, parts, own_parameters(module))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _write(
@@ -107,13 +110,50 @@ def _write(
     if old is not None:
         other = written.setdefault(id(old), new)
         new = other if torch.equal(other, new) else new
-    kept.append(Kept(path=path, name=name, parameter=old))
+    kind = kind_of(module) if name == "weight" else None
+    dense = kind.dense_class if kind is not None else None
+    kept.append(Kept(path=path, name=name, parameter=old, cls=original_class(module) if dense is not None else None))
     module._parameters[name] = new
+    if dense is not None:
+        _recast(module, dense)
 
 
 def _put_back(modules: dict[str, nn.Module], kept: Iterable[Kept]) -> None:
     for item in kept:
         modules[item.path]._parameters[item.name] = item.parameter
+        if item.cls is not None:
+            _recast(modules[item.path], item.cls)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """For the length of the block the base has its own parameters, whatever is merged into it."""
+    control = control_of(model)
+    kept = control.kept if control is not None else []
+    modules = base_modules(model) if kept else {}
+    merged = [
+        Kept(
+            path=item.path,
+            name=item.name,
+            parameter=modules[item.path]._parameters[item.name],
+            cls=None if item.cls is None else original_class(modules[item.path]),
+        )
+        for item in kept
+    ]
+    _put_back(modules, kept)
+    try:
+        yield
+    finally:
+        _put_back(modules, merged)
+
+
+def _recast(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Let a host be of another class, whose kind the adapters that are not merged go on meeting."""
+    rebase(module, cls)
+    state = host_state(module)
+    assert state is not None
+    state.kind = kind_of(module)
+    state.known_forward = state.kind is not None and state.kind.knows_forward(cls, module)
 
 
 def unmerge(model: nn.Module) -> None:

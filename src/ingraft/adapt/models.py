@@ -108,19 +108,17 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def width_of(model: nn.Module, module: nn.Module) -> int:
     """Width of what a module returns: of its own weight, of the config, or of the last layer inside it."""
     kind = kind_of(module)
-    weight = module._parameters.get("weight")
-    if kind is not None and weight is not None:
-        return kind.dense(weight).shape[0]
+    if kind is not None and (shape := kind.shape_of(module)):
+        return shape[0]
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     if isinstance(hidden, int):
         return hidden
     inner = [child for child in module.modules() if (k := kind_of(child)) and k.name in ("linear", "conv1d-transposed")]
     if not inner:
         return 0
-    last = inner[-1]._parameters["weight"]
-    last_kind = kind_of(inner[-1])
-    assert last is not None and last_kind is not None
-    return last_kind.dense(last).shape[0]
+    last = kind_of(inner[-1])
+    assert last is not None
+    return last.shape_of(inner[-1])[0]
 
 
 def carries_rows(model: nn.Module, path: str) -> bool:

@@ -95,8 +95,8 @@ def _linears(module: nn.Module) -> list[str]:
 
 def _width_out(layer: nn.Module) -> int:
     kind = kind_of(layer)
-    assert kind is not None and isinstance(layer.weight, nn.Parameter)
-    return kind.dense(layer.weight).shape[0]
+    assert kind is not None
+    return kind.shape_of(layer)[0]
 
 
 def _block(path: str, block: nn.Module, model_type: str) -> Block:

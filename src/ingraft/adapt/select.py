@@ -84,6 +84,7 @@ def select(
     problems += [
         problem for path, role in sites.items() if (problem := _site_problem(path, role, modules[path], method))
     ]
+    problems += _packed_in_full(modules, sites, whole, method)
     if not sites and not problems and not unmatched:
         text = f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}."
         problems.append(f"{text} {method.hint}".strip() if config.target_modules is None else text)
@@ -236,6 +237,21 @@ def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> st
     elif issubclass(part, AttentionPart | InputPart) and role not in ("attention", "input"):
         return f"{what}: {method.name} has no choice of modules; leave target_modules out."
     return None
+
+
+def _packed_in_full(
+    modules: dict[str, nn.Module], sites: Iterable[str], whole: Iterable[str], method: Method
+) -> list[str]:
+    """Packed blocks hold no numbers that could be trained."""
+    in_full = [*whole, *(sites if issubclass(method.part, ParameterPart) else ())]
+    packed = [path for path in in_full if (kind := kind_of(modules[path])) and kind.dense_class is not None]
+    if not packed:
+        return []
+    more = f" and {len(packed) - 1} more" if len(packed) > 1 else ""
+    return [
+        f"{packed[0]}{more}: kept in packed blocks, which cannot be trained in full. Name other modules, use a method that adds to the weight, "
+        "or load the base without quantization."
+    ]
 
 
 def _tie_warnings(model: nn.Module, modules: dict[str, nn.Module], sites: dict[str, str], method: Method) -> list[str]:

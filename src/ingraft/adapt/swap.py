@@ -108,6 +108,12 @@ def unswap(module: nn.Module, mixin: type[Mixin]) -> None:
     _rebind_hooked_forward(module)
 
 
+def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Let a module be of another class below its mixins, one whose forward finds all it needs on it."""
+    module.__class__ = functools.reduce(swapped_class, _stack(module), cls)
+    _rebind_hooked_forward(module)
+
+
 def is_swapped(module: nn.Module, mixins: tuple[type[Mixin], ...]) -> bool:
     """Whether one of these mixins lies over the module already."""
     cls: Any = type(module)

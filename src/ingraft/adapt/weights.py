@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ingraft.quant.layers import Origin
+
 
 @contextmanager
 def shadowed(layer: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[None]:
@@ -47,6 +49,8 @@ class Kind(ABC):
     matrix: ClassVar[bool] = True
     channel_dim: ClassVar[int] = -1
     """The dimension of the input and output that W's columns and rows run along."""
+    dense_class: ClassVar[type[nn.Module] | None] = None
+    """For a layer whose weight is kept in packed blocks: the class that computes the same with a dense weight."""
 
     @abstractmethod
     def claims(self, layer: nn.Module) -> bool:
@@ -55,6 +59,32 @@ class Kind(ABC):
     @abstractmethod
     def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
         """Whether `cls.forward` is the product that `op` computes, so that shortcuts hold."""
+
+    def weight_of(self, layer: Any) -> Tensor | None:
+        """The layer's weight in numbers, as stored: its parameter or, where that is packed, a new tensor."""
+        return layer._parameters.get("weight")
+
+    def shape_of(self, layer: Any) -> tuple[int, ...]:
+        """The shape of the dense weight; () where there is none."""
+        weight = layer._parameters.get("weight")
+        return () if weight is None else tuple(self.dense(weight).shape)
+
+    def origin_of(self, layer: Any) -> Origin | None:
+        """What a packed weight was before it was packed, where that is known."""
+        del layer
+        return None
+
+    def run(
+        self,
+        layer: Any,
+        base: Callable[..., Any],
+        values: Mapping[str, Tensor | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The layer's own forward with these values in place of its parameters."""
+        with shadowed(layer, values):
+            return base(*args, **kwargs)
 
     def dense(self, stored: Tensor) -> Tensor:
         """A stored weight as (out, in); a view."""
@@ -216,7 +246,7 @@ CONVOLUTIONS = tuple(
 )
 
 KINDS: list[Kind] = [LinearKind(), TransposedLinearKind(), EmbeddingKind(), *CONVOLUTIONS, NormKind()]
-"""Asked in order; quantised backends put theirs in front."""
+"""Asked in order; `packed.py` puts its kinds in front."""
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

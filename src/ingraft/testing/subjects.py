@@ -35,6 +35,7 @@ class Subject:
         transformers: whether it is a transformers model.
         causal: whether it generates text.
         everyday: the methods that are tried on it every day, where others are tried with `-m study` only; None for all.
+        finish: what is done to the module once its weights are drawn (packing them).
     """
 
     name: str
@@ -45,10 +46,12 @@ class Subject:
     transformers: bool = False
     causal: bool = False
     everyday: tuple[str, ...] | None = None
+    finish: Callable[[nn.Module], nn.Module] | None = None
 
     def make_redrawn(self) -> nn.Module:
         """A new module with its weights drawn by `redrawn`."""
-        return redrawn(self.make())
+        model = redrawn(self.make())
+        return model if self.finish is None else self.finish(model)
 
 
 # ------------------------------------------------------------------------------------------------------------------- modules

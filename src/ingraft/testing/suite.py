@@ -25,7 +25,7 @@ from ingraft.testing.table import METHODS, Row, row
 
 Reason = Callable[[Case], str | None]
 
-LATER = {14: "packs", 15: "two processes", 17: "quantised bases"}
+LATER = {14: "packs", 15: "two processes"}
 """Laws of the architecture that hold of parts still to be built."""
 
 HELD, REFUSED = "held", "refused"
@@ -51,7 +51,7 @@ class Law:
         return (self.check.__doc__ or "").strip().splitlines()[0]
 
 
-FILES = ("laws", "laws_rows", "laws_files", "laws_gradients", "laws_models", "laws_reference")
+FILES = ("laws", "laws_rows", "laws_files", "laws_gradients", "laws_models", "laws_packed", "laws_reference")
 """Where the laws are written."""
 
 LAWS: list[Law] = []
