@@ -44,7 +44,8 @@ def make_parts(
     sizes = own_sizes(model, method, config, adapter.sites, finished=finished)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(adapter.seed, "shared"))
-        shared = method.shared(config, sizes) if method.shared is not None else None
+        with present(*(first_owner(modules[fact.path]) for fact in sizes[:1])):  # it tells the device
+            shared = method.shared(config, sizes) if method.shared is not None else None
         for path, role in adapter.sites.items():
             module = modules[path]
             maker, options = (whole, whole.config()) if role == WHOLE_ROLE else (method, config.at(path))

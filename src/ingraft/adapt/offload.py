@@ -12,17 +12,27 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
+from ingraft.methods.contract import Part
+
 
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
-    """For the length of the block, have the own parameters of these modules at hand if they are offloaded."""
+    """For the length of the block, have the parameters of these modules at hand if they are offloaded: a part's all, others' own."""
     with ExitStack() as stack:
-        for module in modules:
+        for module in (inner for outer in modules for inner in _read_by(outer)):
             if is_offloaded(module):  # a module named twice is present by then
                 hook = module.__dict__["_hf_hook"]
                 hook.pre_forward(module)
                 stack.callback(hook.post_forward, module, ())
         yield
+
+
+def _read_by(module: nn.Module) -> Iterator[nn.Module]:
+    """A part is read with what it is made of and with what all sites share; nothing else is reached into."""
+    yield module
+    if isinstance(module, Part) and (module._modules or module.bank):
+        for root in (*module.children(), *module.bank):
+            yield from root.modules()
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ingraft.methods.contract import MethodConfig, OutputPart, Site, SiteFacts, fresh
+from ingraft.methods.contract import AddingPart, MethodConfig, Site, SiteFacts, fresh
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -29,15 +29,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BottleneckConfig(MethodConfig):
-    """Hyperparameters of a bottleneck.
+class NarrowConfig(MethodConfig):
+    """Hyperparameters of a bottleneck, however its two matrices are made.
 
     Attributes:
         reduction_factor: the bottleneck is width / reduction_factor wide (at least 1).
         non_linearity: relu, gelu, swish (silu) or tanh.
         dropout: probability of dropping an input of the bottleneck, in [0, 1).
         scaling: factor on what the bottleneck adds.
-        init_weights: "identity" (U zero) or "bert" (all normal with deviation 0.02, AdapterHub's default).
     """
 
     reduction_factor: float = 16.0
@@ -54,8 +53,6 @@ class BottleneckConfig(MethodConfig):
             found.append(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, got {self.non_linearity!r}.")
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout must lie in [0, 1), got {self.dropout}.")
-        if self.init_weights not in ("identity", "bert"):
-            found.append(f"init_weights must be 'identity' or 'bert', got {self.init_weights!r}.")
         return found
 
     def inner(self, width: int) -> int:
@@ -63,8 +60,25 @@ class BottleneckConfig(MethodConfig):
         return max(int(width // self.reduction_factor), 1)
 
 
-class Bottleneck(OutputPart):
-    """f in the equation. Abstract: the three methods say where it acts."""
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig(NarrowConfig):
+    """Hyperparameters of a bottleneck with two matrices of its own.
+
+    Attributes:
+        init_weights: "identity" (U zero) or "bert" (all normal with deviation 0.02, AdapterHub's default).
+    """
+
+    init_weights: str = "identity"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.init_weights not in ("identity", "bert"):
+            found.append(f"init_weights must be 'identity' or 'bert', got {self.init_weights!r}.")
+        return found
+
+
+class Bottleneck(AddingPart):
+    """f in the equation. Abstract: the three methods say what it sees."""
 
     def __init__(self, config: BottleneckConfig, facts: SiteFacts) -> None:
         super().__init__()
@@ -79,7 +93,7 @@ class Bottleneck(OutputPart):
         self.activation = ACTIVATIONS[config.non_linearity]
         self.scaling, self.p = config.scaling, config.dropout
 
-    def change(self, h: Tensor, site: Site) -> Tensor:
+    def through(self, h: Tensor, site: Site) -> Tensor:
         """scaling f(h), in the dtype of h."""
         h = site.dropout(h, self.p)
         inner_K = self.activation(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))

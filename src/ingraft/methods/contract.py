@@ -271,6 +271,25 @@ class OutputPart(Part):
         """The new output, given the module's input x and its output y (bias included; element 0 where it returns a tuple)."""
 
 
+class AddingPart(OutputPart):
+    """An output part that adds something to what a block or projection returns. Abstract.
+
+    What it adds is asked for by itself, so that others can act on it (a fusion of several adapters, a weight for each).
+    """
+
+    @abstractmethod
+    def change(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What is added, given the module's input x and its output y."""
+
+    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return added(x, y, self.change(x, y, site), site)
+
+
+def added(x: Tensor, y: Tensor, change: Tensor, site: Site) -> Tensor:
+    """y with a change; at a norm that ends a block, the change goes into the sum it normalises."""
+    return site.base(x + change) if site.role == "norm" else y + change
+
+
 class AttentionPart(Part):
     """A part that gives the attention of one layer learned keys and values. Abstract."""
 

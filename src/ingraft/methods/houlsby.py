@@ -29,8 +29,8 @@ class HoulsbyConfig(BottleneckConfig):
 class Houlsby(Bottleneck):
     """See the file's header."""
 
-    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y + self.change(y, site)
+    def change(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return self.through(y, site)
 
 
 METHOD = Method(

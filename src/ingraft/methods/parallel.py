@@ -32,8 +32,8 @@ class ParallelConfig(BottleneckConfig):
 class Parallel(Bottleneck):
     """See the file's header. x is the MLP's input, remembered by the host where the MLP begins."""
 
-    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y + self.change(x, site)
+    def change(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return self.through(x, site)
 
 
 def refuses(config: MethodConfig, facts: SiteFacts) -> str | None:

@@ -28,9 +28,8 @@ class PfeifferConfig(BottleneckConfig):
 class Pfeiffer(Bottleneck):
     """See the file's header."""
 
-    def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        change = self.change(y, site)
-        return site.base(x + change) if site.role == "norm" else y + change
+    def change(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return self.through(y, site)
 
 
 METHOD = Method(

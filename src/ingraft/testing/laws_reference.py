@@ -185,6 +185,12 @@ def _edits_by_hand(case: Case, model: nn.Module, base: nn.Module, batch: dict[st
         base.get_submodule(path).register_forward_hook(edit)
 
 
+def _kronecker(values: dict[str, Any], path: str) -> tuple[Tensor, Tensor]:
+    left, right, bias = (values[f"{path}.{name}"].detach() for name in ("left", "right", "bias"))
+    rule = values["shared.phm_rule"].detach()
+    return torch.stack([torch.kron(A, S @ T) for A, S, T in zip(rule, left, right, strict=True)]).sum(0).T, bias
+
+
 def _bottlenecks_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
     values = adapt.parameters(model, "a")
     options: Any = case.config
@@ -192,7 +198,10 @@ def _bottlenecks_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
     entered: dict[str, Tensor] = {}
     entry_of = {block.mlp_out: block.mlp_in for block in blocks(base)} if case.subject.transformers else {}
     for path, role in require_control(model).require("a").sites.items():
-        down, d, up, u = (values[f"{path}.{name}"].detach() for name in ("down", "down_bias", "up", "up_bias"))
+        if case.method.name == "compacter":
+            (down, d), (up, u) = (_kronecker(values, f"{path}.{name}") for name in ("down", "up"))
+        else:
+            down, d, up, u = (values[f"{path}.{name}"].detach() for name in ("down", "down_bias", "up", "up_bias"))
 
         def change(h: Tensor, down: Tensor = down, d: Tensor = d, up: Tensor = up, u: Tensor = u) -> Tensor:
             return options.scaling * (activation(h @ down.T + d) @ up.T + u)

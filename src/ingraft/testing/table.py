@@ -53,6 +53,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "pfeiffer": {"reduction_factor": 4.0},
     "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
     "compacter": {"reduction_factor": 4.0, "phm_dim": 2, "phm_init_range": 0.3},
+    "compacter": {"reduction_factor": 4.0, "phm_dim": 2},
     "reft": {"r": 3, "positions": "f2+l1"},
     "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3},
