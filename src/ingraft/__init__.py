@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from ingraft.errors import IngraftError as IngraftError
     from ingraft.methods.bitfit import BitFitConfig as BitFitConfig
     from ingraft.methods.boft import BOFTConfig as BOFTConfig
+    from ingraft.methods.c3a import C3AConfig as C3AConfig
     from ingraft.methods.compacter import CompacterConfig as CompacterConfig
     from ingraft.methods.dora import DoraConfig as DoraConfig
+    from ingraft.methods.fourierft import FourierFTConfig as FourierFTConfig
     from ingraft.methods.full import FullConfig as FullConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
     from ingraft.methods.hra import HRAConfig as HRAConfig
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from ingraft.methods.lokr import LoKrConfig as LoKrConfig
     from ingraft.methods.lora import LoraConfig as LoraConfig
     from ingraft.methods.lora_plus import LoraPlusConfig as LoraPlusConfig
+    from ingraft.methods.miss import MissConfig as MissConfig
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
     from ingraft.methods.olora import OloraConfig as OloraConfig
     from ingraft.methods.oft import OFTConfig as OFTConfig
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from ingraft.methods.reft import ReftConfig as ReftConfig
     from ingraft.methods.road import RoadConfig as RoadConfig
     from ingraft.methods.rslora import RsLoraConfig as RsLoraConfig
+    from ingraft.methods.shira import ShiraConfig as ShiraConfig
     from ingraft.methods.vera import VeraConfig as VeraConfig
 
 _VERBS = (

@@ -30,6 +30,11 @@ def recomputed(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return result
 
 
+def divisors(number: int) -> str:
+    """Every divisor, for a message."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 def kernel_of(facts: SiteFacts) -> tuple[int, ...]:
     """The sizes of a convolution's kernel, () for other layers."""
     return tuple(facts.module.kernel_size) if facts.kind in ("conv1d", "conv2d", "conv3d") else ()  # type: ignore[arg-type]

@@ -87,6 +87,10 @@ def _with_peft(case: Case) -> Case:
     return Case(row=row, subject=case.subject)
 
 
+NO_DERIVATIVE = ("c3a",)
+"""Methods whose backward in PEFT, written by hand, is not the derivative of its forward. `tests/peft` mends it and compares."""
+
+
 @law(22, hole=_peft_cannot)
 def agrees_with_peft(case: Case) -> None:
     """With the same weights loaded, Hugging Face PEFT gives the same outputs, and the same gradients tensor by tensor."""
@@ -110,6 +114,8 @@ def agrees_with_peft(case: Case) -> None:
         return  # PEFT keeps what the shared module made, not the module: other tensors, other gradients
     if case.method.compact is not None:
         return  # the file is another adapter of the same function; tests/peft compares with PEFT's own of this method
+    if case.method.name in NO_DERIVATIVE:
+        return
     ours = sorted(float(g.norm()) for g in gradients(model, "a", batch).values())
     found = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad and p.grad is not None)
     if len(found) == len(ours):  # PEFT keeps the prefixes of all layers in one tensor
