@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import ingraft.adapt as adapt
 from ingraft.adapt.control import require_control
-from ingraft.adapt.peft_tensors import uncovered
+from ingraft.adapt.peft_tensors import layout_of
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.select import select
 from ingraft.methods.contract import AttentionPart, InputPart, OutputPart, ParameterPart
@@ -61,15 +61,15 @@ _UNCOVERED: dict[tuple[str, str], str | None] = {}
 
 def _uncovered(case: Case) -> str | None:
     """Why an adapter at these sites has no file of PEFT's, or None."""
-    key = case.method.name, case.subject.name
+    key = repr(case.config), case.subject.name
     layout = case.method.peft
     if key not in _UNCOVERED and layout is not None:
         case = _with_peft(case)
         model = case.base()
         sites, _, _ = select(model, case.config, case.method, strict=False)
-        outside = uncovered(layout, model, case.method, sites)
+        outside = layout_of(model, case.method, case.config, sites) is None
         _UNCOVERED[key] = (
-            f"PEFT's {layout.peft_type} has no layer of this kind, or computes something else there"
+            f"PEFT's {layout.peft_type} has no layer of this kind or no such option, or computes something else there"
             if outside
             else None
         )
@@ -87,8 +87,8 @@ def _with_peft(case: Case) -> Case:
     return Case(row=row, subject=case.subject)
 
 
-NO_DERIVATIVE = ("c3a",)
-"""Methods whose backward in PEFT, written by hand, is not the derivative of its forward. `tests/peft` mends it and compares."""
+NO_DERIVATIVE = (".c3a_kernel", ".hada_t1")
+"""Tensors with which PEFT's backward, written by hand, is not the derivative of its forward. `tests/peft` mends it and compares."""
 
 
 @law(22, hole=_peft_cannot)
@@ -114,7 +114,7 @@ def agrees_with_peft(case: Case) -> None:
         return  # PEFT keeps what the shared module made, not the module: other tensors, other gradients
     if case.method.compact is not None:
         return  # the file is another adapter of the same function; tests/peft compares with PEFT's own of this method
-    if case.method.name in NO_DERIVATIVE:
+    if any(key.endswith(NO_DERIVATIVE) for key in adapt.parameters(model, "a")):
         return
     ours = sorted(float(g.norm()) for g in gradients(model, "a", batch).values())
     found = sorted(float(p.grad.norm()) for p in theirs.parameters() if p.requires_grad and p.grad is not None)
@@ -138,6 +138,9 @@ def agrees_with_its_equation(case: Case) -> None:
     expected_base = run(base, batch)
     if case.method.name == "reft":
         _edits_by_hand(case, model, base, batch)
+    elif case.method.name == "fusion":
+        base = case.bare()
+        _fusions_by_hand(case, model, base)
     elif issubclass(case.part, OutputPart):
         _bottlenecks_by_hand(case, model, base)
     else:
@@ -189,6 +192,35 @@ def _edits_by_hand(case: Case, model: nn.Module, base: nn.Module, batch: dict[st
             return (h, *y[1:]) if isinstance(y, tuple) else h
 
         base.get_submodule(path).register_forward_hook(edit)
+
+
+def _fusions_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
+    parts = {name: adapt.parameters(model, name) for name in ("a", *case.row.companions)}
+    for path, role in require_control(model).require("a").sites.items():
+        of = {
+            name: {key.rpartition(".")[2]: p.detach() for key, p in found.items() if key.startswith(path + ".")}
+            for name, found in parts.items()
+        }
+
+        def replace(module: nn.Module, args: Any, y: Any, of: Any = of, role: str = role) -> Any:
+            first = y[0] if isinstance(y, tuple) else y
+            changes = []
+            for name, config in case.row.companions.items():
+                options: Any = config
+                inner = first @ of[name]["down"].T + of[name]["down_bias"]
+                inner = torch.tanh(inner) if options.non_linearity == "tanh" else torch.relu(inner)
+                changes.append(inner @ of[name]["up"].T + of[name]["up_bias"])
+            query = first @ of["a"]["query"].T + of["a"]["query_bias"]
+            scores = [(query * (c @ of["a"]["key"].T + of["a"]["key_bias"])).sum(-1) for c in changes]
+            total = sum(score.exp() for score in scores)
+            change = sum(
+                (score.exp() / total)[..., None] * (c @ of["a"]["value"].T)
+                for score, c in zip(scores, changes, strict=True)
+            )
+            changed = type(module).forward(module, args[0] + change) if role == "norm" else first + change
+            return (changed, *y[1:]) if isinstance(y, tuple) else changed
+
+        base.get_submodule(path).register_forward_hook(replace)
 
 
 def _kronecker(values: dict[str, Any], path: str) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ class Row:
         config: the options it is tried with everywhere.
         elsewhere: other options on some subjects, by name.
         dropout: the name of its dropout option, None if it has none.
+        companions: adapters that one of this method acts on, by name; they are attached, and do not act by themselves, wherever the laws
+            speak of the base.
         inexact: why its backward is not the derivative of its forward, None if it is.
     """
 
@@ -29,6 +31,7 @@ class Row:
     elsewhere: Mapping[str, MethodConfig] = field(default_factory=dict[str, MethodConfig])
     dropout: str | None = None
     inexact: str | None = None
+    companions: Mapping[str, MethodConfig] = field(default_factory=dict[str, MethodConfig])
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,6 +64,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": {"reduction_factor": 4.0, "scaling": 2.0},
     "compacter": {"reduction_factor": 4.0, "phm_dim": 2},
     "reft": {"r": 3, "positions": "f2+l1"},
+    "fusion": {"adapters": ["one", "two"]},
     "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3},
     "p-tuning-v2": {"num_virtual_tokens": 3},
@@ -92,12 +96,21 @@ _DROPOUT = {
     "parallel": "dropout",
     "compacter": "dropout",
     "reft": "dropout",
+    "fusion": "dropout",
     **{name: f"{name}_dropout" for name in ("vera", "randlora", "miss")},
 }
 
 
 _INEXACT = {
     "dora": "its norm is held constant in backward (section 4.3 of the paper); law 22 compares its gradients with PEFT's"
+}
+
+
+_COMPANIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "fusion": {
+        "one": ("pfeiffer", {"reduction_factor": 4.0}),
+        "two": ("pfeiffer", {"reduction_factor": 2.0, "non_linearity": "tanh"}),
+    }
 }
 
 
@@ -111,6 +124,10 @@ def row(name: str) -> Row:
         },
         dropout=_DROPOUT.get(name),
         inexact=_INEXACT.get(name),
+        companions={
+            other: registry.make_config(method, options)
+            for other, (method, options) in _COMPANIONS.get(name, {}).items()
+        },
     )
 
 
