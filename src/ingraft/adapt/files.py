@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +31,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ingraft import durable
-from ingraft.adapt import peft_format
+from ingraft.adapt import foreign, peft_format
 from ingraft.adapt.building import base_parameters, expected_count, make_parts, parameters
 from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
@@ -61,6 +61,8 @@ LARGEST_OPTION = 1 << 16
 
 COMMON = tuple(field.name for field in fields(MethodConfig))
 """Options of every method: which modules. The config file tells them."""
+
+Fill = Callable[[Adapter, dict[str, Part], nn.Module | None], None]
 
 Header = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -224,9 +226,11 @@ def load(
     trainable: bool = False,
     allow_base_mismatch: bool = False,
 ) -> str:
-    """Load an adapter from a folder written here or by Hugging Face PEFT, and let it alone act.
+    """Load an adapter and let it alone act.
 
     Args:
+        folder: written here or by Hugging Face PEFT; or a safetensors file of kohya-ss, LyCORIS or diffusers (`foreign.py`), recognised by its
+            tensors' names. What such a file was found to be stands in the adapter's facts.
         name: to give it; by default the one it was saved under, or "default".
         trainable: make it (and no other) trainable; otherwise trainability of what is attached stays as it is, and this one is frozen.
         allow_base_mismatch: load it although it was trained on another base. The difference is then recorded in the adapter's facts.
@@ -238,6 +242,8 @@ def load(
         IngraftError: everything in which the files and the model differ. The model is then unchanged.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file() and (file := foreign.the_file(folder)) is not None:
+        return _load_foreign(model, file, _free(model, name or "default"), trainable=trainable)
     raw, facts = _read(folder)
     weights = folder / WEIGHTS
     header = read_header(weights)
@@ -249,11 +255,7 @@ def load(
         )
     if name is None:
         name = str(kept.get("name", "default"))
-    control = control_of(model)
-    if control is not None and name in control.adapters:
-        raise IngraftError(
-            f"load: an adapter named {name!r} is attached already; give another name (name=...) or detach it first."
-        )
+    name = _free(model, name)
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
     ours = facts is not None
     said = kept.get("method")
@@ -283,18 +285,46 @@ def load(
         if own is not config:
             _put_back(own, mine, config, parts, folder)
 
-    before = (
-        {id(p): p.requires_grad for other in control.adapters for p in parameters(model, other).values()}
-        if control
-        else {}
-    )
-    attach(model, own, name, seed=seed, strict=False, fill=fill)
+    _attach(model, own, name, seed, fill, trainable=trainable)
     adapter = require_control(model).adapters[name]
     adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
+    return name
+
+
+def _free(model: nn.Module, name: str) -> str:
+    control = control_of(model)
+    if control is not None and name in control.adapters:
+        raise IngraftError(
+            f"load: an adapter named {name!r} is attached already; give another name (name=...) or detach it first."
+        )
+    return name
+
+
+def _attach(model: nn.Module, config: MethodConfig, name: str, seed: int, fill: Fill, *, trainable: bool) -> None:
+    """Attach what was read; unless it is to be trained, trainability of everything else stays as it is."""
+    control = control_of(model)
+    others = control.adapters if control is not None else {}
+    before = {id(p): p.requires_grad for other in others for p in parameters(model, other).values()}
+    attach(model, config, name, seed=seed, strict=False, fill=fill)
     if not trainable:
         for other in require_control(model).adapters:
             for parameter in parameters(model, other).values():
                 parameter.requires_grad_(before.get(id(parameter), False))
+
+
+def _load_foreign(model: nn.Module, file: Path, name: str, *, trainable: bool) -> str:
+    """Load a file that has tensors and no config."""
+    opened = foreign.open_file(model, file)
+    if opened.elsewhere:
+        others = ", ".join(f"{count} modules under {part!r}" for part, count in opened.elsewhere.items())
+        warnings.warn(f"{file}: {others} are for another model; load the file into that one too.", stacklevel=3)
+
+    def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
+        del adapter, shared
+        opened.fill(parts, file)
+
+    _attach(model, opened.config, name, 0, fill, trainable=trainable)
+    require_control(model).adapters[name].facts = {"found": opened.found, "file": file.name}
     return name
 
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
+from ingraft.methods.layout import Foreign
 from ingraft.methods.layout import PeftLayout as PeftLayout
 
 Composition = Literal["add", "chain"]
@@ -406,6 +407,7 @@ class Method:
         identity_at_init: whether a fresh adapter leaves every output unchanged.
         count: trained parameters at one site, the formula that law 21 holds against the real tensors.
         peft: the layout of the incumbent's files, None where it does not have the method.
+        foreign: how it looks in files without a config, None where they do not have it.
         role: the role of a module that the config names itself, where it is not simply "weight".
         hint: what to do where the default sites do not exist in a model.
         refuses: why this site cannot be adapted with these options (a rank above the layer's, a block size that does not divide, a kind of
@@ -433,6 +435,7 @@ class Method:
     identity_at_init: bool
     count: Callable[[MethodConfig, SiteFacts], int]
     peft: PeftLayout | None = None
+    foreign: Foreign | None = None
     hint: str = ""
     role: Callable[[Any, str], str] = plain_role
     refuses: Callable[[Any, SiteFacts], str | None] = everywhere

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, Site, SiteFacts
+from ingraft.methods.layout import Foreign, Modules
 from ingraft.methods.lora import LoraConfig
 from ingraft.methods.lora import count as count_lora
 from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
+from ingraft.methods.lycoris import LYCORIS_LORA, dora_options
 from ingraft.methods.ranked import rank_above
 
 
@@ -67,6 +69,12 @@ def count(config: MethodConfig, facts: SiteFacts) -> int:
     return count_lora(config, facts) + facts.shape[0]
 
 
+def read(modules: Modules) -> tuple[MethodConfig, Modules]:
+    """From the tensors of a LyCORIS file."""
+    options, tensors = dora_options(modules)
+    return DoraConfig(**options), tensors
+
+
 METHOD = Method(
     name="dora",
     config=DoraConfig,
@@ -75,6 +83,7 @@ METHOD = Method(
     identity_at_init=True,
     count=count,
     refuses=rank_above,
+    foreign=Foreign(names=LYCORIS_LORA | {"lora_mid", "dora_scale"}, marks=LYCORIS_LORA | {"dora_scale"}, read=read),
     peft=replace(
         LORA_LAYOUT,
         constants={"use_dora": True, "use_rslora": False},

@@ -1,7 +1,7 @@
-"""Where Hugging Face PEFT keeps a method's config and tensors, as data.
+"""Where others keep a method's config and tensors, as data.
 
-Each method's record carries one of these; `adapt/peft_format.py` and `adapt/peft_tensors.py` interpret it. Nothing here is code but
-`otherwise`, which answers a question about one site.
+Each method's record carries these; `adapt/peft_format.py` and `adapt/peft_tensors.py` interpret `PeftLayout`, `adapt/foreign.py` interprets
+`Foreign`. Nothing in the first is code but `otherwise`, which answers a question about one site.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ingraft.methods.contract import SiteFacts
+    from torch import Tensor
+
+    from ingraft.methods.contract import MethodConfig, SiteFacts
+
+Modules = Mapping[str, Mapping[str, "Tensor"]]
+"""Tensors by path and name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,7 @@ class PeftLayout:
         bare: their config names neither target_modules nor modules_to_save: the sites are the topmost of their role, as many as its field
             `site_count` says, and nothing is trained in full beside them.
         site_count: their field that holds the number of sites.
+        only: values of our options at which they have the method; with any other the adapter is kept under a name of ours.
         otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
 
     Tensors:
@@ -61,6 +67,7 @@ class PeftLayout:
     unshared: Mapping[str, object] = field(default_factory=dict[str, object])
     bare: bool = False
     site_count: str | None = None
+    only: Mapping[str, object] = field(default_factory=dict[str, object])
     otherwise: Callable[[SiteFacts], str | None] | None = None
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -70,3 +77,19 @@ class PeftLayout:
     stacked: str | None = None
     beside: Mapping[str, str] = field(default_factory=dict[str, str])
     shared_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """How a method looks in files that hold tensors and no config (kohya-ss, LyCORIS, diffusers).
+
+    Attributes:
+        names: the tensors that a module of this method may have, by LyCORIS' names (diffusers' are translated), `alpha` aside.
+        marks: those among them by which it is recognised.
+        read: the config (targets are set by the caller) and our tensors by path and name, from theirs; `alpha`, where it is there, is one of
+            them and a scalar. Shapes are checked afterwards.
+    """
+
+    names: frozenset[str]
+    marks: frozenset[str]
+    read: Callable[[Modules], tuple[MethodConfig, Modules]]

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Factors, Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.layout import Foreign, Modules
+from ingraft.methods.lycoris import loha_options
 from ingraft.methods.pieces import kernel_of, used
 from ingraft.methods.ranked import RankedConfig, rank_above
 
@@ -70,7 +72,7 @@ class LoHa(ShortcutPart):
         """Its tensors in float32, as they are used in this dtype."""
         return {name: used(parameter, dtype) for name, parameter in self.named_parameters()}
 
-    def factors(self) -> Factors | None:
+    def low_rank(self) -> Factors | None:
         return self._thin(torch.float32) if self.thin else None
 
     def delta(self, W_OI: Tensor) -> Tensor:
@@ -115,6 +117,12 @@ def count(config: MethodConfig, facts: SiteFacts) -> int:
     return 2 * (config.r * (facts.shape[0] + facts.shape[1] // k) + (config.r**2 * k if kernel else 0))
 
 
+def read(modules: Modules) -> tuple[MethodConfig, Modules]:
+    """From the tensors of a LyCORIS file."""
+    options, tensors = loha_options(modules)
+    return LoHaConfig(**options), tensors
+
+
 METHOD = Method(
     name="loha",
     config=LoHaConfig,
@@ -123,6 +131,11 @@ METHOD = Method(
     identity_at_init=True,
     count=count,
     refuses=rank_above,
+    foreign=Foreign(
+        names=frozenset(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        marks=frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+        read=read,
+    ),
     peft=PeftLayout(
         peft_type="LOHA",
         kinds=frozenset({"linear", "conv1d", "conv2d"}),

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.layout import Foreign, Modules
 from ingraft.methods.loha import core_kernel, product
+from ingraft.methods.lycoris import factors, lokr_options
 from ingraft.methods.pieces import kernel_of, used
 from ingraft.methods.ranked import RankedConfig
 
@@ -73,6 +75,9 @@ class LoKrConfig(RankedConfig):
         return {**first, "lokr_w2_a": (b, r), "lokr_w2_b": (r, d * math.prod(kernel))}
 
 
+NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+
+
 class LoKr(ShortcutPart):
     """See the file's header."""
 
@@ -112,19 +117,16 @@ class LoKr(ShortcutPart):
         return y + (w1_AC @ u_CB).flatten(-2)
 
 
-def factors(size: int, wanted: int) -> tuple[int, int]:
-    """Two numbers whose product is `size`: `wanted` first if it divides it, else the largest divisor up to it and to the square root."""
-    if wanted > 0 and size % wanted == 0:
-        return wanted, size // wanted
-    most = math.isqrt(size) if wanted < 0 else min(wanted, math.isqrt(size))
-    first = next(n for n in range(most, 0, -1) if size % n == 0)
-    return first, size // first
-
-
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """a c + r (b + d), or b d where that is not larger than half of it; with decompose_both r (a + c) where that is smaller."""
     assert isinstance(config, LoKrConfig)
     return sum(math.prod(shape) for shape in config.shapes(facts).values())
+
+
+def read(modules: Modules) -> tuple[MethodConfig, Modules]:
+    """From the tensors of a LyCORIS file."""
+    options, tensors = lokr_options(modules)
+    return LoKrConfig(**options), tensors
 
 
 METHOD = Method(
@@ -134,6 +136,7 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
+    foreign=Foreign(names=frozenset(f"lokr_{name}" for name in NAMES), marks=frozenset(), read=read),
     peft=PeftLayout(
         peft_type="LOKR",
         kinds=frozenset({"linear", "conv1d", "conv2d"}),

@@ -20,7 +20,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Factors, Method, MethodConfig, Site, SiteFacts
+from ingraft.methods.layout import Foreign, Modules
 from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
+from ingraft.methods.lycoris import LYCORIS_LORA, lora_options
 from ingraft.methods.ranked import RankedConfig, rank_above
 
 
@@ -122,6 +124,12 @@ def as_lora(config: LoraConfig, times: int = 1) -> LoraConfig:
     return LoraConfig(**own | {"init_lora_weights": True})
 
 
+def read(modules: Modules) -> tuple[MethodConfig, Modules]:
+    """From the tensors of a file of kohya-ss, LyCORIS or diffusers."""
+    options, tensors = lora_options(modules)
+    return LoraConfig(**options), tensors
+
+
 METHOD = Method(
     name="lora",
     config=LoraConfig,
@@ -132,4 +140,5 @@ METHOD = Method(
     refuses=refuses,
     peft=LORA_LAYOUT,
     of_factors=of_factors,
+    foreign=Foreign(names=LYCORIS_LORA | {"lora_mid"}, marks=LYCORIS_LORA, read=read),
 )

@@ -7,6 +7,7 @@ match, on a component's boundary (`down_proj`, `layers.1.mlp.down_proj`, `^model
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeVar
@@ -70,6 +71,16 @@ class RankedConfig(MethodConfig):
             for key in getattr(self, name)
             if not any(pattern_matches(key, path) for path in known)
         ]
+
+
+def by_site(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha_field: str) -> dict[str, Any]:
+    """The options of a config whose ranks and alphas are these, by path: the commonest as such, the others as patterns."""
+    options: dict[str, Any] = {}
+    for name, pattern, values in (("r", "rank_pattern", ranks), (alpha_field, "alpha_pattern", alphas)):
+        usual = Counter(values.values()).most_common(1)[0][0]
+        options[name] = usual
+        options[pattern] = {f"^{path}": value for path, value in values.items() if value != usual}
+    return options
 
 
 def pattern_matches(key: str, path: str) -> bool:
