@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
     from ingraft.methods.olora import OloraConfig as OloraConfig
     from ingraft.methods.oft import OFTConfig as OFTConfig
+    from ingraft.methods.olora import OloraConfig as OloraConfig
     from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
     from ingraft.methods.p_tuning_v2 import PTuningV2Config as PTuningV2Config
     from ingraft.methods.parallel import ParallelConfig as ParallelConfig
