@@ -44,18 +44,19 @@ if TYPE_CHECKING:
     from ingraft.methods.compacter import CompacterConfig as CompacterConfig
     from ingraft.methods.dora import DoraConfig as DoraConfig
     from ingraft.methods.fourierft import FourierFTConfig as FourierFTConfig
+    from ingraft.methods.freeze import FreezeConfig as FreezeConfig
     from ingraft.methods.full import FullConfig as FullConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
     from ingraft.methods.hra import HRAConfig as HRAConfig
     from ingraft.methods.ia3 import IA3Config as IA3Config
     from ingraft.methods.llama_adapter import LlamaAdapterConfig as LlamaAdapterConfig
+    from ingraft.methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from ingraft.methods.loha import LoHaConfig as LoHaConfig
     from ingraft.methods.lokr import LoKrConfig as LoKrConfig
     from ingraft.methods.lora import LoraConfig as LoraConfig
     from ingraft.methods.lora_plus import LoraPlusConfig as LoraPlusConfig
     from ingraft.methods.miss import MissConfig as MissConfig
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig
-    from ingraft.methods.olora import OloraConfig as OloraConfig
     from ingraft.methods.oft import OFTConfig as OFTConfig
     from ingraft.methods.olora import OloraConfig as OloraConfig
     from ingraft.methods.p_tuning import PTuningConfig as PTuningConfig
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from ingraft.methods.road import RoadConfig as RoadConfig
     from ingraft.methods.rslora import RsLoraConfig as RsLoraConfig
     from ingraft.methods.shira import ShiraConfig as ShiraConfig
+    from ingraft.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from ingraft.methods.vera import VeraConfig as VeraConfig
 
 _VERBS = (

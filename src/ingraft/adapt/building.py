@@ -166,11 +166,15 @@ def expected_count(model: nn.Module, config: MethodConfig, *, finished: bool = F
     own, whole, _ = select(model, config, method, strict=not finished)
     modules = base_modules(model)
     sizes = own_sizes(model, method, config, own, finished=finished)
-    in_full = [*whole, *own] if issubclass(method.part, ParameterPart) else [*whole]
-    owned = {id(p): p.numel() for path in in_full for p in modules[path]._parameters.values() if p is not None}
+    owned = {id(p): p.numel() for path in whole for p in modules[path]._parameters.values() if p is not None}
     total = sum(owned.values())
-    if not issubclass(method.part, ParameterPart):
-        total += sum(method.count(config.at(fact.path), fact) for fact in sizes)
+    seen = set(owned)
+    for fact in sizes:
+        if issubclass(method.part, ParameterPart):  # what the base ties is one tensor in the parts too
+            first = {name: p for name, p in fact.parameters.items() if id(p) not in seen}
+            seen |= {id(p) for p in first.values()}
+            fact = replace(fact, parameters=first)
+        total += method.count(config.at(fact.path), fact)
     if method.shared is not None:
         with torch.device("meta"):
             shared = method.shared(config, sizes)

@@ -69,6 +69,20 @@ def input_path(model: nn.Module) -> str:
     return hf.inner_path(model) if hf else ""
 
 
+def token_path(model: nn.Module) -> str:
+    """Path of the embedding of a model's tokens.
+
+    Raises:
+        IngraftError: if it names none.
+    """
+    tokens = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(tokens, nn.Embedding):
+        raise IngraftError(
+            f"{original_class(model).__name__} names no embedding of tokens; name one in target_modules."
+        )
+    return next(path for path, module in model.named_modules() if module is tokens)
+
+
 def enter_host(model: nn.Module, path: str) -> None:
     """Keep frameworks from passing over a host: torch's encoder layer takes a fused path unless something hooks its children."""
     parts = path.split(".")

@@ -74,6 +74,8 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
             **{name: plain_value(value) for name, value in options.items()},
         }
     sites = {path: role for path, role in adapter.sites.items() if role != WHOLE_ROLE}
+    if adapter.method.follows_ties:  # as it does there
+        sites = {path: sites[path] for path in first_owners(modules, sites)}
     written: dict[str, Any] = {"peft_type": layout.peft_type, **head, **layout.written, **layout.constants}
     for name, value in options.items():
         theirs = layout.fields.get(name, name)
@@ -83,7 +85,8 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         written[layout.site_count] = len(sites)
     if layout.bare:
         return written
-    written["modules_to_save"] = _written_whole(modules, adapter) or None
+    if layout.fields.get("modules_to_save", "") is not None:
+        written["modules_to_save"] = _written_whole(modules, adapter) or None
     if layout.stacked:
         return written
     names: list[str] = []
@@ -99,6 +102,16 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         kinds = {kind.name for path in sites if (kind := kind_of(modules[path]))}
         written[layout.transposed_field] = kinds == {"conv1d-transposed"}
     return written
+
+
+def first_owners(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[str]:
+    """Those of some modules whose parameters no earlier one owns."""
+    seen: set[int] = set()
+    for path in paths:
+        own = {id(p) for p in modules[path]._parameters.values() if p is not None}
+        if not own & seen:
+            yield path
+        seen |= own
 
 
 def own_type(method: Method) -> str:

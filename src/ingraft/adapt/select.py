@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ingraft.adapt import models
-from ingraft.adapt.roles import ROLES, sites_of_role
+from ingraft.adapt.roles import ROLES, blocks, sites_of_role
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
@@ -30,6 +30,9 @@ from ingraft.methods.contract import (
 )
 
 ALL_LINEAR = "all-linear"
+
+PLACES = ("biases", "norms", "parameters", "blocks", "tokens")
+"""Names that may stand in `target_modules` beside module names and roles, for places that every model or most have."""
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,11 +74,8 @@ def select(
         excluded = _by_pattern(modules, config.exclude_modules, "exclude_modules", unmatched)
         sites = {path: role for path, role in sites.items() if path not in excluded}
     if config.layers_to_transform is not None:
-        sites = {
-            path: role
-            for path, role in sites.items()
-            if (index := _block_index(path)) is None or index in config.layers_to_transform
-        }
+        stacks = _stacks(modules)
+        sites = {path: role for path, role in sites.items() if _in_layers(path, config.layers_to_transform, stacks)}
     sites = {path: role for path, role in sites.items() if path not in whole}
     sites = {path: sites[path] for path in config.among([path for path in modules if path in sites])}
     unmatched += config.idle(sites)
@@ -110,7 +110,7 @@ def _targets(
     unmatched: list[str],
 ) -> dict[str, str]:
     wanted: str | Sequence[str] = method.sites if config.target_modules is None else config.target_modules
-    named = (wanted,) if isinstance(wanted, str) and wanted in (ALL_LINEAR, "biases", "parameters", *ROLES) else wanted
+    named = (wanted,) if isinstance(wanted, str) and wanted in (ALL_LINEAR, *PLACES, *ROLES) else wanted
     found: dict[str, str] = {}
     if isinstance(named, str):
         return {path: method.role(config, path) for path in _by_pattern(modules, named, "target_modules", unmatched)}
@@ -128,11 +128,30 @@ def _targets(
             )
         elif name == "parameters":
             found.update({path: "weight" for path, module in modules.items() if _owns_parameters(module)})
+        elif name == "norms":
+            found.update({path: "weight" for path, module in modules.items() if _is_norm(module)})
+        elif name in ("blocks", "tokens"):
+            try:
+                places = [block.path for block in blocks(model)] if name == "blocks" else [models.token_path(model)]
+            except IngraftError as error:
+                problems.extend(error.problems)
+            else:
+                found.update(dict.fromkeys(places, "weight"))
         else:
             paths = _by_pattern(modules, (name,), "target_modules", unmatched)
             found.update({path: method.role(config, path) for path in paths})
     if issubclass(method.part, ParameterPart):
         found = {leaf: role for path, role in found.items() for leaf in _leaves(modules, path)}
+    if method.follows_ties:
+        tied = {
+            id(p): role for path, role in found.items() for p in modules[path]._parameters.values() if p is not None
+        }
+        taken = {id(modules[path]) for path in found}  # a module may stand at several paths
+        for path, module in modules.items():
+            role = next((tied[id(p)] for p in module._parameters.values() if id(p) in tied), None)
+            if role is not None and id(module) not in taken:
+                found[path] = role
+                taken.add(id(module))
     return found
 
 
@@ -199,9 +218,30 @@ def _owns_parameters(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
 
-def _block_index(path: str) -> int | None:
-    """The first number among a path's components: the index of its block."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation with parameters; a PReLU, which is shaped like one, is none."""
+    return (kind := kind_of(module)) is not None and kind.name == "norm" and not isinstance(module, nn.PReLU)
+
+
+def _block_index(path: str) -> tuple[str, int] | None:
+    """The first number among a path's components, the index of its block, and what stands before it, the stack of blocks."""
+    parts = path.split(".")
+    return next(((".".join(parts[:n]), int(part)) for n, part in enumerate(parts) if part.isdigit()), None)
+
+
+def _stacks(modules: Iterable[str]) -> dict[str, int]:
+    """The number of blocks in every stack."""
+    found: dict[str, int] = {}
+    for path in modules:
+        if (at := _block_index(path)) is not None:
+            found[at[0]] = max(found.get(at[0], 0), at[1] + 1)
+    return found
+
+
+def _in_layers(path: str, layers: Sequence[int], stacks: dict[str, int]) -> bool:
+    """Whether a module lies in one of these blocks, or in none at all."""
+    at = _block_index(path)
+    return at is None or at[1] in layers or at[1] - stacks[at[0]] in layers
 
 
 def _host_problems(path: str, module: nn.Module) -> list[str]:
@@ -232,7 +272,9 @@ def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> st
             return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead."
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return f"{what}: its weight is computed (parametrized or weight-normed), so changing it would do nothing. Remove the parametrization first."
-    elif issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+    elif (
+        issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+    ):
         return f"{what}: {method.name} adapts what a block or projection returns, vectors of features; this is an embedding or a convolution."
     elif issubclass(part, AttentionPart | InputPart) and role not in ("attention", "input"):
         return f"{what}: {method.name} has no choice of modules; leave target_modules out."

@@ -62,7 +62,7 @@ class MethodConfig:
         target_modules: which modules to adapt: "all-linear", a regular expression over full module names (a string), or names matched
             exactly or as a dotted suffix (a list). None takes the method's own default.
         exclude_modules: the same notation; what it matches is left alone.
-        layers_to_transform: only blocks with these indices (numbers in the module path).
+        layers_to_transform: only blocks with these indices (numbers in the module path); negative ones count from the end of their stack.
         modules_to_save: modules outside the method's sites that are trained in full beside it (a new classification head).
     """
 
@@ -403,13 +403,15 @@ class Method:
     Attributes:
         name: as in recipes.
         config, part: the two classes of the file. The part is built as `part(config, facts)`.
-        sites: default target where the config names none: "all-linear", "biases", "parameters", or roles of a transformer block.
+        sites: default target where the config names none: "all-linear", "biases", "norms", "parameters", "blocks" (whole), "tokens" (the input
+            embedding), or roles of a transformer block.
         identity_at_init: whether a fresh adapter leaves every output unchanged.
         count: trained parameters at one site, the formula that law 21 holds against the real tensors.
         peft: the layout of the incumbent's files, None where it does not have the method.
         foreign: how it looks in files without a config, None where they do not have it.
         role: the role of a module that the config names itself, where it is not simply "weight".
         hint: what to do where the default sites do not exist in a model.
+        follows_ties: whether a module whose weight the base ties to a site's becomes a site too (parameter parts share their tensor then).
         refuses: why this site cannot be adapted with these options (a rank above the layer's, a block size that does not divide, a kind of
             layer on which the method has no meaning) and what would work, as a sentence; None if it can. Sees sizes, not values.
         shared: makes the module that all sites of one adapter use together (a prefix encoder, a bank of frozen projections); None, or
@@ -437,6 +439,7 @@ class Method:
     peft: PeftLayout | None = None
     foreign: Foreign | None = None
     hint: str = ""
+    follows_ties: bool = False
     role: Callable[[Any, str], str] = plain_role
     refuses: Callable[[Any, SiteFacts], str | None] = everywhere
     shared: Callable[[Any, tuple[SiteFacts, ...]], nn.Module | None] | None = None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ingraft.adapt as adapt
 from ingraft.adapt.building import facts_of
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state
-from ingraft.adapt.select import base_modules, select
+from ingraft.adapt.select import PLACES, base_modules, select
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import (
@@ -129,12 +129,15 @@ _REFUSALS: dict[tuple[str, str, str], str | None] = {}
 
 def _refusal(case: Case) -> str | None:
     """What the method itself says against the subject's sites (`Method.refuses`), the first site's reason."""
-    if case.method.refuses is everywhere:
+    if case.method.refuses is everywhere and not set(case.method.sites) & set(PLACES):
         return None
     key = case.method.name, case.subject.name, repr(case.config)
     if key not in _REFUSALS:
         model, config = case.base(), case.config
-        sites, _, _ = select(model, config, case.method)
+        try:
+            sites, _, _ = select(model, config, case.method)
+        except IngraftError as error:  # no such place in this module
+            return _REFUSALS.setdefault(key, str(error))
         facts = [facts_of(model, path, model.get_submodule(path), role, values=False) for path, role in sites.items()]
         reasons = [reason for fact in facts if (reason := case.method.refuses(config.at(fact.path), fact)) is not None]
         _REFUSALS[key] = reasons[0] if reasons else None

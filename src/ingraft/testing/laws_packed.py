@@ -93,6 +93,8 @@ def _twins(case: Case) -> Iterator[tuple[str, Case, Case]]:
 def _nowhere_packed(case: Case) -> str | None:
     if case.subject.name not in FORMATS:
         return "linear layers are what is packed; tried on layers by themselves and in a Llama"
+    if case.subject.name == "linear" and case.method.sites == ("norms",):
+        return "the packed layers by themselves have no norm; tried in a Llama"
     return None
 
 

@@ -28,7 +28,7 @@ from ingraft.testing.suite import law
 
 
 def _in_peft(case: Case) -> bool:
-    return case.method.peft is not None and not issubclass(case.part, ParameterPart)
+    return case.method.peft is not None
 
 
 def _peft_cannot(case: Case) -> str | None:

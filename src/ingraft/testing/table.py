@@ -58,6 +58,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "road": {"group_size": 4},
     "ia3": {},
     "bitfit": {},
+    "ln-tuning": {},
+    "freeze": {"num_layers_trainable": 1},
+    "trainable-tokens": {"token_indices": [3, 14, 16, 19, 20, 25, 45, 47]},
     "full": {},
     "houlsby": {"reduction_factor": 4.0},
     "pfeiffer": {"reduction_factor": 4.0},
@@ -78,6 +81,15 @@ _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
     # A kernel of 3 x 3 over one input has nine entries.
     "oft": {"conv2d-groups": {"oft_block_size": 3}},
     "boft": {"conv2d-groups": {"boft_block_size": 3}, "t5": {"boft_block_size": 8}, "vit": {"boft_block_size": 8}},
+    # No blocks to count.
+    "freeze": {
+        "embedding": {"target_modules": ["plain"]},
+        **{
+            name: {"target_modules": ["second"]}
+            for name in ("linear", "conv1d-transposed", "conv2d", "conv2d-groups", "conv1d", "conv3d")
+        },
+    },
+    "trainable-tokens": {"embedding": {"target_modules": ["plain", "rescaled"]}},
     # A Llama and a T5 have no biases.
     "bitfit": {
         **{name: {"add_bias": True} for name in ("llama", "t5")},
