@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ingraft.methods.fourierft import FourierFTConfig as FourierFTConfig
     from ingraft.methods.freeze import FreezeConfig as FreezeConfig
     from ingraft.methods.full import FullConfig as FullConfig
+    from ingraft.methods.fusion import FusionConfig as FusionConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
     from ingraft.methods.hra import HRAConfig as HRAConfig
     from ingraft.methods.ia3 import IA3Config as IA3Config

@@ -109,6 +109,11 @@ class Control:
         """What the adapter's shared module returned for this forward, None if it has none."""
         return self.shared.get(name)
 
+    def acted_on_by(self, name: str) -> tuple[str, ...]:
+        """The adapters that this one acts on (a fusion's)."""
+        adapter = self.adapters[name]
+        return () if adapter.method.over is None else adapter.method.over(adapter.config)
+
     def require(self, name: str) -> Adapter:
         """The adapter of that name.
 

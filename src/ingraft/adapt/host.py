@@ -33,7 +33,7 @@ from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
 from ingraft.adapt.swap import Forward, Mixin
 from ingraft.adapt.weights import Kind, bias_of, shadowed
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import OutputPart, ParameterPart, Part, ShortcutPart, Site, WeightPart
+from ingraft.methods.contract import AddingPart, OutputPart, ParameterPart, Part, ShortcutPart, Site, WeightPart
 
 
 class Host(Mixin):
@@ -452,6 +452,16 @@ class LayerSite(Site):
         name = _name_of(self._host, self._part)
         seed = self._state.control.adapters[name].seed
         return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
+
+    def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
+        changes: list[Tensor] = []
+        for name in names:
+            part = part_of(self._host, name)
+            assert isinstance(part, AddingPart), f"{self._state.path} has no part of {name} that adds something"
+            site = LayerSite(self._host, self._state, self._call, [], part, self._entries, self._size, self._base)
+            with present(part):
+                changes.append(part.change(x, y, site))
+        return changes
 
     def prompt_mask(self, y: Tensor) -> Tensor:
         call = self._call

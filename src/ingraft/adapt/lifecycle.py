@@ -97,6 +97,8 @@ def attach(
         seed=seed,
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
+    if method.over is not None:
+        adapter.dropout |= any(control.adapters[other].dropout for other in method.over(config))
     parts, shared = make_parts(model, adapter, finished=fill is not None)
     lengths = (
         p.length for p in parts.values() if isinstance(p, AttentionPart | InputPart) and not isinstance(p, GatedPart)
@@ -305,6 +307,9 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
     for name in names:
         control.require(name)
     names = names or tuple(control.adapters)
+    for name in control.adapters:
+        if name not in names and (held := [other for other in control.acted_on_by(name) if other in names]):
+            raise IngraftError(f"detach: {name} acts on {', '.join(held)}; detach {name} first, or with it.")
     if control.merged and not keep_merged:
         raise IngraftError(
             f"detach: {', '.join(control.merged)} is merged; call `unmerge` first (or pass keep_merged=True to keep the merged weights)."

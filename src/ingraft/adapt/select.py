@@ -14,11 +14,13 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ingraft.adapt import models
+from ingraft.adapt.control import control_of
 from ingraft.adapt.roles import ROLES, blocks, sites_of_role
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods.contract import (
+    AddingPart,
     AttentionPart,
     InputPart,
     Method,
@@ -68,7 +70,10 @@ def select(
     modules = base_modules(model)
     problems: list[str] = []
     unmatched: list[str] = []
-    sites = _targets(model, modules, config, method, problems, unmatched)
+    if method.over is None:
+        sites = _targets(model, modules, config, method, problems, unmatched)
+    else:
+        sites = _of_others(model, method, method.over(config))
     whole = _saved_whole(modules, config, unmatched)
     if config.exclude_modules is not None:
         excluded = _by_pattern(modules, config.exclude_modules, "exclude_modules", unmatched)
@@ -153,6 +158,40 @@ def _targets(
                 found[path] = role
                 taken.add(id(module))
     return found
+
+
+def _of_others(model: nn.Module, method: Method, names: Sequence[str]) -> dict[str, str]:
+    """The sites of the adapters that this one acts on.
+
+    Raises:
+        IngraftError: adapters that are not attached, add nothing that could be acted on, or lie at different places.
+    """
+    control = control_of(model)
+    attached = {} if control is None else control.adapters
+    problems = [
+        f"{method.name}: it acts on {name!r}, and no adapter of that name is attached (attached: {', '.join(attached) or 'none'}). Attach or "
+        "load that first."
+        for name in names
+        if name not in attached
+    ]
+    adapters = [attached[name] for name in names if name in attached]
+    problems += [
+        f"{method.name}: {adapter.name!r} ({adapter.method.name}) is no adapter that adds to what a block or projection returns; only such can be "
+        "acted on."
+        for adapter in adapters
+        if not issubclass(adapter.method.part, AddingPart)
+    ]
+    own = [{path: role for path, role in a.sites.items() if path not in a.saved_whole} for a in adapters]
+    problems += [
+        f"{method.name}: {adapter.name!r} and {adapters[0].name!r} lie at different places; all must have the same target_modules."
+        for adapter, sites in zip(adapters, own, strict=True)
+        if sites != own[0]
+    ]
+    if len(names) < 2:
+        problems.append(f"{method.name}: name at least two adapters to act on, got {', '.join(names) or 'none'}.")
+    if problems:
+        raise IngraftError(*problems)
+    return own[0]
 
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -43,7 +43,6 @@ class NarrowConfig(MethodConfig):
     non_linearity: str = "relu"
     dropout: float = 0.0
     scaling: float = 1.0
-    init_weights: str = "identity"
 
     def problems(self) -> list[str]:
         found: list[str] = []

@@ -143,6 +143,10 @@ class Site(ABC):
         """Zero entries with probability p while training, as a function of (adapter seed, step, site, row, position) alone."""
 
     @abstractmethod
+    def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
+        """What the parts of these adapters (all `AddingPart`s) would add here. For methods that act on other adapters (`Method.over`)."""
+
+    @abstractmethod
     def prompt_mask(self, y: Tensor) -> Tensor:
         """Which tokens of the layer's input or output y (B, T, ...) belong to the prompt: (B, T) bool. For parts with `reads_context`."""
 
@@ -418,6 +422,8 @@ class Method:
             returning None, where there is none. Sees sizes, not values. That of attention and input parts is called once a forward and its
             result handed to them; others reach it through `facts.shared`.
         rates: factor on the learning rate by name of the trained tensor (LoRA+).
+        over: the names of the adapters that one of this method acts on (a fusion): attached before it, and as long as it is. Its sites are
+            theirs.
         penalty: what is added to the loss of the adapter that trains, from its parts by path (AdaLoRA's orthogonality); a scalar.
         update: called after each optimiser step, while the gradients are still there, with the parts by path (AdaLoRA's allocation).
         prepare: called once the parts (all `ObservingPart`s) have seen data, with the parts by path; returns the config from then on.
@@ -444,6 +450,7 @@ class Method:
     refuses: Callable[[Any, SiteFacts], str | None] = everywhere
     shared: Callable[[Any, tuple[SiteFacts, ...]], nn.Module | None] | None = None
     rates: Callable[[Any, str], float] | None = None
+    over: Callable[[Any], tuple[str, ...]] | None = None
     penalty: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
     update: Callable[[Any, Mapping[str, Any], Moment], None] | None = None
     prepare: Callable[[Any, Mapping[str, Any]], MethodConfig] | None = None

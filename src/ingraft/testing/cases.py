@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ingraft.adapt as adapt
 from ingraft.adapt.building import facts_of
-from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state
+from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state, require_control
 from ingraft.adapt.select import PLACES, base_modules, select
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -69,7 +69,7 @@ class Case:
     def config(self) -> MethodConfig:
         """The options on this subject; a plain module's layers are named unless the options name some already."""
         config = self.row.elsewhere.get(self.subject.name, self.row.config)
-        if config.target_modules is not None or self.subject.targets is None:
+        if config.target_modules is not None or self.subject.targets is None or self.method.over is not None:
             return config
         if issubclass(self.method.part, WeightPart) and self.method.sites != ("biases",):
             return replace(config, target_modules=self.subject.targets)
@@ -83,8 +83,29 @@ class Case:
         return self.method.part
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The subject with nothing attached, or with the row's companions, none of which acts."""
+        model = self.bare(dtype)
+        self.accompany(model)
+        return model
+
+    def bare(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The subject with nothing attached."""
         return self.subject.make_redrawn().to(dtype)
+
+    def accompany(self, model: nn.Module) -> None:
+        """Attach the row's companions."""
+        for name, config in self.row.companions.items():
+            if unfit_for_outputs(self.subject) is not None:
+                break
+            named = config if self.subject.targets is None else replace(config, target_modules=self.subject.outputs)
+            adapt.attach(model, named, name, seed=zlib.crc32(name.encode()))
+            randomise(model, name)
+            adapt.activate(model)
+            adapt.trainable(model)
+
+    def detach(self, model: nn.Module) -> None:
+        """Leave the model as `base` made it."""
+        adapt.detach(model, *(name for name in require_control(model).adapters if name not in self.row.companions))
 
     def batch(self, n: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """n rows for the subject."""
@@ -117,11 +138,18 @@ def why_not(case: Case) -> str | None:
     part, subject = case.part, case.subject
     if issubclass(part, AttentionPart | InputPart) and not subject.transformers:
         return "has its place in a transformers model's attention or input"
-    if issubclass(part, OutputPart) and not subject.transformers and not subject.outputs:
-        return "a bottleneck acts on vectors of features, which neither a lookup nor a picture's channels are"
+    if issubclass(part, OutputPart) and (reason := unfit_for_outputs(subject)) is not None:
+        return reason
     if issubclass(part, InputPart) and subject.name == "vit":
         return "an image has no tokens to put a prompt in front of"
     return _refusal(case)
+
+
+def unfit_for_outputs(subject: Subject) -> str | None:
+    """Why no bottleneck finds a place in this subject, or None."""
+    if not subject.transformers and not subject.outputs:
+        return "a bottleneck acts on vectors of features, which neither a lookup nor a picture's channels are"
+    return None
 
 
 _REFUSALS: dict[tuple[str, str, str], str | None] = {}
@@ -288,6 +316,7 @@ class Snapshot:
     hooks: dict[str, int]
     training: dict[str, bool]
     config: object
+    adapters: tuple[str, ...]
 
     @staticmethod
     def of(model: nn.Module) -> Snapshot:
@@ -308,6 +337,7 @@ class Snapshot:
             },
             training={path: module.training for path, module in modules.items()},
             config=config.to_dict() if config is not None and hasattr(config, "to_dict") else None,
+            adapters=tuple(control.adapters) if (control := control_of(model)) is not None else (),
         )
 
     def assert_restored(self, model: nn.Module) -> None:
@@ -325,7 +355,10 @@ class Snapshot:
         assert list(now.buffers) == list(self.buffers)
         for key, buffer in self.buffers.items():
             same(now.buffers[key], buffer, key)
-        assert control_of(model) is None and all(HOST_ATTRIBUTE not in module.__dict__ for module in model.modules())
+        assert now.adapters == self.adapters
+        if not self.adapters:
+            assert control_of(model) is None
+            assert all(HOST_ATTRIBUTE not in module.__dict__ for module in model.modules())
 
 
 def _changes(was: Any, is_now: Any) -> str:

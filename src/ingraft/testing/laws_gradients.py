@@ -46,7 +46,7 @@ def only_the_adapter_gets_gradients(case: Case) -> None:
 
 def _without_gradient(case: Case, batch: dict[str, Tensor]) -> set[str]:
     """Modules whose own parameters get no gradient in the base either (a relative bias of a single token, say)."""
-    model = case.base()
+    model = case.base().requires_grad_(True)
     loss_of(output(model, batch)).backward()
     reached: dict[str, bool] = {}
     for key, p in model.named_parameters():
