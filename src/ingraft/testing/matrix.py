@@ -1,4 +1,4 @@
-"""The matrix method x law: how many checks held, and the reason for every cell or part of a cell where none was tried.
+"""The matrix method x law x subject: how many checks held, and the reason for every cell or part of a cell where none was tried.
 
 A test that tries a check says so with `record_property("law", (*check.cell, outcome))`; the properties travel with the reports, also from
 pytest-xdist's workers. `pytest_terminal_summary`, imported by a `conftest.py` above the tests, prints the matrix at the end of the session.
@@ -7,7 +7,7 @@ pytest-xdist's workers. `pytest_terminal_summary`, imported by a `conftest.py` a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 HELD, REFUSED, BROKEN = "held", "refused", "broken"
@@ -24,9 +24,11 @@ def lines(results: Iterable[tuple[str, int, str, str]]) -> list[str]:
     from ingraft.testing.suite import LATER, all_laws, checks
 
     count: dict[Cell, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    places: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     tried: set[tuple[str, int, str]] = set()
     for method, number, subject, outcome in results:
         count[method, number][outcome] += 1
+        places[method, subject][outcome] += 1
         tried.add((method, number, subject))
     methods = list(dict.fromkeys(method for method, _ in count))
     numbers = sorted({one.number for one in all_laws()} | set(LATER))
@@ -39,26 +41,45 @@ def lines(results: Iterable[tuple[str, int, str, str]]) -> list[str]:
             reasons[check.hole][f"{method} on {subject}"].add(number)
         elif (method, number, subject) not in tried:
             reasons[check.study or "not part of this session"][f"{method} on {subject}"].add(number)
-    width = max((len(method) for method in methods), default=0)
-    table = [" " * width + "".join(f"{number:>7}" for number in numbers)]
-    table += [
-        f"{method:<{width}}" + "".join(f"{_cell(count, method, number, LATER):>7}" for number in numbers)
-        for method in methods
-    ]
+    by_law = {(method, str(number)): found for (method, number), found in count.items()}
+    later = {(method, str(number)): "later" for method in methods for number in LATER}
+    subjects = list(dict.fromkeys(subject for _, subject in places))
     return [
         "Checks that held, by method and law (n+mr: m of them are refusals that were due and came; later: the law's part is not built yet).",
         "",
-        *table,
+        *_table(methods, [str(number) for number in numbers], by_law, later),
+        "",
+        "The same checks, by method and what they were tried on: layer kinds, kinds of base, and families of models.",
+        "",
+        *_table(methods, subjects, places, {}),
         "",
         *(f"later: law {number}, {what}" for number, what in LATER.items()),
         *_explained(reasons),
     ]
 
 
-def _cell(count: Mapping[Cell, Mapping[str, int]], method: str, number: int, later: Mapping[int, str]) -> str:
-    found = count.get((method, number), {})
-    if number in later:
-        return "later"
+def _table(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    found: Mapping[tuple[str, str], Mapping[str, int]],
+    said: Mapping[tuple[str, str], str],
+) -> list[str]:
+    """A table of counts under its header."""
+    first = max((len(row) for row in rows), default=0)
+    cells = {
+        (row, column): said.get((row, column)) or _cell(found.get((row, column), {}))
+        for row in rows
+        for column in columns
+    }
+    widths = [2 + max([len(column), *(len(cells[row, column]) for row in rows)]) for column in columns]
+    lines = [" " * first + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))]
+    for row in rows:
+        filled = (f"{cells[row, column]:>{width}}" for column, width in zip(columns, widths, strict=True))
+        lines.append(f"{row:<{first}}" + "".join(filled))
+    return lines
+
+
+def _cell(found: Mapping[str, int]) -> str:
     if found.get(BROKEN):
         return f"{found[BROKEN]} FAIL"
     if not found:
