@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ingraft.methods.c3a import C3AConfig as C3AConfig
     from ingraft.methods.compacter import CompacterConfig as CompacterConfig
     from ingraft.methods.dora import DoraConfig as DoraConfig
+    from ingraft.methods.eva import EvaConfig as EvaConfig
     from ingraft.methods.fourierft import FourierFTConfig as FourierFTConfig
     from ingraft.methods.freeze import FreezeConfig as FreezeConfig
     from ingraft.methods.full import FullConfig as FullConfig
@@ -52,9 +53,11 @@ if TYPE_CHECKING:
     from ingraft.methods.ia3 import IA3Config as IA3Config
     from ingraft.methods.llama_adapter import LlamaAdapterConfig as LlamaAdapterConfig
     from ingraft.methods.ln_tuning import LNTuningConfig as LNTuningConfig
+    from ingraft.methods.loftq import LoftQConfig as LoftQConfig
     from ingraft.methods.loha import LoHaConfig as LoHaConfig
     from ingraft.methods.lokr import LoKrConfig as LoKrConfig
     from ingraft.methods.lora import LoraConfig as LoraConfig
+    from ingraft.methods.lora_fa import LoraFAConfig as LoraFAConfig
     from ingraft.methods.lora_plus import LoraPlusConfig as LoraPlusConfig
     from ingraft.methods.miss import MissConfig as MissConfig
     from ingraft.methods.multitask_prompt import MultitaskPromptConfig as MultitaskPromptConfig

@@ -64,6 +64,9 @@ def unchanged(before: tuple[Any, ...], model: nn.Module) -> bool:
     )
 
 
+ON_A_DENSE_BASE = [name for name in records() if name != "loftq"]
+
+
 def unsealed(folder: Path) -> Path:
     """The same folder as if another program had written it."""
     (folder / MANIFEST).unlink()
@@ -84,7 +87,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 # ------------------------------------------------------------------------------------------------------------------ save
 
 
-@pytest.mark.parametrize("method", records())
+@pytest.mark.parametrize("method", ON_A_DENSE_BASE)
 def test_round_trip_gives_the_same_bits_and_the_same_files(method: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     model, batch = attached(tiny, method), tiny.example("llama")
     ingraft.save(model, tmp_path / "once")
@@ -99,7 +102,7 @@ def test_round_trip_gives_the_same_bits_and_the_same_files(method: str, tmp_path
     assert files(tmp_path / "once") == files(tmp_path / "twice") == files(tmp_path / "third")
 
 
-@pytest.mark.parametrize("method", records())
+@pytest.mark.parametrize("method", ON_A_DENSE_BASE)
 def test_a_bfloat16_base_gets_bfloat16_files_with_the_same_logits(
     method: str, tmp_path: Path, tiny: SimpleNamespace
 ) -> None:
@@ -355,7 +358,7 @@ def test_unknown_fields_are_refused_in_our_files_and_warned_of_in_others(tmp_pat
         ({"use_rslora": True, "use_dora": True}, "does not have"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],

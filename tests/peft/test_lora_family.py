@@ -146,3 +146,132 @@ def test_a_saved_lora_plus_has_the_tensors_of_a_lora(tmp_path: Path, tiny: Simpl
     ingraft.save(model, tmp_path / "a")
     keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in keys)
+
+
+# ------------------------------------------------------------------------------------------------------------------ eva
+
+
+def data(tiny: SimpleNamespace, n: int = 6) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    return [{**tiny.example("llama"), "input_ids": torch.randint(2, 64, (2, 7), generator=generator)} for _ in range(n)]
+
+
+def inputs_of(model: nn.Module, path: str, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Every real token that a layer of the base is given, (N, in)."""
+    seen: list[Tensor] = []
+    mask: Tensor = batches[0]["attention_mask"]
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0][mask.bool()]))
+    for batch in batches:
+        model(**batch)
+    handle.remove()
+    return torch.cat(seen).detach()
+
+
+def test_eva_starts_from_the_directions_of_its_inputs(tiny: SimpleNamespace) -> None:
+    """One batch: A spans what the exact decomposition finds, and the model answers as before."""
+    batches = data(tiny, 1)
+    model = tiny.make("llama")
+    expected = tiny.output(model, batches[0])
+    path = "model.layers.1.mlp.down_proj"
+    _, _, V = torch.linalg.svd(inputs_of(tiny.make("llama"), path, batches), full_matrices=False)
+    ingraft.attach(model, make_config("eva", {"r": 3, "rho": 1}), seed=1)
+    modes = [module.training for module in model.modules()]
+    ingraft.prepare(model, "default", batches)
+    assert [module.training for module in model.modules()] == modes
+    A = ingraft.parameters(model, "default")[f"{path}.lora_A"]
+    assert torch.linalg.svdvals(A.detach() @ V[:3].mT).min() > 0.99
+    assert torch.equal(tiny.output(model, batches[0]), expected)
+
+
+def test_eva_shares_out_its_budget(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """Ranks differ between layers, add up to the budget, keep each layer's scale, and survive a file; the same seed gives the same adapter."""
+    made: list[nn.Module] = []
+    for _ in range(2):
+        model = tiny.make("llama")
+        ingraft.attach(model, make_config("eva", {"r": 3, "rho": 2.5, "lora_alpha": 6}), seed=1)
+        ingraft.prepare(model, "default", data(tiny))
+        made.append(model)
+    one, other = (ingraft.parameters(model, "default") for model in made)
+    assert all(torch.equal(p, other[key]) for key, p in one.items())
+    ranks = [p.shape[0] for key, p in one.items() if key.endswith("lora_A")]
+    assert sum(ranks) == 3 * len(ranks) and len(set(ranks)) > 1 and min(ranks) >= 1 and max(ranks) <= 7
+    scales = {module.scale for module in made[0].modules() if hasattr(module, "lora_A")}
+    assert scales == {2.0}
+
+    tiny.perturb(one.values())
+    batch = tiny.example("llama")
+    ingraft.save(made[0], tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path / "a").eval()
+    assert float((tiny.output(theirs, batch) - tiny.output(made[0], batch)).abs().max()) < 1e-5
+    again = tiny.make("llama")
+    ingraft.load(again, tmp_path / "a")
+    assert ingraft.status(again).adapters[0].method == "eva"
+    assert torch.equal(tiny.output(again, batch), tiny.output(made[0], batch))
+
+
+# ------------------------------------------------------------------------------------------------------------------ lora-fa
+
+
+def test_lora_fa_keeps_activations_of_the_ranks_width() -> None:
+    """For backward, a layer keeps exactly r numbers a token beside weights, where LoRA keeps the layer's input as well."""
+    tokens, width, r = 50, 64, 4
+    kept: dict[str, int] = {}
+    for method in ("lora", "lora-fa"):
+        model = nn.Sequential(nn.Linear(width, 96))
+        ingraft.attach(model, make_config(method, {"r": r, "target_modules": ["0"]}), seed=1)
+        weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes, weights: set[int] = weights) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(tokens, width, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = model(x)
+        kept[method] = sum(sizes.values())
+        y.sum().backward()
+    assert kept == {"lora-fa": 4 * tokens * r, "lora": 4 * tokens * (r + width)}
+
+
+def test_lora_fa_never_moves_a(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    batch = tiny.example("llama")
+    model = tiny.make("llama")
+    ingraft.attach(model, make_config("lora-fa", {"r": 3}), seed=1)
+    own = ingraft.parameters(model, "default")
+    assert all(key.endswith("lora_B") for key in own)
+    before = {key: buffer.clone() for key, buffer in model.named_buffers() if key.endswith("lora_A")}
+    losses = trained(own.values(), lambda: loss_of(forward(model, batch)))
+    assert losses[-1] < losses[0]
+    assert before and all(torch.equal(model.get_buffer(key), value) for key, value in before.items())
+    ingraft.save(model, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny.make("llama"), tmp_path / "a").eval()
+    assert float((tiny.output(theirs, batch) - tiny.output(model, batch)).abs().max()) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------------ loftq
+
+
+def test_loftq_starts_from_what_is_missing() -> None:
+    """Over a weight with a coarse copy in its place, the start is the best approximation of the difference at that rank."""
+    from ingraft.methods.contract import SiteFacts
+    from ingraft.methods.loftq import LoftQ, LoftQConfig
+
+    torch.manual_seed(3)
+    W = torch.randn(40, 30)
+    Q = (W * 2).round() / 2
+    config = LoftQConfig(r=4, lora_alpha=12)
+    facts = SiteFacts(
+        path="x", role="weight", module=nn.Linear(30, 40), kind="linear", shape=(40, 30), W=Q, original=lambda: W
+    )
+    part = LoftQ(config, facts).requires_grad_(False)
+    U, S, Vh = torch.linalg.svd(W - Q)
+    best = U[:, :4] @ torch.diag(S[:4]) @ Vh[:4]
+    assert float((part.delta(Q) - best).norm() / best.norm()) < 1e-2
+    assert float((part.weight(Q, None)[0] - W).norm()) < float((Q - W).norm())
+
+
+def test_loftq_over_a_dense_base_is_refused(tiny: SimpleNamespace) -> None:
+    with pytest.raises(ingraft.IngraftError, match="not quantised here"):
+        ingraft.attach(tiny.make("llama"), make_config("loftq", {}))

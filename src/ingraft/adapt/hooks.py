@@ -118,17 +118,19 @@ def prepare(model: nn.Module, name: str, batches: Iterable[Mapping[str, Any]]) -
     if adapter.method.prepare is None:
         raise IngraftError(f"prepare: {adapter.method.name} does not start from data.")
     parts = parts_of(model, adapter)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     seen = 0
     try:
-        with disabled(model):
+        with disabled(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(adapter.seed)
             for batch in batches:
                 with _watching(model, parts, batch.get("attention_mask")):
                     model(**batch)
                 seen += 1
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     if not seen:
         raise IngraftError(f"prepare: {adapter.method.name} needs at least one batch of data to start from.")
     adapter.config = adapter.method.prepare(adapter.config, parts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -112,16 +112,6 @@ def of_factors(changes: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, di
     for path, change in changes.items() if bias else ():
         tensors[path]["lora_bias"] = change.B_OR.new_zeros(change.B_OR.shape[0]) if change.bias is None else change.bias
     return LoraConfig(r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=other, lora_bias=bias), tensors
-
-
-def as_lora(config: LoraConfig, times: int = 1) -> LoraConfig:
-    """A variant's options as those of a LoRA of the same scale, with `times` its rank."""
-    own = {f.name: getattr(config, f.name) for f in fields(LoraConfig)}
-    for name in ("r", "lora_alpha"):
-        own[name] = times * own[name]
-    for name in ("rank_pattern", "alpha_pattern"):
-        own[name] = {key: times * value for key, value in own[name].items()}
-    return LoraConfig(**own | {"init_lora_weights": True})
 
 
 def read(modules: Modules) -> tuple[MethodConfig, Modules]:

@@ -13,15 +13,13 @@ own). Embeddings get no third rate. What is trained is a LoRA, and its files are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
+from ingraft.methods.as_lora import copied, kept_as_lora
 from ingraft.methods.contract import Method
-from ingraft.methods.lora import LoRA, LoraConfig, as_lora, count, refuses
-from ingraft.methods.lowrank import LORA_LAYOUT, copied, tensors_of
+from ingraft.methods.lora import LoRA, LoraConfig, count, refuses
+from ingraft.methods.lowrank import LORA_LAYOUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +46,6 @@ def rates(config: LoraPlusConfig, tensor: str) -> float:
     return 1.0 if tensor == "lora_A" else config.loraplus_lr_ratio
 
 
-def compact(config: LoraPlusConfig, parts: Mapping[str, LoRA]) -> tuple[LoraConfig, Mapping[str, Mapping[str, Tensor]]]:
-    """The LoRA that it is."""
-    return as_lora(config), tensors_of(parts)
-
-
 METHOD = Method(
     name="lora-plus",
     config=LoraPlusConfig,
@@ -62,7 +55,7 @@ METHOD = Method(
     count=count,
     refuses=refuses,
     rates=rates,
-    compact=compact,
+    compact=kept_as_lora,
     reopen=copied,
     peft=replace(LORA_LAYOUT, fields={"loraplus_lr_ratio": None}),
 )

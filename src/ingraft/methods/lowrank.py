@@ -8,7 +8,6 @@ Legend: O out, I in, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -54,18 +53,6 @@ class LowRank(ShortcutPart):
             dtype = site.weight().dtype  # ids: an embedding
         u_R = site.op(x, self.lora_A.to(dtype))
         return site.mix(u_R * self.scale, self.lora_B.to(dtype))
-
-
-def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """Parts' trained tensors by path and name."""
-    return {path: dict(part.named_parameters()) for path, part in parts.items()}
-
-
-def copied(source: Mapping[str, nn.Module], target: Mapping[str, nn.Module]) -> None:
-    """Give parts the values of others that have tensors of the same names."""
-    for path, part in target.items():
-        for name, parameter in part.named_parameters():
-            parameter.copy_(source[path].get_parameter(name))
 
 
 LORA_LAYOUT = PeftLayout(

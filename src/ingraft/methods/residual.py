@@ -17,8 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ingraft.methods.as_lora import as_lora
 from ingraft.methods.contract import Factors, Site, SiteFacts
-from ingraft.methods.lora import LoraConfig, as_lora
+from ingraft.methods.lora import LoraConfig
 from ingraft.methods.lowrank import LowRank
 
 
