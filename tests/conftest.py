@@ -29,10 +29,10 @@ VOCAB = 64
 class Picture(nn.Module):
     """Two convolutions and a head, one of them with a bias and a stride."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: int = 3) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 12, 3, stride=2, bias=False)
+        self.second = nn.Conv2d(8, 12, kernel, stride=2, bias=False)
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def make(kind: str) -> nn.Module:
         if kind == "mt5":
             config = MT5Config(d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=VOCAB)
             return MT5ForConditionalGeneration(config).eval()
-        if kind == "picture":
-            return Picture().eval()
+        if kind in ("picture", "points"):
+            return Picture(3 if kind == "picture" else 1).eval()
     raise AssertionError(kind)
 
 
@@ -81,7 +81,7 @@ def example(kind: str) -> dict[str, Tensor]:
     """A batch for it, its second row padded on the right."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        if kind == "picture":
+        if kind in ("picture", "points"):
             return {"x": torch.randn(2, 3, 9, 9)}
         ids = torch.randint(2, VOCAB, (2, 7))
         mask = torch.ones_like(ids)

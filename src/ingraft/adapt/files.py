@@ -479,10 +479,11 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) 
 def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any, known: Mapping[str, Entry]) -> list[str]:
     """PEFT stores copies beside some adapters: of base weights (a whole embedding), harmless if they are this base's, and of what all sites
     share, once for every site, harmless if they are the same."""
-    once = SOFT_PREFIX + key.rpartition(".")[2]
+    copied = {copy: entry.key for entry in known.values() for copy in entry.copies}
+    once = copied.get(key, SOFT_PREFIX + key.rpartition(".")[2])
     if once in known and key != once:
         same = torch.equal(handle.get_tensor(key), handle.get_tensor(once)) if once in handle.keys() else False  # noqa: SIM118
-        return [] if same else [f"{weights}: {key} is not the {once} that all sites share."]
+        return [] if same else [f"{weights}: {key} is not the {once} that these sites share."]
     name = key.removeprefix(PREFIX).replace("base_layer.", "")
     mine = base.get(name)
     if mine is None:

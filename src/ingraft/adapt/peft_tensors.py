@@ -36,6 +36,7 @@ class Entry:
         key, shape: as in the file.
         take: the adapter's values in that shape.
         put: write the file's values into the adapter.
+        copies: other names under which PEFT repeats it, where the base ties two of its sites.
         used_in: the dtype in which the adapter computes with it, where that is not the base's (indices: integers).
     """
 
@@ -44,6 +45,7 @@ class Entry:
     take: Callable[[], Tensor]
     put: Callable[[Tensor], None]
     used_in: torch.dtype | None = None
+    copies: tuple[str, ...] = ()
 
     @property
     def indices(self) -> bool:
@@ -68,7 +70,7 @@ def entries(
     """Every tensor of an adapter's file, each once. Tensors that the base's ties make one are kept under the first name."""
     stacked: dict[str, Part] = {}
     found: list[Entry] = []
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     for path, part in parts.items():
         if layout is not None and layout.stacked and sites[path] != WHOLE_ROLE:
             stacked[path] = part
@@ -78,9 +80,10 @@ def entries(
             continue
         start = (SOFT_PREFIX if layout is not None and layout.stacked else PREFIX) + (f"{path}." if path else "")
         for name, parameter in saved_tensors(part):
-            if id(parameter) in seen:
+            if (first := seen.setdefault(id(parameter), len(found))) < len(found):
+                suffix = name if layout is None else layout.tensors.get(name, name)
+                found[first] = replace(found[first], copies=(*found[first].copies, start + suffix))
                 continue
-            seen.add(id(parameter))
             if layout is None or sites[path] == WHOLE_ROLE:
                 found.append(_plain(start + name, parameter, tuple(parameter.shape)))
             else:
