@@ -25,6 +25,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 6},
     ),
     "p-tuning-without-encoder-gpt2": ("p-tuning", {"num_virtual_tokens": 3, "encoder_reparameterization_type": None}),
+    "prompt-before-the-answer-llama": ("prompt", {"num_virtual_tokens": 3, "position": "answer"}),
+    "prompt-before-the-answer-t5": ("prompt", {"num_virtual_tokens": 3, "position": "answer"}),
+    "prompt-on-both-sides-bert": ("prompt", {"num_virtual_tokens": 3, "position": "split"}),
+    "p-tuning-on-both-sides-gpt2": (
+        "p-tuning",
+        {"num_virtual_tokens": 3, "position": "split", "encoder_hidden_size": 6},
+    ),
     "pfeiffer-gelu-bert": ("pfeiffer", {"reduction_factor": 2.0, "non_linearity": "gelu", "scaling": 0.5}),
     "lora-gaussian-and-a-head-vit": (
         "lora",

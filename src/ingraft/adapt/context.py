@@ -5,6 +5,7 @@ are facts about the batch which no layer can see, so they travel in the `Call` (
 them with `adapt.context`; what nobody tells is worked out:
 
 * in `generate`, the tokens it was given are the prompt and those it makes are not, with any cache and without one;
+* where labels come with a batch, what stands before the first learned token is the prompt;
 * in the decoder of an encoder-decoder, the start token is the prompt: all that stands there before an answer;
 * else every real token is the prompt, save those that a cache puts behind an earlier call.
 
@@ -24,6 +25,9 @@ import torch
 from torch import Tensor
 
 from ingraft.errors import IngraftError
+
+IGNORED_LABEL = -100
+"""The label of a token that is not learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,28 @@ def prompt_of(context: Context, tokens: Tokens, like: Tensor, size: int, entries
         if tokens.real is not None:
             mask_BT = mask_BT & _rows_at(tokens.real.to(like.device), size, entries, where)[:, -own:]
     return _among_virtual(mask_BT, tokens.virtual, virtual, size, entries, where)
+
+
+def end_of_prompt(context: Context, size: int, where: str, device: torch.device) -> Tensor | None:
+    """(B,) the column behind each entry's last token of the prompt, 0 if none is; None where nobody told which they are."""
+    if context.prompt is None:
+        return None
+    prompt_BL = _rows_at(context.prompt.to(device), size, None, where)
+    return last_of(prompt_BL)
+
+
+def last_of(mask_BL: Tensor) -> Tensor:
+    """(B,) the column behind the last True, 0 if there is none."""
+    columns_L = torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)
+    return (mask_BL.bool() * columns_L).amax(1)
+
+
+def before_answer(labels_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """(B, T) bool the prompt, where labels say what is learned: the tokens before the first learned one; all real tokens of plain text, where
+    nothing but the text is learned."""
+    learned_BT = labels_BT != IGNORED_LABEL
+    before_BT = (learned_BT.cumsum(1) == 0) | learned_BT[:, :1]
+    return before_BT if mask_BT is None else before_BT & mask_BT.bool()
 
 
 def _among_virtual(

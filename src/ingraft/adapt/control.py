@@ -44,7 +44,9 @@ class Adapter:
         saved_whole: paths of the modules that are trained in full beside the method's own sites (`modules_to_save`).
         seed: of its initial values and its dropout.
         dropout: whether it has any.
-        virtual: how many virtual tokens or prefix slots it puts in front of a row.
+        virtual: how many virtual tokens or prefix slots it gives a row.
+        behind: how many of the virtual tokens stand behind the row's prompt rather than in front of the row.
+        ground: the adapters that were merged into the base when it was attached: it acts on the base with them, and on no other.
         facts: what a loaded adapter's file said beyond its tensors (base fingerprint, metrics).
     """
 
@@ -56,6 +58,8 @@ class Adapter:
     seed: int
     dropout: bool = False
     virtual: int = 0
+    ground: tuple[str, ...] = ()
+    behind: int = 0
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -84,6 +88,7 @@ class Control:
         required_grad: which base parameters required gradients before the first attach.
         unchecked: the next forward verifies that no host is bypassed.
         auto_step: dropout moves on with every forward; False once a trainer says where it stands.
+        causal: whether the model's tokens see only what comes before them, and the model has no encoder.
         keep_virtual: leave virtual positions in the output (PEFT's habit).
         spans: inputs remembered on the way through a span; empty between forwards.
         shared: outputs of shared modules in this forward; empty between forwards.
@@ -97,6 +102,7 @@ class Control:
     kept: list[Kept] = field(default_factory=list[Kept])
     required_grad: dict[str, bool] = field(default_factory=dict[str, bool])
     unchecked: bool = True
+    causal: bool = False
     keep_virtual: bool = False
     auto_step: bool = True
     spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -113,6 +119,10 @@ class Control:
         """The adapters that this one acts on (a fusion's)."""
         adapter = self.adapters[name]
         return () if adapter.method.over is None else adapter.method.over(adapter.config)
+
+    def standing(self) -> list[str]:
+        """The adapters that were attached on top of what is merged now."""
+        return [name for name, adapter in self.adapters.items() if self.merged and adapter.ground == self.merged]
 
     def require(self, name: str) -> Adapter:
         """The adapter of that name.

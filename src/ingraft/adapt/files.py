@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,10 +33,9 @@ from torch import Tensor, nn
 from ingraft import durable
 from ingraft.adapt import foreign, peft_format
 from ingraft.adapt.building import base_parameters, expected_count, make_parts, parameters
-from ingraft.adapt.control import STEP, Adapter, child_name, control_of, part_of, require_control
+from ingraft.adapt.control import STEP, Adapter, child_name, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
 from ingraft.adapt.hooks import parts_of
-from ingraft.adapt.lifecycle import attach
 from ingraft.adapt.peft_tensors import (
     PREFIX,
     SHARED_PREFIX,
@@ -47,6 +46,7 @@ from ingraft.adapt.peft_tensors import (
     saved_tensors,
     uncovered,
 )
+from ingraft.adapt.reading import attach_read, free_name, load_foreign
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig, Part, PeftLayout
@@ -61,8 +61,6 @@ LARGEST_OPTION = 1 << 16
 
 COMMON = tuple(field.name for field in fields(MethodConfig))
 """Options of every method: which modules. The config file tells them."""
-
-Fill = Callable[[Adapter, dict[str, Part], nn.Module | None], None]
 
 Header = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -102,6 +100,12 @@ def save(
     folder = Path(folder)
     name = _the_name(model, name)
     config, weights, facts = serialised(model, name, dtype=dtype)
+    if ground := facts.get("stands_on"):
+        warnings.warn(
+            f"{folder}: {name} acts on the base with {', '.join(ground)} merged into it. Ingraft asks for that base when it loads the adapter; other "
+            "readers of the format do not.",
+            stacklevel=2,
+        )
     if extra:
         facts["extra"] = dict(extra)
     others = folder.is_dir() and any(item.name not in (CONFIG, WEIGHTS, durable.MANIFEST) for item in folder.iterdir())
@@ -127,7 +131,7 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
     own = main_dtype(base_parameters(model).values())
     usual = dtype or (getattr(torch, own) if own is not None else torch.float32)
     written, parts = _as_written(model, adapter)
-    layout = layout_of(model, written.method, adapter.sites)
+    layout = layout_of(model, written.method, written.config, adapter.sites)
     tensors = {
         entry.key: entry.take().to(_stored_in(entry, dtype, usual)).cpu().contiguous().clone()
         for entry in _entries(model, written, layout, parts)
@@ -148,7 +152,8 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
         "dtype": str(usual).removeprefix("torch."),
         "sites": sorted(adapter.sites),
         "parameters": sum(parameter.numel() for parameter in parameters(model, name).values()),
-        "base": fingerprint(model, adapter.saved_whole),
+        "base": fingerprint(model, adapter.saved_whole, as_merged=bool(adapter.ground)),
+        **({"stands_on": list(adapter.ground)} if adapter.ground else {}),
         "versions": {package: _version(package) for package in ("ingraft", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
@@ -243,7 +248,7 @@ def load(
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file() and (file := foreign.the_file(folder)) is not None:
-        return _load_foreign(model, file, _free(model, name or "default"), trainable=trainable)
+        return load_foreign(model, file, free_name(model, name or "default"), trainable=trainable)
     raw, facts = _read(folder)
     weights = folder / WEIGHTS
     header = read_header(weights)
@@ -255,7 +260,7 @@ def load(
         )
     if name is None:
         name = str(kept.get("name", "default"))
-    name = _free(model, name)
+    name = free_name(model, name)
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
     ours = facts is not None
     said = kept.get("method")
@@ -285,46 +290,9 @@ def load(
         if own is not config:
             _put_back(own, mine, config, parts, folder)
 
-    _attach(model, own, name, seed, fill, trainable=trainable)
+    attach_read(model, own, name, seed, fill, trainable=trainable)
     adapter = require_control(model).adapters[name]
     adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
-    return name
-
-
-def _free(model: nn.Module, name: str) -> str:
-    control = control_of(model)
-    if control is not None and name in control.adapters:
-        raise IngraftError(
-            f"load: an adapter named {name!r} is attached already; give another name (name=...) or detach it first."
-        )
-    return name
-
-
-def _attach(model: nn.Module, config: MethodConfig, name: str, seed: int, fill: Fill, *, trainable: bool) -> None:
-    """Attach what was read; unless it is to be trained, trainability of everything else stays as it is."""
-    control = control_of(model)
-    others = control.adapters if control is not None else {}
-    before = {id(p): p.requires_grad for other in others for p in parameters(model, other).values()}
-    attach(model, config, name, seed=seed, strict=False, fill=fill)
-    if not trainable:
-        for other in require_control(model).adapters:
-            for parameter in parameters(model, other).values():
-                parameter.requires_grad_(before.get(id(parameter), False))
-
-
-def _load_foreign(model: nn.Module, file: Path, name: str, *, trainable: bool) -> str:
-    """Load a file that has tensors and no config."""
-    opened = foreign.open_file(model, file)
-    if opened.elsewhere:
-        others = ", ".join(f"{count} modules under {part!r}" for part, count in opened.elsewhere.items())
-        warnings.warn(f"{file}: {others} are for another model; load the file into that one too.", stacklevel=3)
-
-    def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
-        del adapter, shared
-        opened.fill(parts, file)
-
-    _attach(model, opened.config, name, 0, fill, trainable=trainable)
-    require_control(model).adapters[name].facts = {"found": opened.found, "file": file.name}
     return name
 
 
@@ -439,11 +407,20 @@ def _check_base(
                 stacklevel=2,
             )
         return {}
-    differing = differences(recorded, fingerprint(model, adapter.saved_whole))
+    differing = differences(recorded, fingerprint(model, adapter.saved_whole, as_merged=bool(adapter.ground)))
     if not differing:
         return {}
     if allowed:
         return {"base_mismatch": differing}
+    ground, merged = facts.get("stands_on") or (), adapter.ground
+    if tuple(ground) != merged:
+        trained, here = (
+            f"the base with {', '.join(names)} merged" if names else "the bare base" for names in (ground, merged)
+        )
+        raise IngraftError(
+            f"{folder}: the adapter was trained on {trained}, and this is {here}. "
+            + (f"Load {', '.join(ground)} and merge it first." if ground else "Call `unmerge` first.")
+        )
     raise IngraftError(
         f"{folder}: the adapter was trained on another base ({recorded.get('name') or 'unnamed'}): this one differs in {' and '.join(differing)}. "
         "Load the base it was trained on (a head that starts at random belongs into modules_to_save), or accept the difference with "

@@ -14,7 +14,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt import prefixes
-from ingraft.adapt.context import prompt_at_start
+from ingraft.adapt.context import IGNORED_LABEL, before_answer, prompt_at_start
 from ingraft.adapt.control import (
     HOST_ATTRIBUTE,
     STEP,
@@ -37,11 +38,9 @@ from ingraft.adapt.control import (
 from ingraft.adapt.roles import blocks, projects
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
-from ingraft.adapt.virtual import Decoder, Inner, lengths, names_of
+from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, names_of, reads_context
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ class ModelRoot(Root):
 
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = Root.around(module, base, args, kwargs)
+        with _told_by_labels(module, kwargs):
+            result = Root.around(module, base, args, kwargs)
         return _with_penalty(module, result, kwargs) if module.training and kwargs.get("labels") is not None else result
 
     _hf_peft_config_loaded = True  # what the Trainer asks before it trains over a quantised base
@@ -191,6 +191,31 @@ class ModelRoot(Root):
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
             kwargs = {name: value for name, value in kwargs.items() if name in signature}
         return create_masks_for_generate(*args, **kwargs)
+
+
+@contextmanager
+def _told_by_labels(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Inside the block, adapters that ask where the prompt ends know it from the labels of the batch, where nobody told."""
+    control = require_control(model)
+    kept, labels, mask = control.call.context, kwargs.get("labels"), kwargs.get("attention_mask")
+    asked = reads_context(control, control.call) or behinds(control, control.call)
+    # Labels of an encoder mark no answer.
+    if (
+        not asked
+        or kept.prompt is not None
+        or not control.causal
+        or not isinstance(labels, Tensor)
+        or labels.dim() != 2
+    ):
+        yield
+        return
+    if mask is not None and mask.shape != labels.shape:
+        mask = None
+    control.call = replace(control.call, context=replace(kept, prompt=before_answer(labels, mask)))
+    try:
+        yield
+    finally:
+        control.call = replace(control.call, context=kept)
 
 
 def _with_penalty(model: nn.Module, result: Any, kwargs: dict[str, Any]) -> Any:
@@ -362,8 +387,16 @@ def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
                 module.__dict__[HOST_ATTRIBUTE] = HostState(control=control, path=path, kind=None, known_forward=False)
             names_of(original_class(module))
             swap(module, mixin)
+            control.causal = _is_causal(model, module)
         elif not wanted and is_swapped(module, (mixin,)):
             unswap(module, mixin)
+
+
+def _is_causal(model: nn.Module, inner: nn.Module) -> bool:
+    """Whether no token sees what comes after it: the attention says so, or the model writes text without an encoder."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return model.can_generate() or any(getattr(module, "is_causal", False) is True for module in inner.modules())  # type: ignore[operator]
 
 
 def in_use(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -58,6 +58,9 @@ def attach(
 ) -> M:
     """Graft an adapter onto a model, in place. It alone acts and is trainable afterwards; the base is frozen.
 
+    Adapters that are merged at this moment are part of the base for the new one: it is made for, trained on and saved with the base as it is
+    now, and `unmerge` has to wait until it is detached.
+
     Args:
         model: any module; a transformers model stays the class it is.
         config: a method's config, such as `LoraConfig(r=8)`.
@@ -80,10 +83,6 @@ def attach(
         )
     if name in control.adapters:
         raise IngraftError(f"An adapter named {name!r} is attached already; detach it first or choose another name.")
-    if control.merged:
-        raise IngraftError(
-            f"{', '.join(control.merged)} is merged into the base; call `unmerge` before attaching another adapter."
-        )
     method = registry.load(config.method)
     sites, whole, remarks = select(model, config, method, strict=strict)
     models.check_method(model, method)
@@ -95,6 +94,7 @@ def attach(
         sites={**sites, **dict.fromkeys(whole, WHOLE_ROLE)},
         saved_whole=whole,
         seed=seed,
+        ground=control.merged,
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
     if method.over is not None:
@@ -104,6 +104,7 @@ def attach(
         p.length for p in parts.values() if isinstance(p, AttentionPart | InputPart) and not isinstance(p, GatedPart)
     )
     adapter.virtual = next(lengths, 0)
+    adapter.behind = next((part.behind for part in parts.values() if isinstance(part, InputPart)), 0)
     if fill is not None:
         fill(adapter, parts, shared)
     for remark in remarks:
@@ -188,10 +189,20 @@ def _act(control: Control, call: Call) -> None:
     control.unchecked = True
 
 
-def _refuse_merged(control: Control, verb: str) -> None:
-    if control.merged:
+def _refuse_merged(control: Control, verb: str, names: Iterable[str] = ()) -> None:
+    """While adapters are merged, only those that were attached on top of them can be switched; the merged ones act on every row."""
+    if not control.merged:
+        return
+    merged = ", ".join(control.merged)
+    standing = control.standing()
+    if not standing:
         raise IngraftError(
-            f"{verb}: {', '.join(control.merged)} is merged into the base's weights and acts on every row; call `unmerge` first."
+            f"{verb}: {merged} is merged into the base's weights and acts on every row; call `unmerge` first."
+        )
+    if other := [name for name in names if name not in standing and name not in control.merged]:
+        raise IngraftError(
+            f"{verb}: {', '.join(other)} was attached to the base as it is without {merged}, which is merged now; detach "
+            f"{', '.join(standing)} and call `unmerge` first."
         )
 
 
@@ -205,7 +216,7 @@ def activate(model: nn.Module, *names: str) -> None:
     for name in names:
         control.require(name)
     if names != control.merged:
-        _refuse_merged(control, "activate")
+        _refuse_merged(control, "activate", names)
     _act(control, replace(control.call, active=tuple(dict.fromkeys(names)), rows=None))
 
 
@@ -232,7 +243,7 @@ def _temporarily(control: Control, change: Callable[[Call], Call]) -> Iterator[N
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the base answers alone. Nothing else changes, trainability least of all."""
+    """Inside the block the base answers alone, with what is merged into it. Nothing else changes, trainability least of all."""
     control = require_control(model)
     _refuse_merged(control, "disabled")
     with _temporarily(control, lambda call: replace(call, active=(), rows=None)):
@@ -249,8 +260,8 @@ def rows(model: nn.Module, entries: Sequence[str | None | Sequence[str]]) -> Ite
         IngraftError: for names that are not attached; in the forward, where a layer's input cannot be matched to the rows.
     """
     control = require_control(model)
-    _refuse_merged(control, "rows")
     per_row = rows_of(entries, tuple(control.adapters))
+    _refuse_merged(control, "rows", (name for row in per_row for name in row))
     with _temporarily(control, lambda call: replace(call, active=(), rows=per_row)):
         yield
 
@@ -301,18 +312,21 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
     """Take adapters off (all if no name is given). After the last one the model is the base again: type, keys, bits, `requires_grad`.
 
     Args:
-        keep_merged: leave merged weights merged, for good; otherwise a merged adapter is refused.
+        keep_merged: leave merged weights merged, for good, and take the merged adapters off too; the others stay on a base that is now so.
+            Otherwise a merged adapter is refused.
     """
     control = require_control(model)
     for name in names:
         control.require(name)
     names = names or tuple(control.adapters)
+    if keep_merged:
+        names = tuple(dict.fromkeys((*names, *control.merged)))
     for name in control.adapters:
         if name not in names and (held := [other for other in control.acted_on_by(name) if other in names]):
             raise IngraftError(f"detach: {name} acts on {', '.join(held)}; detach {name} first, or with it.")
-    if control.merged and not keep_merged:
+    if not keep_merged and (merged := [name for name in names if name in control.merged]):
         raise IngraftError(
-            f"detach: {', '.join(control.merged)} is merged; call `unmerge` first (or pass keep_merged=True to keep the merged weights)."
+            f"detach: {', '.join(merged)} is merged; call `unmerge` first (or pass keep_merged=True to keep the merged weights)."
         )
     for name in names:
         for path in control.adapters[name].sites:
@@ -332,6 +346,8 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
                 unswap(module, mixin)
             del module.__dict__[HOST_ATTRIBUTE]
     if keep_merged:
+        for name in control.standing():
+            control.adapters[name].ground = ()
         control.merged, control.kept = (), []
     if control.adapters:
         _act(control, replace(control.call, active=tuple(n for n in control.call.active if n not in names), rows=None))

@@ -20,7 +20,7 @@ from ingraft.adapt.building import WHOLE_ROLE, facts_of
 from ingraft.adapt.roles import sites_of_role
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import CONVOLUTIONS, kind_of
-from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, PeftLayout, RowsAtHand
+from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, Part, PeftLayout, RowsAtHand
 
 PREFIX = "base_model.model."
 SOFT_PREFIX = "base_model."
@@ -53,10 +53,12 @@ class Entry:
         return self.used_in is not None and not self.used_in.is_floating_point
 
 
-def layout_of(model: nn.Module, method: Method, sites: Mapping[str, str]) -> PeftLayout | None:
-    """The PEFT layout to write, or None where PEFT lacks the method or means something else by it at one of the sites."""
+def layout_of(model: nn.Module, method: Method, config: MethodConfig, sites: Mapping[str, str]) -> PeftLayout | None:
+    """The PEFT layout to write, or None where PEFT lacks the method with these options, or means something else by it at one of the sites."""
     layout = method.peft
-    return layout if layout is not None and not uncovered(layout, model, method, sites) else None
+    if layout is None or any(getattr(config, option) != value for option, value in layout.only.items()):
+        return None
+    return None if uncovered(layout, model, method, sites) else layout
 
 
 def entries(

@@ -7,6 +7,10 @@ position then see real tokens only and need no change, and labels none either.
 With a cache, the first call puts the virtual tokens into it (they are ordinary entries of this layer stack) and later calls only account for
 them: `past` counts them, positions and the mask go on behind them. `generate` makes room for them in a static cache (`hf.ModelRoot`).
 
+Virtual tokens may also stand behind the row's prompt, just before the answer, where `context.py` knows it to end: each row is then put into
+an order of its own on the way in (embeddings, positions, mask) and out of it on the way out. In a causal model the answer is predicted from
+the last of them, so what comes out for the prompt's last token is what it says.
+
 Rows may have prompts of different lengths, or none: shorter ones are filled up on the left with masked slots. In an encoder-decoder the
 prompt goes in front of the encoder's input and stays in its output, for the decoder to attend to.
 
@@ -16,7 +20,7 @@ Legend: B batch, T tokens, P longest prompt, D width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.context import tasks_of, tokens_of
+from ingraft.adapt.context import end_of_prompt, last_of, tasks_of, tokens_of
 from ingraft.adapt.control import Control, HostState, host_state, part_of
 from ingraft.adapt.offload import present
 from ingraft.adapt.rows import Call, Group, entries_of
@@ -58,10 +62,8 @@ class Decoder(Mixin):
         state = host_state(module)
         encoded, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if state is not None and encoded is not None and mask is not None and mask.shape[-1] < encoded.shape[1]:
-            lacking = encoded.shape[1] - mask.shape[-1]
-            prompt_B = per_row(state, state.current(), InputPart, encoded.shape[0], encoded.device)
-            seen = torch.arange(lacking, device=mask.device) >= (lacking - prompt_B[:, None])
-            kwargs = {**kwargs, "encoder_attention_mask": torch.cat([seen.to(mask.dtype), mask], -1)}
+            batch = _batch(state, state.current(), encoded[:, : mask.shape[-1]], {"attention_mask": mask})
+            kwargs = {**kwargs, "encoder_attention_mask": _mask(module, mask, batch)}
         if state is None or not reads_context(state.control, state.current()):
             return base(*args, **kwargs)
         named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
@@ -108,9 +110,16 @@ def longest(control: Control, call: Call, kind: type) -> int:
     return P
 
 
-def per_row(state: HostState, call: Call, kind: type, batch: int, device: torch.device) -> Tensor:
-    """(B,) virtual tokens of this kind that each entry of the batch has."""
-    found = lengths(state.control, call, kind)
+def behinds(control: Control, call: Call) -> dict[tuple[str, ...], int]:
+    """Virtual tokens behind the prompt for each group of adapters that has any."""
+    found = {group.names: sum(control.adapters[name].behind for name in group.names) for group in call.groups}
+    return {names: length for names, length in found.items() if length}
+
+
+def per_row(
+    state: HostState, call: Call, found: dict[tuple[str, ...], int], batch: int, device: torch.device
+) -> Tensor:
+    """(B,) the number found for each entry's group of adapters, 0 if there is none."""
     count_B = torch.zeros(batch, dtype=torch.int64, device=device)
     for group in call.groups:
         if group.rows is None:
@@ -143,13 +152,77 @@ def names_of(cls: type[nn.Module]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """What one call of the inner model is about."""
+    """What one call of the inner model is about.
+
+    Attributes:
+        size, tokens: B and T.
+        past: entries of the cache, virtual ones counted; 0 in a first call.
+        prompt: P, slots for virtual tokens in each row.
+        own: (B,) virtual tokens that a row has; the slots before them are empty.
+        behind: (B,) how many of these, the last ones, stand behind the row's prompt.
+        prefix: (B,) prefix slots of a row's attention.
+        ends: (B,) the column at which a row's prompt ends; None if nothing stands behind it anywhere.
+    """
 
     size: int
     tokens: int
     past: Any
     prompt: int
     device: torch.device
+    own: Tensor
+    behind: Tensor
+    prefix: Tensor
+    ends: Tensor | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether the virtual tokens go in now, rather than lie in the cache."""
+        return not bool(self.past > 0)
+
+    def order(self, columns: int) -> Tensor | None:
+        """(B, P + columns) which of the slots and columns, counted in this order, comes where in the row; None if just so."""
+        if self.ends is None:
+            return None
+        slot_P, column_K = (torch.arange(n, device=self.device) for n in (self.prompt, columns))
+        behind_BP = slot_P >= (self.prompt - self.behind)[:, None]
+        key_BP = torch.where(behind_BP, 2 * self.ends[:, None] - 1, -1)
+        return torch.argsort(torch.cat([key_BP, (2 * column_K).expand(self.size, -1)], 1), dim=1, stable=True)
+
+
+def _batch(state: HostState, call: Call, tokens: Tensor, named: dict[str, Any]) -> _Batch:
+    cached = named.get("past_key_values")
+    size, device, behind = tokens.shape[0], tokens.device, behinds(state.control, call)
+    batch = _Batch(
+        size=size,
+        tokens=tokens.shape[1],
+        past=0 if cached is None else cached.get_seq_length(),
+        prompt=longest(state.control, call, InputPart),
+        device=device,
+        own=per_row(state, call, lengths(state.control, call, InputPart), size, device),
+        behind=per_row(state, call, behind, size, device),
+        prefix=per_row(state, call, lengths(state.control, call, AttentionPart), size, device),
+    )
+    return replace(batch, ends=_ends(state, call, batch, named)) if behind else batch
+
+
+def _ends(state: HostState, call: Call, batch: _Batch, named: dict[str, Any]) -> Tensor:
+    """(B,) where each row's prompt ends: as told; else where the second text of a pair begins; else behind its last real token."""
+    told = end_of_prompt(call.context, batch.size, state.path, batch.device)
+    if told is not None:
+        return told
+    mask, types = named.get("attention_mask"), named.get("token_type_ids")
+    if mask is None or mask.dim() != 2:
+        return torch.full((batch.size,), batch.tokens, device=batch.device)
+    if not batch.first and bool((mask.bool().diff(dim=1) & mask[:, :-1].bool()).any()):
+        raise IngraftError(
+            f"{state.path}: the mask has holes, and nobody told where the prompt ends, behind which virtual tokens stand. "
+            "Tell it with `context(model, prompt=...)`."
+        )
+    ends_B = last_of(mask.expand(batch.size, -1))
+    if types is None:
+        return ends_B
+    second_BT = types.expand(batch.size, -1) == 1
+    return torch.where(second_BT.any(1), second_BT.int().argmax(1), ends_B)
 
 
 def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward, named: dict[str, Any]) -> Any:
@@ -158,34 +231,53 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
         return base(**named)  # pictures: no positions to shift, and prompts were refused
     if tokens is None:
         raise IngraftError(f"{original_class(inner).__name__}: virtual tokens need input_ids or inputs_embeds.")
-    cached = named.get("past_key_values")
-    past = 0 if cached is None else cached.get_seq_length()
-    P = longest(state.control, call, InputPart)
-    batch = _Batch(size=tokens.shape[0], tokens=tokens.shape[1], past=past, prompt=P, device=tokens.device)
-    prompt_B = per_row(state, call, InputPart, batch.size, batch.device)
-    prefix_B = per_row(state, call, AttentionPart, batch.size, batch.device)
-    first = not bool(past > 0)
+    batch = _batch(state, call, tokens, named)
+    P = batch.prompt
+    order = batch.order(batch.tokens) if batch.first else None
     if "position_ids" in names_of(original_class(inner)):
-        named["position_ids"] = _positions(inner, named, batch, prompt_B, prefix_B, first)
+        named["position_ids"] = _arranged(_positions(inner, named, batch), order)
     if P:
-        named["attention_mask"] = _mask(inner, named.get("attention_mask"), batch, prompt_B)
-    if not P or not first:
+        named["attention_mask"] = _mask(inner, named.get("attention_mask"), batch)
+    if not P or not batch.first:
         return base(**named)
     real = named.pop("inputs_embeds", None)
     ids = named.pop("input_ids", None)
     real_BTD = inner.get_input_embeddings()(ids) if real is None else real  # type: ignore[operator]
-    named["inputs_embeds"] = torch.cat([_prompts(inner, state, call, batch, real_BTD), real_BTD], 1)
+    named["inputs_embeds"] = _arranged(torch.cat([_prompts(inner, state, call, batch, real_BTD), real_BTD], 1), order)
     if named.get("token_type_ids") is not None:
-        named["token_type_ids"] = torch.cat(
-            [named["token_type_ids"].new_zeros(batch.size, P), named["token_type_ids"]], 1
-        )
+        types_BT = named["token_type_ids"]
+        named["token_type_ids"] = _arranged(torch.cat([types_BT.new_zeros(batch.size, P), types_BT], 1), order)
+    told = state.control.call.tokens
+    if told is not None and order is not None:
+        state.control.call = replace(state.control.call, tokens=replace(told, virtual=order < P))
     output = base(**named)
-    keep = state.control.keep_virtual or getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
-    return output if keep else _cut(output, P)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return output
+    if order is not None:
+        return _each(output, lambda x: _arranged(x, _places(batch, order, causal=state.control.causal)))
+    return output if state.control.keep_virtual else _each(output, lambda x: x[:, P:])
+
+
+def _arranged(x: Tensor, order: Tensor | None) -> Tensor:
+    """The entries of dimension 1 in each row's own order."""
+    if order is None:
+        return x
+    return x.gather(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:]))
+
+
+def _places(batch: _Batch, order: Tensor, *, causal: bool) -> Tensor:
+    """(B, T) where each real token lies. In a causal model the last token of a prompt answers from the last virtual token behind it, which is
+    the one that the answer follows."""
+    place_BX = torch.argsort(order, dim=1)
+    place_BT = place_BX[:, batch.prompt :]
+    if not causal or batch.ends is None:
+        return place_BT
+    last_BT = torch.arange(batch.tokens, device=batch.device) == batch.ends[:, None] - 1
+    return torch.where(last_BT & (batch.behind > 0)[:, None], place_BX[:, batch.prompt - 1 : batch.prompt], place_BT)
 
 
 def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like: Tensor) -> Tensor:
-    """(B, P, D) each row's virtual embeddings, filled up on the left."""
+    """(B, P, D) each row's virtual embeddings, filled up on the left; those that stand behind the prompt last."""
     pieces: list[Tensor] = []
     order: list[Tensor] = []
     for group in call.groups:
@@ -193,8 +285,13 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
         entries, rows = rows_at_hand(call, group, batch.size, state.path, like)
         with present(*parts.values()):
             made = [part.embeddings(state.control.shared_of(name), rows) for name, part in parts.items()]
-        own = [x.expand(rows.count, -1, -1) for x in made]
-        own_BPD = torch.cat(own, 1) if own else like.new_zeros(rows.count, 0, like.shape[2])
+        front: list[Tensor] = []
+        behind: list[Tensor] = []
+        for x, part in zip(made, parts.values(), strict=True):
+            x_BPD = x.expand(rows.count, -1, -1)
+            front.append(x_BPD[:, : part.length - part.behind])
+            behind.append(x_BPD[:, part.length - part.behind :])
+        own_BPD = torch.cat([*front, *behind], 1) if made else like.new_zeros(rows.count, 0, like.shape[2])
         full_BPD = nn.functional.pad(own_BPD.to(like.dtype), (0, 0, batch.prompt - own_BPD.shape[1], 0))
         if entries is None:
             return full_BPD
@@ -203,20 +300,26 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
     return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)))
 
 
-def _positions(
-    inner: nn.Module, named: dict[str, Any], batch: _Batch, prompt_B: Tensor, prefix_B: Tensor, first: bool
-) -> Tensor:
-    """(B, [P+]T) positions, the row's virtual tokens counted."""
+def _positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor:
+    """(B, [P+]T) positions of the slots and of the real tokens, the row's virtual tokens counted."""
     given = named.get("position_ids")
     if given is None:
-        behind = batch.past - batch.prompt if not first else 0
+        behind = batch.past - batch.prompt if not batch.first else 0
         given = _default_positions(inner, named, batch) + behind
-    real_BT = given.expand(batch.size, -1) + (prompt_B + prefix_B)[:, None]
-    if not batch.prompt or not first:
-        return real_BT
+    given = given.expand(batch.size, -1)
+    front_B = (batch.own - batch.behind + batch.prefix)[:, None]
+    if not batch.prompt or not batch.first:
+        return given + front_B + batch.behind[:, None]
     slot_P = torch.arange(batch.prompt, device=batch.device)
-    virtual_BP = (slot_P - (batch.prompt - prompt_B[:, None])).clamp(min=0) + prefix_B[:, None]
-    return torch.cat([virtual_BP, real_BT], 1)
+    virtual_BP = (slot_P - (batch.prompt - batch.own[:, None])).clamp(min=0) + batch.prefix[:, None]
+    if batch.ends is None:
+        return torch.cat([virtual_BP, given + front_B], 1)
+    ends_B = batch.ends[:, None]
+    before_B = torch.where(ends_B > 0, given.gather(1, (ends_B - 1).clamp(min=0)) + 1, 0)
+    slot_BP = slot_P - (batch.prompt - batch.behind[:, None])
+    virtual_BP = torch.where(slot_BP >= 0, before_B + front_B + slot_BP, virtual_BP)
+    answer_BT = torch.arange(batch.tokens, device=batch.device) >= ends_B
+    return torch.cat([virtual_BP, given + front_B + answer_BT * batch.behind[:, None]], 1)
 
 
 def _default_positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor:
@@ -230,9 +333,9 @@ def _default_positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -
     return torch.arange(batch.tokens, device=batch.device)[None]
 
 
-def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch, prompt_B: Tensor) -> Tensor | None:
-    """The mask with the virtual tokens in front; None where all rows see everything."""
-    even = bool((prompt_B == batch.prompt).all())
+def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch) -> Tensor | None:
+    """The mask with the virtual tokens in their places; None where all rows see everything."""
+    even = bool((batch.own == batch.prompt).all())
     if mask is None:
         if even:
             return None
@@ -243,15 +346,15 @@ def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch, prompt_B: Tensor
         raise IngraftError(
             f"{original_class(inner).__name__}: with virtual tokens the attention mask must be (batch, tokens), got shape {tuple(mask.shape)}."
         )
-    seen_BP = torch.arange(batch.prompt, device=batch.device) >= (batch.prompt - prompt_B[:, None])
-    return torch.cat([seen_BP.to(mask.dtype), mask], 1)
+    seen_BP = torch.arange(batch.prompt, device=batch.device) >= (batch.prompt - batch.own[:, None])
+    return _arranged(torch.cat([seen_BP.to(mask.dtype), mask], 1), batch.order(mask.shape[1]))
 
 
-def _cut(output: Any, P: int) -> Any:
-    """The output without its virtual positions."""
+def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output with its hidden states changed."""
     if type(output) is tuple:
-        return (output[0][:, P:], *output[1:])
-    output.last_hidden_state = output.last_hidden_state[:, P:]
+        return (change(output[0]), *output[1:])
+    output.last_hidden_state = change(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(layer[:, P:] for layer in output.hidden_states)
+        output.hidden_states = tuple(change(layer) for layer in output.hidden_states)
     return output

@@ -325,9 +325,12 @@ class InputPart(Part):
     length: int
     """P."""
 
+    behind: int = 0
+    """How many of them, the last ones, stand behind the row's prompt, just before the answer, rather than in front of the row."""
+
     @abstractmethod
     def embeddings(self, shared: Any, rows: RowsAtHand) -> Tensor:
-        """Virtual embeddings (P, D), or (B, P, D) where they differ from row to row, in front of the row's own.
+        """Virtual embeddings (P, D), or (B, P, D) where they differ from row to row.
 
         Args:
             shared: as in `AttentionPart.keys_values`.

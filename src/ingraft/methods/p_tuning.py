@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import InputPart, Method, MethodConfig, PeftLayout, RowsAtHand, SiteFacts, fresh
+from ingraft.methods.prompt import behind, position_problems
 
 ENCODERS = ("MLP", "LSTM")
 
@@ -34,6 +35,7 @@ class PTuningConfig(MethodConfig):
             without its encoder is read as).
         encoder_hidden_size: E; None takes the model's width.
         encoder_num_layers: layers of the LSTM (the MLP always has three).
+        position: "front", "split" or "answer", as in `prompt`; "split" is the paper's template.
     """
 
     method: ClassVar[str] = "p-tuning"
@@ -42,6 +44,7 @@ class PTuningConfig(MethodConfig):
     encoder_reparameterization_type: str | None = "MLP"
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
+    position: str = "front"
 
     def problems(self) -> list[str]:
         sizes = {"num_virtual_tokens": self.num_virtual_tokens, "encoder_num_layers": self.encoder_num_layers}
@@ -52,7 +55,7 @@ class PTuningConfig(MethodConfig):
             found.append(
                 f"encoder_reparameterization_type must be {', '.join(ENCODERS)} or null, got {self.encoder_reparameterization_type!r}."
             )
-        return found
+        return found + position_problems(self.position)
 
 
 class EncodedPrompt(InputPart):
@@ -61,6 +64,7 @@ class EncodedPrompt(InputPart):
     def __init__(self, config: PTuningConfig, facts: SiteFacts) -> None:
         super().__init__()
         self.length = config.num_virtual_tokens
+        self.behind = behind(self.length, config.position)
         if config.encoder_reparameterization_type is None:
             self.prompt = fresh(self.length, facts.width, like=next(facts.module.parameters(), None))
             nn.init.normal_(self.prompt, std=0.02)
@@ -119,6 +123,8 @@ METHOD = Method(
     shared=shared,
     peft=PeftLayout(
         peft_type="P_TUNING",
+        fields={"position": None},
+        only={"position": "front"},
         accepted={"num_transformer_submodules": (None, 1)},
         written={"num_transformer_submodules": 1},
         ignored=("token_dim", "num_attention_heads", "num_layers", "encoder_dropout"),

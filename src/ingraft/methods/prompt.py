@@ -1,6 +1,6 @@
 """Prompt tuning: learned embeddings in front of the input.
 
-    x' = [p_1 ... p_P; x]
+    x' = [p_1 ... p_P; x], or with p behind the prompt, or on both sides of it
 
 Paper: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021 (arXiv:2104.08691).
 Read against: Hugging Face PEFT's `prompt_tuning`.
@@ -22,6 +22,7 @@ from ingraft.errors import IngraftError
 from ingraft.methods.contract import InputPart, Method, MethodConfig, PeftLayout, RowsAtHand, SiteFacts
 
 STARTS = ("sample", "random")
+POSITIONS = ("front", "split", "answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class PromptTuningConfig(MethodConfig):
         num_virtual_tokens: P, at least 1.
         prompt_init: "sample": embeddings of tokens drawn from the vocabulary's first 5,000; "random": normal, deviation 0.02.
         prompt_init_ids: start from the embeddings of these token ids instead, repeated or cut to P.
+        position: "front": ahead of the row; "answer": behind the row's prompt, just before the answer; "split": the first half ahead of the
+            row, the others before the answer. The prompt ends where `adapt.context` says, or labels, or `generate`; else where the second
+            text of a pair begins, or the row.
     """
 
     method: ClassVar[str] = "prompt"
@@ -39,9 +43,10 @@ class PromptTuningConfig(MethodConfig):
     num_virtual_tokens: int = 20
     prompt_init: str = "sample"
     prompt_init_ids: tuple[int, ...] | None = None
+    position: str = "front"
 
     def problems(self) -> list[str]:
-        return start_problems(self.num_virtual_tokens, self.prompt_init)
+        return start_problems(self.num_virtual_tokens, self.prompt_init) + position_problems(self.position)
 
 
 class Prompt(InputPart):
@@ -50,6 +55,7 @@ class Prompt(InputPart):
     def __init__(self, config: PromptTuningConfig, facts: SiteFacts) -> None:
         super().__init__()
         self.length = config.num_virtual_tokens
+        self.behind = behind(self.length, config.position)
         self.prompt = nn.Parameter(
             embeddings_to_start_from(facts, self.length, config.prompt_init, config.prompt_init_ids)
         )
@@ -65,6 +71,16 @@ def start_problems(length: int, start: str) -> list[str]:
     if start not in STARTS:
         found.append(f"prompt_init must be one of {', '.join(STARTS)}, got {start!r}.")
     return found
+
+
+def position_problems(position: str) -> list[str]:
+    """What is wrong with where virtual tokens are to stand."""
+    return [] if position in POSITIONS else [f"position must be one of {', '.join(POSITIONS)}, got {position!r}."]
+
+
+def behind(length: int, position: str) -> int:
+    """How many of the virtual tokens stand behind the row's prompt."""
+    return {"front": 0, "split": length // 2, "answer": length}[position]
 
 
 @torch.no_grad()
@@ -97,7 +113,8 @@ METHOD = Method(
     count=count,
     peft=PeftLayout(
         peft_type="PROMPT_TUNING",
-        fields={"prompt_init": None, "prompt_init_ids": None},
+        fields={"prompt_init": None, "prompt_init_ids": None, "position": None},
+        only={"position": "front"},
         accepted={"num_transformer_submodules": (None, 1)},
         written={"num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"},
         ignored=(

@@ -59,7 +59,7 @@ def method_config(model: nn.Module, config: PeftConfig) -> MethodConfig:
 def describe(model: nn.Module, adapter: Adapter) -> PeftConfig:
     """The config of an attached adapter in the incumbent's terms: the one it was made from, or what its file would say."""
     if DESCRIBED not in adapter.facts:
-        raw = peft_format.write_config(model, adapter, layout_of(model, adapter.method, adapter.sites))
+        raw = peft_format.write_config(model, adapter, layout_of(model, adapter.method, adapter.config, adapter.sites))
         adapter.facts[DESCRIBED] = from_dict(raw | {"inference_mode": False})
     return adapter.facts[DESCRIBED]
 

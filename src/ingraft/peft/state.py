@@ -27,7 +27,7 @@ def _entries(model: nn.Module, name: str) -> list[Entry]:
     adapter = require_control(model).require(name)
     parts = {path: part for path in adapter.sites if (part := part_of(model.get_submodule(path), name)) is not None}
     shared = model._modules.get(child_name(name))
-    layout = layout_of(model, adapter.method, adapter.sites)
+    layout = layout_of(model, adapter.method, adapter.config, adapter.sites)
     return entries(model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout)
 
 
