@@ -30,7 +30,7 @@ from ingraft.adapt.context import Tokens, prompt_of, tasks_of
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, part_of
 from ingraft.adapt.offload import present
 from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
-from ingraft.adapt.swap import Forward, Mixin
+from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.adapt.weights import Kind, bias_of, shadowed
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AddingPart, OutputPart, ParameterPart, Part, ShortcutPart, Site, WeightPart
@@ -44,14 +44,10 @@ class Host(Mixin):
         return act(module, base, args, kwargs)
 
 
-class SequentialHost(Host):
-    """A host that iterates over its children: parts, registered as children, are no layers."""
+class SequentialHost(Container, Host):
+    """A host that iterates over its children."""
 
-    def __iter__(self: Any) -> Iterator[nn.Module]:
-        return (child for child in self._modules.values() if not isinstance(child, Part))
-
-    def __len__(self: Any) -> int:
-        return sum(1 for _ in iter(self))
+    around = Host.around
 
 
 # ---------------------------------------------------------------------------------------------------------------- the forward

@@ -12,7 +12,7 @@ from types import ModuleType
 from torch import nn
 
 from ingraft.adapt.control import host_state
-from ingraft.adapt.root import Root
+from ingraft.adapt.root import Root, SequentialRoot
 from ingraft.adapt.swap import Mixin, original_class
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
@@ -32,7 +32,7 @@ def _hf(model: nn.Module) -> ModuleType | None:
 def root_mixin(model: nn.Module) -> type[Mixin]:
     """The mixin laid over the root."""
     hf = _hf(model)
-    return hf.ModelRoot if hf else Root
+    return hf.ModelRoot if hf else SequentialRoot if isinstance(model, nn.Sequential) else Root
 
 
 def check_method(model: nn.Module, method: Method) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, child_name, control_of, host_state, part_of
-from ingraft.adapt.swap import Forward, Mixin
+from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart
 
@@ -27,6 +27,12 @@ class Root(Mixin):
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return around_model(module, lambda: base(*args, **kwargs), _batch_size(args, kwargs))
+
+
+class SequentialRoot(Container, Root):
+    """A root that iterates over its children, what all sites of an adapter share among them."""
+
+    around = Root.around
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

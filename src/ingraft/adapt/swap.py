@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,16 @@ class Mixin:
     def around(module: Any, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module."""
         raise NotImplementedError
+
+
+class Container(Mixin):
+    """A behaviour laid over a module that iterates over its children: what adapters register there is no layer."""
+
+    def __iter__(self: Any) -> Iterator[nn.Module]:
+        return (child for name, child in self._modules.items() if not name.startswith("adapter:"))
+
+    def __len__(self: Any) -> int:
+        return sum(1 for _ in iter(self))
 
 
 _NOT_COPIED = frozenset({*vars(type("Empty", (), {})), "around"})

@@ -98,8 +98,10 @@ class C3A(ShortcutPart):
 
 
 def refuses(config: C3AConfig, facts: SiteFacts) -> str | None:
-    """A block that does not divide the layer."""
+    """A block that does not divide the layer; a lookup, whose inputs lie in no circle."""
     high, wide = facts.shape
+    if facts.kind == "embedding":
+        return f"c3a: {facts.path}: a circular convolution over the numbers of tokens has no meaning. Leave embeddings out of target_modules."
     if high % config.block_size == 0 and wide % config.block_size == 0:
         return None
     sizes = divisors(math.gcd(high, wide))
