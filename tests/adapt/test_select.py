@@ -135,9 +135,9 @@ def test_a_weight_normed_layer_is_refused() -> None:
     assert "parametrized or weight-normed" in str(error_of(model, LoraConfig(r=2, target_modules=["0"])))
 
 
-def test_the_output_projection_of_multihead_attention_is_refused() -> None:
+def test_what_changes_outputs_is_refused_at_a_layer_that_is_read_and_never_called() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert "never calls it" in str(error_of(model, LoraConfig(r=2, target_modules=["self_attn.out_proj"])))
+    assert "never calls it" in str(error_of(model, HoulsbyConfig(target_modules=["self_attn.out_proj"])))
 
 
 def test_a_replaced_forward_is_refused() -> None:

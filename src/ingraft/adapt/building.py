@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ingraft.adapt import models
 from ingraft.adapt.control import Adapter, child_name, part_of, require_control
 from ingraft.adapt.offload import first_owner, is_offloaded, present
-from ingraft.adapt.select import base_modules, select
+from ingraft.adapt.select import base_modules, chosen_parameters, select
+from ingraft.adapt.stacked import Matrix, Stack, matrices, own_tensors
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import Method, MethodConfig, ParameterPart, Part, SiteFacts
+from ingraft.methods.contract import Method, MethodConfig, ParameterPart, Part, SiteFacts, WeightPart
 
 WHOLE_ROLE = "whole"
 """The role of a module that is trained in full beside the method's own sites."""
@@ -44,7 +45,7 @@ def make_parts(
     sizes = own_sizes(model, method, config, adapter.sites, finished=finished)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(adapter.seed, "shared"))
-        with present(*(first_owner(modules[fact.path]) for fact in sizes[:1])):  # it tells the device
+        with present(*(first_owner(fact.module) for fact in sizes[:1])):  # it tells the device
             shared = method.shared(config, sizes) if method.shared is not None else None
         for path, role in adapter.sites.items():
             module = modules[path]
@@ -55,8 +56,11 @@ def make_parts(
                 )
             with present(module, first_owner(module)):
                 torch.manual_seed(_seed(adapter.seed, path))
-                facts = replace(facts_of(model, path, module, role), shared=shared, finished=finished)
-                part = maker.part(options, facts)
+                if role != WHOLE_ROLE and (inside := _matrices(method, config, path, module)):
+                    part = _stack(adapter, path, module, inside, shared, finished=finished)
+                else:
+                    facts = replace(facts_of(model, path, module, role), shared=shared, finished=finished)
+                    part = maker.part(options, facts)
             if isinstance(part, ParameterPart):
                 _follow_ties(module, part, masters)
             parts[path] = part.train(module.training)
@@ -71,16 +75,85 @@ def own_sizes(
     Raises:
         IngraftError: every site that the method refuses.
     """
-    modules = base_modules(model)
-    facts = [
-        replace(facts_of(model, path, modules[path], role, values=False), finished=finished)
-        for path, role in sites.items()
-        if role != WHOLE_ROLE
-    ]
-    problems = [reason for fact in facts if (reason := method.refuses(config.at(fact.path), fact)) is not None]
-    if problems:
-        raise IngraftError(*problems)
+    facts = [fact for fact, _ in _sized(model, method, config, sites, finished=finished)]
     return tuple(facts)
+
+
+def _sized(
+    model: nn.Module, method: Method, config: MethodConfig, sites: dict[str, str], *, finished: bool
+) -> list[tuple[SiteFacts, MethodConfig]]:
+    """What the method's own sites look like, each matrix of a site by itself, and the options that hold there."""
+    modules = base_modules(model)
+    found: list[tuple[SiteFacts, MethodConfig]] = []
+    for path, role in sites.items():
+        if role == WHOLE_ROLE:
+            continue
+        inside = _matrices(method, config, path, modules[path])
+        found += [
+            (
+                facts_of_matrix(method, config, path, modules[path], matrix, values=False),
+                options_of(config, path, matrix),
+            )
+            for matrix in inside
+        ]
+        if not inside:
+            found.append((facts_of(model, path, modules[path], role, values=False), config.at(path)))
+    found = [(replace(fact, finished=finished), options) for fact, options in found]
+    problems = [reason for fact, options in found if (reason := method.refuses(options, fact)) is not None]
+    if problems:
+        raise IngraftError(*dict.fromkeys(problems))
+    return found
+
+
+def _matrices(method: Method, config: MethodConfig, path: str, module: nn.Module) -> tuple[Matrix, ...]:
+    """The matrices that a module keeps in tensors of its own, for methods that are defined by one."""
+    return matrices(module, chosen_parameters(config, path, module)) if issubclass(method.part, WeightPart) else ()
+
+
+def options_of(config: MethodConfig, path: str, matrix: Matrix) -> MethodConfig:
+    """The options for one matrix: those of the module, or of the tensor that holds the experts."""
+    return config.at(path if matrix.bias is not None else f"{path}.{matrix.parameter}")
+
+
+def facts_of_matrix(
+    method: Method, config: MethodConfig, path: str, module: nn.Module, matrix: Matrix, *, values: bool = True
+) -> SiteFacts:
+    """What a part for one matrix of a module may look at: a linear layer's."""
+    own = own_tensors(module)
+    W = matrix.weight(own)
+    return SiteFacts(
+        path=f"{path}.{matrix.key}",
+        role=method.role(config, f"{path}.{matrix.parameter}" if matrix.bias is None else path),
+        module=module,
+        kind="linear",
+        shape=tuple(W.shape),
+        W=W if values else None,
+        b=matrix.bias_of(own),
+        takes_bias=matrix.bias is not None,
+        width=W.shape[0],
+    )
+
+
+def _stack(
+    adapter: Adapter,
+    path: str,
+    module: nn.Module,
+    inside: tuple[Matrix, ...],
+    shared: nn.Module | None,
+    *,
+    finished: bool,
+) -> Stack:
+    """A part for each matrix of a module, each from a seed of its own."""
+    made: dict[Matrix, WeightPart] = {}
+    for matrix in inside:
+        facts = facts_of_matrix(adapter.method, adapter.config, path, module, matrix)
+        torch.manual_seed(_seed(adapter.seed, facts.path))
+        part = adapter.method.part(
+            options_of(adapter.config, path, matrix), replace(facts, shared=shared, finished=finished)
+        )
+        assert isinstance(part, WeightPart)
+        made[matrix] = part
+    return Stack(made)
 
 
 def _seed(seed: int, path: str) -> int:
@@ -111,6 +184,7 @@ def facts_of(model: nn.Module, path: str, module: nn.Module, role: str, *, value
         W=kind.dense(weight) if kind is not None and weight is not None else None,
         original=origin.read if origin is not None else None,
         b=bias_of(module),
+        takes_bias="bias" in module._parameters,
         parameters={name: p for name, p in module._parameters.items() if p is not None},
         width=models.width_of(model, module),
     )
@@ -165,16 +239,17 @@ def expected_count(model: nn.Module, config: MethodConfig, *, finished: bool = F
     method: Method = registry.load(config.method)
     own, whole, _ = select(model, config, method, strict=not finished)
     modules = base_modules(model)
-    sizes = own_sizes(model, method, config, own, finished=finished)
+    sized = _sized(model, method, config, own, finished=finished)
+    sizes = tuple(fact for fact, _ in sized)
     owned = {id(p): p.numel() for path in whole for p in modules[path]._parameters.values() if p is not None}
     total = sum(owned.values())
     seen = set(owned)
-    for fact in sizes:
+    for fact, options in sized:
         if issubclass(method.part, ParameterPart):  # what the base ties is one tensor in the parts too
             first = {name: p for name, p in fact.parameters.items() if id(p) not in seen}
             seen |= {id(p) for p in first.values()}
             fact = replace(fact, parameters=first)
-        total += method.count(config.at(fact.path), fact)
+        total += method.count(options, fact)
     if method.shared is not None:
         with torch.device("meta"):
             shared = method.shared(config, sizes)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.stacked import Read, reads
 from ingraft.adapt.weights import Kind, kind_of
 from ingraft.methods.contract import ParameterPart, WeightPart
 
@@ -18,22 +19,26 @@ Values = Mapping[str, Tensor | None]
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """The parameters registered on the module itself, absent biases included; a packed weight in numbers."""
-    kind = kind_of(module)
-    if kind is None or kind.dense_class is None:
-        return dict(module._parameters)
-    return {**module._parameters, "weight": kind.weight_of(module)}
+    """The parameters registered on the module itself, absent biases included, a packed weight in numbers; and those of children that it
+    reads."""
+    own: dict[str, Tensor | None] = dict(module._parameters)
+    kind = kind_of(module) if "weight" in own else None
+    if kind is not None and kind.dense_class is not None:
+        own["weight"] = kind.weight_of(module)
+    for child in reads(module):
+        own |= {f"{child}.{name}": value for name, value in own_parameters(module.get_submodule(child)).items()}
+    return own
 
 
 def composed(
-    kind: Kind | None, parts: Sequence[WeightPart | ParameterPart], parameters: Values
+    kind: Kind | None, parts: Sequence[WeightPart | ParameterPart | Read], parameters: Values
 ) -> dict[str, Tensor | None]:
     """The module's parameters as these parts together want them, stored layout, the base's dtype; only those that change.
 
     This is the one place that says how several adapters compose. Merge writes what it returns.
     """
-    adds = [part for part in parts if isinstance(part, ParameterPart) or part.composition == "add"]
-    chains = [part for part in parts if isinstance(part, WeightPart) and part.composition == "chain"]
+    adds = [part for part in parts if part.composition == "add"]
+    chains = [part for part in parts if part.composition == "chain"]
     values: dict[str, Tensor | None] = dict(parameters)
     if len(adds) == 1:
         values = _changed(kind, adds[0], parameters)
@@ -50,8 +55,13 @@ def composed(
     return changed
 
 
-def _changed(kind: Kind | None, part: WeightPart | ParameterPart, parameters: Values) -> dict[str, Tensor | None]:
+def _changed(
+    kind: Kind | None, part: WeightPart | ParameterPart | Read, parameters: Values
+) -> dict[str, Tensor | None]:
     """The parameters as one part wants them."""
+    if isinstance(part, Read):
+        made = composed(kind_of(part.layer), part.parts, own_parameters(part.layer))
+        return {**parameters, **{f"{part.name}.{name}": value for name, value in made.items()}}
     if isinstance(part, ParameterPart):
         return {**parameters, **part.values({name: value for name, value in parameters.items() if value is not None})}
     stored = parameters["weight"]
@@ -71,6 +81,8 @@ def _sum_of_changes(old: Tensor | None, results: Sequence[Tensor | None]) -> Ten
     news = [new for new in results if new is not None and new is not old]
     if not news:
         return old
+    if len(news) == 1:
+        return news[0]
     start = torch.zeros_like(news[0], dtype=torch.float32) if old is None else old.float()
     total = start
     for new in news:

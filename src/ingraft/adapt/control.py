@@ -147,7 +147,6 @@ class HostState:
         carries_rows: whether dimension 0 of its input goes with the rows of the batch.
         projections: names of the layers within an attention that make its keys and values, where that is known.
         opens: exits of the spans that begin at this module's input (the MLP that a parallel adapter runs beside).
-        hook: keeps a framework's fused path from passing over this module.
         seen: the acting sets of forward passes since the last backward, for recomputation outside transformers' checkpointing.
     """
 
@@ -163,7 +162,6 @@ class HostState:
     seen: list[Call] = field(default_factory=list[Call])
     seen_without_grad: Call | None = None
     replayed: bool = False
-    hook: Any = None
     salt: int = field(init=False)
     """A stable number for this site."""
 

@@ -17,16 +17,23 @@ from torch import Tensor, nn
 
 from ingraft.adapt.building import parameters
 from ingraft.adapt.control import Adapter, Control, host_state, part_of, require_control
-from ingraft.adapt.host import site_of
 from ingraft.adapt.lifecycle import disabled
+from ingraft.adapt.site import site_of
+from ingraft.adapt.stacked import Stack
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Moment, ObservingPart, Part
 
 
 def parts_of(model: nn.Module, adapter: Adapter) -> dict[str, Part]:
     """An adapter's own parts by path, those of modules trained in full left out."""
-    own = (path for path in adapter.sites if path not in adapter.saved_whole)
-    return {path: part for path in own if (part := part_of(model.get_submodule(path), adapter.name)) is not None}
+    found: dict[str, Part] = {}
+    for path in adapter.sites:
+        part = part_of(model.get_submodule(path), adapter.name) if path not in adapter.saved_whole else None
+        if isinstance(part, Stack):
+            found |= {f"{path}.{matrix.key}": inner for matrix, inner in part.parts()}
+        elif part is not None:
+            found[path] = part
+    return found
 
 
 def rate(model: nn.Module, name: str, tensor: str) -> float:

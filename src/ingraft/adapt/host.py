@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingraft.adapt.compose import composed, own_parameters
-from ingraft.adapt.context import Tokens, prompt_of, tasks_of
-from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, part_of
+from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, host_state, part_of
 from ingraft.adapt.offload import present
-from ingraft.adapt.rows import Call, dropout, entries_of, row_keys, spread
+from ingraft.adapt.rows import Call, entries_of, spread
+from ingraft.adapt.site import LayerSite
+from ingraft.adapt.stacked import Read, Stack, reads, sliced
 from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.adapt.weights import Kind, bias_of, shadowed
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AddingPart, OutputPart, ParameterPart, Part, ShortcutPart, Site, WeightPart
+from ingraft.methods.contract import OutputPart, ParameterPart, Part, ShortcutPart, WeightPart
 
 
 class Host(Mixin):
@@ -58,30 +59,53 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
     state: HostState = host.__dict__[HOST_ATTRIBUTE]
     call = state.current()
     state.ran = True
+    for name in reads(host):
+        if (inner := host_state(host.get_submodule(name))) is not None:
+            inner.ran = True
     if state.opens:
         _open_spans(state, call, args, kwargs)
     work = [(acting_parts(host, state, group.names), group.rows) for group in call.groups]
     if not any(parts for parts, _ in work):
         return base(*args, **kwargs)
-    with present(*(part for parts, _ in work for part in parts)):
+    with present(*_parts_of(work)):
         if len(work) == 1:
             return _whole(host, state, call, work[0][0], base, args, kwargs)
         assert call.rows is not None
         return _mixed(host, state, call, work, len(call.rows), base, args, kwargs)
 
 
-def acting_parts(host: nn.Module, state: HostState, names: Sequence[str]) -> list[Part]:
-    """The parts these adapters have here, in activation order, less those that are merged into the weight already."""
+def acting_parts(host: nn.Module, state: HostState, names: Sequence[str]) -> list[Any]:
+    """The parts these adapters have here, in activation order, less those that are merged into the weight already; and those of layers
+    whose weights this module reads."""
     merged = state.control.merged
-    found = [part_of(host, name) for name in names if name not in merged]
-    return [part for part in found if isinstance(part, WeightPart | ParameterPart | OutputPart)]
+    parts = [part_of(host, name) for name in names if name not in merged]
+    found: list[Any] = [part for part in parts if isinstance(part, WeightPart | ParameterPart | OutputPart)]
+    for name in reads(host):
+        layer = host.get_submodule(name)
+        own = host_state(layer)
+        inner = acting_parts(layer, own, names) if own is not None else []
+        if inner:
+            found.append(Read(name, layer, inner))
+    return found
+
+
+def _parts_of(work: Sequence[tuple[list[Any], object]]) -> Iterator[nn.Module]:
+    """The modules that hold the tensors of these parts."""
+    for parts, _ in work:
+        for part in parts:
+            if isinstance(part, Read):
+                yield from part.parts
+            elif isinstance(part, Stack):
+                yield from part.modules()
+            else:
+                yield part
 
 
 def _whole(
     host: nn.Module,
     state: HostState,
     call: Call,
-    parts: list[Part],
+    parts: list[Any],
     base: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -107,7 +131,7 @@ def _mixed(
     host: nn.Module,
     state: HostState,
     call: Call,
-    work: list[tuple[list[Part], tuple[int, ...] | None]],
+    work: list[tuple[list[Any], tuple[int, ...] | None]],
     n: int,
     base: Forward,
     args: tuple[Any, ...],
@@ -127,19 +151,20 @@ def _mixed(
         and not kwargs
     )
     touches_weight = any(on_weight for on_weight, _, _ in split)
-    if touches_weight and any(
-        isinstance(other, Tensor | tuple | list | dict) for other in (*args, *kwargs.values()) if other is not x
-    ):
+    others = [*args, *kwargs.values()][1:]
+    several = any(isinstance(other, Tensor | tuple | list | dict) for other in others)
+    if touches_weight and several and state.kind is not None:
         raise IngraftError(
             f"rows: {state.path} takes more than one input; its weight cannot differ from row to row. Run the rows separately."
         )
-    if touches_weight or x.shape[0] == 1:
+    if not (touches_weight and several) and (touches_weight or x.shape[0] == 1):
         x = spread(x, call)
         args, kwargs = _with_first(x, args, kwargs)
     size = x.shape[0]
     pieces: list[Tensor] = []
     order: list[Tensor] = []
     rest: tuple[Any, ...] = ()
+    further: list[tuple[Any, ...]] = []
     y_all: Tensor | None = None
     if not (touches_weight and not fast):
         y_all, rest, bare = _base_once(host, state, call, split, x, n, base, args, kwargs)
@@ -150,13 +175,19 @@ def _mixed(
         entries = entries_of(rows, size, n, state.path).to(x.device)
         x_rows = x.index_select(0, entries)
         if y_all is None:
-            some_args, some_kwargs = _with_first(x_rows, args, kwargs)
+            if several:
+                some_args, some_kwargs = sliced(host, args, kwargs, entries, size, state.path)
+            else:
+                some_args, some_kwargs = _with_first(x_rows, args, kwargs)
             with _alone(state, call.of_group(group)):
                 y = (
                     _general(host, state.kind, on_weight, base, some_args, some_kwargs)
                     if on_weight
                     else base(*some_args, **some_kwargs)
                 )
+            if isinstance(y, tuple):
+                further.append(y[1:])
+                y = y[0]
         else:
             y = y_all.index_select(0, entries)
             if on_weight:
@@ -171,6 +202,11 @@ def _mixed(
     state.control.spans.pop(state.path, None)
     inverse = torch.argsort(torch.cat(order))
     y = torch.cat(pieces).index_select(0, inverse)
+    if further:
+        rest = tuple(
+            torch.cat(each).index_select(0, inverse) if isinstance(each[0], Tensor) else each[0]
+            for each in zip(*further, strict=True)
+        )
     return (y, *rest) if rest else y
 
 
@@ -220,8 +256,8 @@ def _base_once(
 # ---------------------------------------------------------------------------------------------------------------- parts on weights
 
 
-def _by_kind(parts: Sequence[Part]) -> tuple[list[WeightPart | ParameterPart], list[OutputPart]]:
-    on_weight = [part for part in parts if isinstance(part, WeightPart | ParameterPart)]
+def _by_kind(parts: Sequence[Any]) -> tuple[list[Any], list[OutputPart]]:
+    on_weight = [part for part in parts if isinstance(part, WeightPart | ParameterPart | Read)]
     return on_weight, [part for part in parts if isinstance(part, OutputPart)]
 
 
@@ -326,24 +362,29 @@ def _after(
 def _general(
     host: nn.Module,
     kind: Kind | None,
-    parts: Sequence[WeightPart | ParameterPart],
+    parts: Sequence[WeightPart | ParameterPart | Read],
     base: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """The definition, through the shadow. W' is recomputed in backward unless it is a mere copy of a parameter."""
 
+    # Each input once: an attention asks whether query, key and value are the same object, and recomputation would make three of it.
+    once = {id(arg): arg for arg in args}
+    places = [list(once).index(id(arg)) for arg in args]
+
     def run(*inputs: Any) -> Any:
         values = composed(kind, parts, own_parameters(host))
+        again = tuple(inputs[place] for place in places)
         if kind is not None:
-            return kind.run(host, base, values, inputs, kwargs)
+            return kind.run(host, base, values, again, kwargs)
         with shadowed(host, values):
-            return base(*inputs, **kwargs)
+            return base(*again, **kwargs)
 
-    cheap = all(isinstance(part, ParameterPart) for part in parts)
+    cheap = all(not isinstance(part, WeightPart) and part.copies for part in parts)
     if cheap or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return run(*args)
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        return run(*once.values())
+    return checkpoint(run, *once.values(), use_reentrant=False, preserve_rng_state=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts on outputs
@@ -397,86 +438,3 @@ def _span_input(state: HostState, args: tuple[Any, ...], kwargs: dict[str, Any],
     if state.path in spans:
         return spans[state.path] if keep else spans.pop(state.path)
     return _first(args, kwargs)
-
-
-class LayerSite(Site):
-    """What a part may ask, bound to one host, one call and the rows at hand."""
-
-    def __init__(
-        self,
-        host: nn.Module,
-        state: HostState,
-        call: Call,
-        below: Sequence[Part],
-        part: Part,
-        entries: Tensor | None,
-        size: int,
-        base: Forward,
-    ) -> None:
-        self._host, self._state, self._call, self._below, self._part = host, state, call, below, part
-        self._entries, self._size, self._base = entries, size, base
-        self.role = state.roles.get(_name_of(host, part), "weight")
-
-    def _kind(self) -> Kind:
-        assert self._state.kind is not None, f"{self._state.path} is no layer of a known kind"
-        return self._state.kind
-
-    def op(self, x: Tensor, matrix_KI: Tensor) -> Tensor:
-        return self._kind().op(self._host, x, matrix_KI)
-
-    def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
-        return self._kind().mix(self._host, u, matrix_OK)
-
-    def weight(self) -> Tensor:
-        own = own_parameters(self._host)
-        below = [part for part in self._below if isinstance(part, WeightPart | ParameterPart)]
-        stored = composed(self._kind(), below, own).get("weight") if below else None
-        return self._kind().dense(stored if stored is not None else own["weight"]).detach()  # type: ignore[arg-type]
-
-    def base(self, x: Tensor) -> Tensor:
-        return self._base(x)
-
-    def out(self, v_O: Tensor) -> Tensor:
-        return self._kind().along_out(self._host, v_O)
-
-    def inp(self, v_I: Tensor) -> Tensor:
-        return self._kind().along_in(self._host, v_I)
-
-    def dropout(self, x: Tensor, p: float) -> Tensor:
-        if p == 0.0 or not self._part.training:
-            return x
-        name = _name_of(self._host, self._part)
-        seed = self._state.control.adapters[name].seed
-        return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
-
-    def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
-        changes: list[Tensor] = []
-        for name in names:
-            part = part_of(self._host, name)
-            assert isinstance(part, AddingPart), f"{self._state.path} has no part of {name} that adds something"
-            site = LayerSite(self._host, self._state, self._call, [], part, self._entries, self._size, self._base)
-            with present(part):
-                changes.append(part.change(x, y, site))
-        return changes
-
-    def prompt_mask(self, y: Tensor) -> Tensor:
-        call = self._call
-        return prompt_of(call.context, call.tokens or Tokens(), y, self._size, self._entries, self._state.path)
-
-    def tasks(self) -> Tensor | None:
-        return tasks_of(self._call.context, self._size, self._entries, self._state.path)
-
-
-def site_of(host: nn.Module, state: HostState, part: Part) -> LayerSite:
-    """A site to ask outside a forward: all rows, nothing below."""
-
-    def rerun(x: Tensor) -> Tensor:
-        raise IngraftError(f"{state.path}: the base cannot be run from here.")
-
-    return LayerSite(host, state, state.control.call, [], part, None, 0, rerun)
-
-
-def _name_of(host: nn.Module, part: Part) -> str:
-    """The adapter a part belongs to."""
-    child = next(name for name, module in host._modules.items() if module is part)
-    return child.removeprefix("adapter:").replace("%2E", ".")

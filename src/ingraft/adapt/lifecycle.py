@@ -35,6 +35,7 @@ from ingraft.adapt.host import Host, SequentialHost
 from ingraft.adapt.roles import blocks, key_value_layers
 from ingraft.adapt.rows import Call, rows_of
 from ingraft.adapt.select import base_modules, select
+from ingraft.adapt.stacked import reads
 from ingraft.adapt.swap import is_swapped, original_class, swap, unswap
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
@@ -140,7 +141,10 @@ def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module
             control=control, path=path, kind=kind, known_forward=known, carries_rows=models.carries_rows(model, path)
         )
         module.__dict__[HOST_ATTRIBUTE] = state
-        models.enter_host(model, path)
+        models.enter_host(model, control, path)
+        parent, _, name = path.rpartition(".")
+        if path and name in reads(model.get_submodule(parent)):
+            _host(model, control, parent, "reads")
     if role == "attention":
         state.projections = key_value_layers(module)
     # The attention reaches its parts through the attention registry, the input through the root; neither runs anything around the module.

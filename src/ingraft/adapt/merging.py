@@ -189,7 +189,7 @@ def _tied(
     """Why writing this parameter would change another module as well, or None. Parts of full tuning follow the tie themselves."""
     others = [other for other in ties.get(id(modules[path]._parameters[name]), []) if other != path]
     follows = all(
-        isinstance(part_of(modules[other], adapter), ParameterPart)
+        isinstance(part := part_of(modules[other], adapter), ParameterPart) and part.copies
         for other in [*others, path]
         for adapter in names
         if part_of(modules[path], adapter) is not None

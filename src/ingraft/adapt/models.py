@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
-from ingraft.adapt.control import host_state
+from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, host_state
 from ingraft.adapt.root import Root, SequentialRoot
-from ingraft.adapt.swap import Mixin, original_class
+from ingraft.adapt.stacked import reads
+from ingraft.adapt.swap import Forward, Mixin, is_swapped, original_class, swap, unswap
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
@@ -59,6 +61,11 @@ def settle(model: nn.Module) -> None:
 
 def in_use(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module of the model needs its host state although no part lies in it."""
+    state = host_state(module)
+    if state is not None and (is_swapped(module, (Unfused,)) or reads(module)):
+        sites = {path for adapter in state.control.adapters.values() for path in adapter.sites}
+        if any(_lies_in(path, state.path) for path in sites):
+            return True
     hf = _hf(model)
     return bool(hf and hf.in_use(module))
 
@@ -83,27 +90,58 @@ def token_path(model: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is tokens)
 
 
-def enter_host(model: nn.Module, path: str) -> None:
-    """Keep frameworks from passing over a host: torch's encoder layer takes a fused path unless something hooks its children."""
-    parts = path.split(".")
-    ancestors = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    if any(isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention) for module in ancestors):
-        module = model.get_submodule(path)
+FUSED = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
+"""Modules of torch that pass over their children in evaluation, and an attribute that keeps them from it where it is false."""
+
+
+class Unfused(Mixin):
+    """A module that would pass over its children does not while an adapter acts inside it. Where none does it is left alone, to the bit."""
+
+    @staticmethod
+    def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = host_state(module)
         assert state is not None
-        state.hook = module.register_forward_pre_hook(_keep_called)
+        control = state.control
+        names = {name for group in state.current().groups for name in group.names} - set(control.merged)
+        inside = any(_lies_in(path, state.path) for name in names for path in control.adapters[name].sites)
+        switch = next(attribute for cls, attribute in FUSED.items() if isinstance(module, cls))
+        if not inside or switch not in module.__dict__:
+            return base(*args, **kwargs)
+        before = module.__dict__[switch]
+        module.__dict__[switch] = 0
+        try:
+            return base(*args, **kwargs)
+        finally:
+            module.__dict__[switch] = before
+
+
+def _lies_in(path: str, ancestor: str) -> bool:
+    return not ancestor or path == ancestor or path.startswith(ancestor + ".")
+
+
+def enter_host(model: nn.Module, control: Control, path: str) -> None:
+    """Keep frameworks from passing over a host."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        above = ".".join(parts[:depth])
+        module = model.get_submodule(above)
+        if not isinstance(module, tuple(FUSED)) or is_swapped(module, (Unfused,)):
+            continue
+        if host_state(module) is None:
+            module.__dict__[HOST_ATTRIBUTE] = HostState(
+                control=control,
+                path=above,
+                kind=None,
+                known_forward=False,
+                carries_rows=carries_rows(model, above),
+            )
+        swap(module, Unfused)
 
 
 def leave_host(module: nn.Module) -> None:
     """Undo `enter_host`."""
-    state = host_state(module)
-    if state is not None and state.hook is not None:
-        state.hook.remove()
-
-
-def _keep_called(module: nn.Module, args: tuple[object, ...]) -> None:
-    """A hook that does nothing but be there."""
-    del module, args
+    if is_swapped(module, (Unfused,)):
+        unswap(module, Unfused)
 
 
 def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> SiteFacts:
@@ -139,8 +177,8 @@ def carries_rows(model: nn.Module, path: str) -> bool:
     """Whether dimension 0 of this module's input goes with the rows of the batch."""
     hf = _hf(model)
     module = model.get_submodule(path)
-    parts = path.split(".")
-    for depth in range(len(parts)):
+    parts = path.split(".") if path else []
+    for depth in range(len(parts) + 1):
         ancestor = model.get_submodule(".".join(parts[:depth]))
         if getattr(ancestor, "batch_first", True) is False:
             return False

@@ -21,7 +21,7 @@ from torch import nn
 
 from ingraft.adapt.building import WHOLE_ROLE
 from ingraft.adapt.control import Adapter
-from ingraft.adapt.select import base_modules, matches
+from ingraft.adapt.select import base_modules, chosen_parameters, is_read, matches
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError, nearest
@@ -30,8 +30,8 @@ from ingraft.methods.contract import Method, MethodConfig, PeftLayout
 
 OWN = "INGRAFT_"
 
-_COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
-_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+_COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "target_parameters", "modules_to_save")
+_NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern")
 _UNREAD = (
     "peft_type",
     "task_type",
@@ -90,6 +90,10 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
     if layout.stacked:
         return written
     names: list[str] = []
+    if layout.experts:
+        raw = [f"{path}.{name}" for path in sites for name in chosen_parameters(adapter.config, path, modules[path])]
+        written["target_parameters"] = raw or None
+    sites = {path: role for path, role in sites.items() if role != "parameters" and not is_read(path, modules)}
     special = {role: field for field, role in layout.role_fields.items()}
     for role in sorted(set(special) | {""}):
         group = [path for path, own in sites.items() if own == role or (role == "" and own not in special)]
@@ -317,7 +321,11 @@ def _read_sites(
 ) -> dict[str, Any]:
     """Our target fields for the modules that PEFT's rule finds."""
     modules = base_modules(model)
-    targets = raw.get("target_modules")
+    targets, tensors = raw.get("target_modules"), raw.get("target_parameters")
+    if tensors and not layout.experts:
+        raise IngraftError(f"{where}: target_parameters = {tensors!r} is not supported by {layout.peft_type}.")
+    if tensors and not targets:
+        return {"target_modules": (), "target_parameters": tensors}
     if targets is None:
         raise IngraftError(f"{where}: target_modules is missing.")
     paths = [path for path in modules if path and not _within(path, whole) and peft_matches(raw, path)]
@@ -331,7 +339,7 @@ def _read_sites(
     for name in sorted(unmatched):
         hint = nearest(name, {path.rpartition(".")[2] for path in modules})
         warnings.warn(f"{where}: target_modules: {name!r} matches no module{hint}.", stacklevel=2)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"target_parameters": tensors} if tensors else {}
     names: list[str] = []
     for field in layout.role_fields:
         listed = raw.get(layout.fields.get(field) or field) or ()

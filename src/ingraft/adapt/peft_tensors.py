@@ -10,7 +10,7 @@ then be trained further.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,19 @@ from torch import Tensor, nn
 
 from ingraft.adapt.building import WHOLE_ROLE, facts_of
 from ingraft.adapt.roles import sites_of_role
+from ingraft.adapt.stacked import Stack, matrices, reads
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import CONVOLUTIONS, kind_of
-from ingraft.methods.contract import AttentionPart, InputPart, Method, MethodConfig, Part, PeftLayout, RowsAtHand
+from ingraft.methods.contract import (
+    AttentionPart,
+    InputPart,
+    Method,
+    MethodConfig,
+    Part,
+    PeftLayout,
+    RowsAtHand,
+    WeightPart,
+)
 
 PREFIX = "base_model.model."
 SOFT_PREFIX = "base_model."
@@ -81,6 +91,9 @@ def entries(
                 found.append(_plain(key, parameter, tuple(parameter.shape)))
             continue
         start = (SOFT_PREFIX if layout is not None and layout.stacked else PREFIX) + (f"{path}." if path else "")
+        if isinstance(part, Stack) and layout is not None:
+            found += _experts(start, layout, part)
+            continue
         for name, parameter in saved_tensors(part):
             if (first := seen.setdefault(id(parameter), len(found))) < len(found):
                 suffix = name if layout is None else layout.tensors.get(name, name)
@@ -90,11 +103,18 @@ def entries(
                 found.append(_plain(start + name, parameter, tuple(parameter.shape)))
             else:
                 module = model.get_submodule(path)
+                parent, _, leaf = path.rpartition(".")
+                factor = 1.0
+                if path and leaf in reads(
+                    model.get_submodule(parent)
+                ):  # they wrap the attention, and the layer it reads inside the wrapper
+                    start = f"{PREFIX}{parent}.base_layer.{leaf}." if parent else f"{PREFIX}base_layer.{leaf}."
+                    factor = 0.5 if name in layout.twice else 1.0
                 suffixes = layout.embedding_tensors if isinstance(module, nn.Embedding) else {}
                 suffix = suffixes.get(name) or layout.tensors.get(name, name)
                 template = _template(layout, name, module, sites[path])
                 assert template is not None, "layout_of has asked"
-                found.append(_plain(start + suffix, parameter, _shape(template, parameter, module)))
+                found.append(_plain(start + suffix, parameter, _shape(template, parameter, module), factor))
     if stacked and layout is not None:
         found.append(_stack(layout, stacked, shared))
     theirs = layout.shared_tensors if layout is not None else {}
@@ -104,6 +124,41 @@ def entries(
         plain = _plain(key, parameter, tuple(parameter.shape))
         found.append(replace(plain, used_in=torch.float32) if soft else plain)
     return found
+
+
+def _experts(start: str, layout: PeftLayout, part: Stack) -> Iterator[Entry]:
+    """The tensors of a module's matrices: those of one parameter side by side. The parameter's name is in no key; the wrappers of a module's
+    parameters lie inside one another, the first one innermost."""
+    groups: dict[str, list[WeightPart]] = {}
+    for matrix, inner in part.parts():
+        groups.setdefault(matrix.parameter, []).append(inner)
+    for depth, inners in enumerate(reversed(groups.values())):
+        for name, first in inners[0].named_parameters():
+            pieces = [dict(inner.named_parameters())[name] for inner in inners]
+            key = start + "base_layer." * depth + layout.tensors.get(name, name)
+            yield (
+                _plain(key, first, tuple(first.shape))
+                if len(pieces) == 1
+                else _side_by_side(key, pieces, layout.experts[name])
+            )
+
+
+def _side_by_side(key: str, pieces: Sequence[Tensor], dim: int) -> Entry:
+    """Tensors of one shape, set side by side along a new dimension that is folded into the one before it (or, as the first, behind it)."""
+    dim = dim % (pieces[0].dim() + 1)
+    fold = max(dim - 1, 0)
+
+    def take() -> Tensor:
+        return torch.stack([piece.detach() for piece in pieces], dim).flatten(fold, fold + 1)
+
+    @torch.no_grad()
+    def put(value: Tensor) -> None:
+        sizes = [*pieces[0].shape]
+        sizes.insert(dim, len(pieces))
+        for piece, own in zip(pieces, value.reshape(sizes).unbind(dim), strict=True):
+            piece.copy_(own)
+
+    return Entry(key=key, shape=tuple(take().shape), take=take, put=put)
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -116,13 +171,21 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _plain(key: str, parameter: Tensor, shape: tuple[int, ...]) -> Entry:
+def _plain(key: str, parameter: Tensor, shape: tuple[int, ...], factor: float = 1.0) -> Entry:
+    """A tensor as it is, or times a power of two in the file."""
+
     def put(value: Tensor) -> None:
         with torch.no_grad():
-            parameter.copy_(value.reshape(parameter.shape))
+            parameter.copy_(
+                value.reshape(parameter.shape) / factor if factor != 1.0 else value.reshape(parameter.shape)
+            )
+
+    def take() -> Tensor:
+        own = parameter.detach().reshape(shape)
+        return own * factor if factor != 1.0 else own
 
     whole_numbers = None if parameter.is_floating_point() else parameter.dtype
-    return Entry(key=key, shape=shape, take=lambda: parameter.detach().reshape(shape), put=put, used_in=whole_numbers)
+    return Entry(key=key, shape=shape, take=take, put=put, used_in=whole_numbers)
 
 
 def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | None) -> Entry:
@@ -189,6 +252,21 @@ def _shape(template: tuple[int | str, ...], parameter: Tensor, module: nn.Module
     return tuple(torch.empty(parameter.shape, device="meta").reshape(sizes).shape)
 
 
+def _keeps(layout: PeftLayout, model: nn.Module, sites: Mapping[str, str], path: str, role: str) -> bool | None:
+    """Whether PEFT has this method where a module keeps its matrices in tensors of its own; None of an ordinary layer."""
+    if role == "parameters":
+        return bool(layout.experts)
+    parent, _, leaf = path.rpartition(".")
+    read = bool(path) and leaf in reads(model.get_submodule(parent))
+    attention = parent if read else path
+    module = model.get_submodule(attention)
+    if not read and not matrices(module):
+        return None
+    start = f"{attention}." if attention else ""
+    whole = {attention, *(start + child for child in reads(module))}  # they adapt both projections, or neither
+    return bool(layout.experts) and len(matrices(module)) == 1 and whole <= set(sites)
+
+
 def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mapping[str, str]) -> str | None:
     """Where PEFT means something else by this method, in words; None if nowhere."""
     if (
@@ -206,6 +284,11 @@ def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mappi
         return f"{method.name} beside modules trained in full: PEFT has no such thing"
     for path, role in sites.items():
         module = model.get_submodule(path)
+        known = None if role == WHOLE_ROLE else _keeps(layout, model, sites, path, role)
+        if known is False:
+            return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} has no such layer"
+        if known:
+            continue
         if layout.otherwise is not None and role != WHOLE_ROLE:
             reason = layout.otherwise(facts_of(model, path, module, role, values=False))
             if reason is not None:

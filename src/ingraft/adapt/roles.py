@@ -5,9 +5,11 @@ it has. From there on it is counting linear layers in the order in which the mod
 
 * A core with four linears (q, k, v, out) or two (fused, out) ends in its output projection; with three or one the projection is the next
   linear of the block (BERT keeps it in a module of its own).
+* torch's own `nn.MultiheadAttention` is one module whose output is the projection's.
 * Which of them make keys and values, their names say (`_keys_values`).
 * What remains is the MLP: its first linear is where it begins, its last linear back to the block's width is where it ends. They need not
-  lie in one module (OPT has them loose in the block), which is why the MLP is a span and not a module.
+  lie in one module (OPT has them loose in the block), which is why the MLP is a span and not a module. A mixture of experts is the child
+  of the block that holds the experts.
 * Post-norm blocks end in a norm that follows the last projection inside a module smaller than the block (BERT), or in one that
   `POST_NORM` names, where only the code tells.
 
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ingraft.adapt.stacked import reads
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
@@ -106,17 +109,25 @@ def _block(path: str, block: nn.Module, model_type: str) -> Block:
     loose = [name for name in _linears(block) if name not in taken]
     outs: dict[str, str] = {}
     for core, names in inside.items():
-        if len(names) in (1, 3):
+        if reads(block.get_submodule(core)):
+            outs[core] = (
+                core  # torch's own attention reads its last projection; what the attention returns is that projection's output
+            )
+        elif len(names) in (1, 3):
             order = [name for name, _ in block.named_modules()]
             behind = [name for name in loose if order.index(name) > order.index(names[-1])]
             outs[core] = behind[0] if behind else names[-1]
         else:
             outs[core] = names[-1]
     loose = [name for name in loose if name not in outs.values()]
-    width = _width_out(block.get_submodule(outs[cores[0]]))
+    last = inside[cores[0]][-1] if outs[cores[0]] == cores[0] else outs[cores[0]]
+    width = _width_out(block.get_submodule(last))
     ends = [name for name in loose if _width_out(block.get_submodule(name)) == width]
     mlp_out = ends[-1] if ends else None
+    if mixtures := _mixtures(block):
+        loose, mlp_out = mixtures, mixtures[-1]
     first = [name for name in inside[cores[0]] if name != outs[cores[0]]]
+    keys_values = [] if outs[cores[0]] == cores[0] else _keys_values(first)
 
     def full(name: str) -> str:
         return f"{path}.{name}"
@@ -124,12 +135,26 @@ def _block(path: str, block: nn.Module, model_type: str) -> Block:
     return Block(
         path=path,
         attention=full(cores[0]),
-        attention_kv=tuple(full(name) for name in _keys_values(first)),
+        attention_kv=tuple(full(name) for name in keys_values),
         attention_out=full(outs[cores[0]]),
         mlp_in=full(loose[0]) if mlp_out else None,
         mlp_out=full(mlp_out) if mlp_out else None,
         norm=_post_norm(path, block, mlp_out, model_type),
     )
+
+
+def _mixtures(block: nn.Module) -> list[str]:
+    """Children that hold a mixture's experts in stacked tensors: one expert is no MLP, the child is."""
+    return [
+        name
+        for name, child in block.named_children()
+        if any(p is not None and p.dim() == 3 for inner in child.modules() for p in inner._parameters.values())
+        and not _cores_in(child)
+    ]
+
+
+def _cores_in(module: nn.Module) -> bool:
+    return any(attribute in inner.__dict__ for inner in module.modules() for attribute in HEAD_COUNTS)
 
 
 def _keys_values(projections: list[str]) -> list[str]:
@@ -166,6 +191,9 @@ def projects(attention: nn.Module, width: int) -> bool:
 
 
 def _post_norm(path: str, block: nn.Module, mlp_out: str | None, model_type: str) -> str | None:
+    if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        last = "norm2" if isinstance(block, nn.TransformerEncoderLayer) else "norm3"
+        return None if block.norm_first else f"{path}.{last}"
     if model_type in POST_NORM:
         return f"{path}.{POST_NORM[model_type]}"
     parent, _, _ = (mlp_out or "").rpartition(".")
@@ -192,6 +220,10 @@ def sites_of_role(model: nn.Module, role: str) -> dict[str, str]:
             found[block.attention] = role
         elif role == "attention-out":
             found[block.attention_out] = role
+        elif role == "attention-kv" and not block.attention_kv:
+            raise IngraftError(
+                f"{block.attention} (MultiheadAttention): its keys and values are no layers of their own; name modules in target_modules."
+            )
         elif role == "attention-kv":
             found.update(dict.fromkeys(block.attention_kv, role))
         elif block.mlp_out is not None:

@@ -16,6 +16,7 @@ from torch import nn
 from ingraft.adapt import models
 from ingraft.adapt.control import control_of
 from ingraft.adapt.roles import ROLES, blocks, sites_of_role
+from ingraft.adapt.stacked import matrices, reads
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
@@ -25,6 +26,7 @@ from ingraft.methods.contract import (
     InputPart,
     Method,
     MethodConfig,
+    ObservingPart,
     OutputPart,
     ParameterPart,
     Part,
@@ -72,6 +74,7 @@ def select(
     unmatched: list[str] = []
     if method.over is None:
         sites = _targets(model, modules, config, method, problems, unmatched)
+        sites |= _parameters(modules, config, method, sites, problems, unmatched)
     else:
         sites = _of_others(model, method, method.over(config))
     whole = _saved_whole(modules, config, unmatched)
@@ -83,13 +86,21 @@ def select(
         sites = {path: role for path, role in sites.items() if _in_layers(path, config.layers_to_transform, stacks)}
     sites = {path: role for path, role in sites.items() if path not in whole}
     sites = {path: sites[path] for path in config.among([path for path in modules if path in sites])}
-    unmatched += config.idle(sites)
+    unmatched += config.idle(
+        [
+            option
+            for path in sites
+            for option in ([f"{path}.{name}" for name in chosen_parameters(config, path, modules[path])] or [path])
+        ]
+    )
     for path in (*sites, *whole):
-        problems += _host_problems(path, modules[path])
+        problems += _host_problems(path, modules, method)
     problems += [
-        problem for path, role in sites.items() if (problem := _site_problem(path, role, modules[path], method))
+        problem for path, role in sites.items() if (problem := _site_problem(path, role, modules, method, config))
     ]
     problems += _packed_in_full(modules, sites, whole, method)
+    dry = [problem for path in sites if (problem := _dropout_problem(path, modules, method, config))]
+    unmatched += dry
     if not sites and not problems and not unmatched:
         text = f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}."
         problems.append(f"{text} {method.hint}".strip() if config.target_modules is None else text)
@@ -128,9 +139,7 @@ def _targets(
         elif name == ALL_LINEAR:
             found.update(dict.fromkeys(all_linear(model, modules), "weight"))
         elif name == "biases":
-            found.update(
-                {path: "weight" for path, module in modules.items() if kind_of(module) and bias_of(module) is not None}
-            )
+            found.update({path: "weight" for path, module in modules.items() if _has_bias(module)})
         elif name == "parameters":
             found.update({path: "weight" for path, module in modules.items() if _owns_parameters(module)})
         elif name == "norms":
@@ -145,6 +154,13 @@ def _targets(
         else:
             paths = _by_pattern(modules, (name,), "target_modules", unmatched)
             found.update({path: method.role(config, path) for path in paths})
+    if issubclass(method.part, WeightPart):
+        found |= {
+            f"{path}.{child}": role
+            for path, role in found.items()
+            if matrices(modules[path])
+            for child in reads(modules[path])
+        }
     if issubclass(method.part, ParameterPart):
         found = {leaf: role for path, role in found.items() for leaf in _leaves(modules, path)}
     if method.follows_ties:
@@ -195,11 +211,12 @@ def _of_others(model: nn.Module, method: Method, names: Sequence[str]) -> dict[s
 
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """Every linear layer but the output head (and, on a classifier, the head that lies beside the base)."""
+    """Every linear layer but the output head (and, on a classifier, the head that lies beside the base); attentions that keep theirs
+    as tensors of their own, too."""
     linear = [
         path
         for path, module in modules.items()
-        if (kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed")
+        if matrices(module) or ((kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed"))
     ]
     head = models.output_head(model)
     linear = [path for path in linear if modules[path] is not head]
@@ -209,7 +226,11 @@ def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         return inside or linear
     if prefix:  # a bare transformers model: no head on it
         return linear
-    return linear[:-1] if len(linear) > 1 else linear
+    # Of a plain module the last layer is taken for the head, unless it is one of a repeated block's.
+    repeated = [path for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    if len(linear) > 1 and not any(linear[-1].startswith(path + ".") for path in repeated):
+        return linear[:-1]
+    return linear
 
 
 def _by_pattern(
@@ -245,6 +266,57 @@ def _saved_whole(modules: dict[str, nn.Module], config: MethodConfig, unmatched:
     """Leaf modules under the names in modules_to_save."""
     paths = _by_pattern(modules, config.modules_to_save, "modules_to_save", unmatched) if config.modules_to_save else []
     return {leaf for path in paths for leaf in _leaves(modules, path)}
+
+
+def _parameters(
+    modules: dict[str, nn.Module],
+    config: MethodConfig,
+    method: Method,
+    sites: dict[str, str],
+    problems: list[str],
+    unmatched: list[str],
+) -> dict[str, str]:
+    """Modules that own the tensors in target_parameters."""
+    wanted = config.target_parameters or ()
+    if wanted and not issubclass(method.part, WeightPart):
+        problems.append(f"target_parameters: {method.name} is no change of a weight; leave it out.")
+        return {}
+    names = [f"{path}.{name}" if path else name for path, module in modules.items() for name in module._parameters]
+    unmatched += [
+        f"target_parameters: {pattern!r} matches no parameter{_near(pattern, names)}."
+        for pattern in wanted
+        if not any(matches(pattern, name) for name in names)
+    ]
+    found: dict[str, str] = {}
+    for path, module in modules.items():
+        chosen = chosen_parameters(config, path, module)
+        if not chosen:
+            continue
+        found[path] = "parameters"
+        if path in sites:
+            problems.append(f"{path}: target_modules and target_parameters both mean it; name it in one of them.")
+        problems += [
+            f"target_parameters: {path}.{name} has {dim} dimensions; a method of weights needs a matrix (2) or a stack of them (3)."
+            for name in chosen
+            if (dim := module._parameters[name].dim()) not in (2, 3)  # type: ignore[union-attr]
+        ]
+    return found
+
+
+def chosen_parameters(config: MethodConfig, path: str, module: nn.Module) -> tuple[str, ...]:
+    """Which of a module's parameters `target_parameters` means, in the order in which the module has them."""
+    start = f"{path}." if path else ""
+    return tuple(
+        name
+        for name, own in module._parameters.items()
+        if own is not None and any(matches(pattern, start + name) for pattern in config.target_parameters or ())
+    )
+
+
+def _raw(module: nn.Module) -> str:
+    """A hint for modules that keep matrices in tensors of their own."""
+    raw = [name for name, own in module._parameters.items() if own is not None and own.dim() == 3]
+    return f", or its tensors in target_parameters ({', '.join(raw)})" if raw else ""
 
 
 def _leaves(modules: dict[str, nn.Module], path: str) -> list[str]:
@@ -283,9 +355,22 @@ def _in_layers(path: str, layers: Sequence[int], stacks: dict[str, int]) -> bool
     return at is None or at[1] in layers or at[1] - stacks[at[0]] in layers
 
 
-def _host_problems(path: str, module: nn.Module) -> list[str]:
-    """Why this module cannot be a host, whatever the method."""
+def _has_bias(module: nn.Module) -> bool:
+    own = module._parameters
+    stacked = any(matrix.bias is not None and own.get(matrix.bias) is not None for matrix in matrices(module))
+    return stacked or (kind_of(module) is not None and bias_of(module) is not None)
+
+
+def is_read(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the module around this one reads its weight instead of calling it."""
+    parent, _, name = path.rpartition(".")
+    return bool(path) and name in reads(modules[parent])
+
+
+def _host_problems(path: str, modules: dict[str, nn.Module], method: Method) -> list[str]:
+    """Why this module cannot be a host of such parts."""
     found: list[str] = []
+    module = modules[path]
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         found.append(
             f"{path} is a {original_class(module).__name__}, which has no forward of its own; name the modules inside it."
@@ -294,21 +379,48 @@ def _host_problems(path: str, module: nn.Module) -> list[str]:
         found.append(
             f"{path}: something has replaced `forward` on this instance, which would bypass the adapter. Attach first, then wrap."
         )
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+    if is_read(path, modules) and issubclass(method.part, OutputPart | ObservingPart):
         found.append(
-            f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter here would do nothing."
+            f"{path}: nn.MultiheadAttention reads this layer's weight and never calls it, so {method.name} would do nothing here. Name the attention itself."
         )
     return found
 
 
-def _site_problem(path: str, role: str, module: nn.Module, method: Method) -> str | None:
+def _dropout_problem(path: str, modules: dict[str, nn.Module], method: Method, config: MethodConfig) -> str | None:
+    """Dropout acts on the input of an adapter's branch; where there is only the definition by weights, it cannot act, and must not seem to."""
+    wanted = [name for name, value in config.options().items() if name.endswith("dropout") and value]
+    module = modules[path]
+    kind = kind_of(module)
+    aside = kind is not None and (kind.name == "embedding" or kind.knows_forward(original_class(module), module))
+    if not wanted or not issubclass(method.part, WeightPart) or (aside and not is_read(path, modules)):
+        return None
+    return (
+        f"{path} ({original_class(module).__name__}): its own code applies the weight, so {wanted[0]} cannot act there. "
+        f"Set {wanted[0]} to 0, or leave this module out."
+    )
+
+
+def _site_problem(
+    path: str, role: str, modules: dict[str, nn.Module], method: Method, config: MethodConfig
+) -> str | None:
     """Why this method cannot adapt this module, or None."""
-    part = method.part
+    part, module = method.part, modules[path]
     what = f"{path} ({original_class(module).__name__})"
     if issubclass(part, WeightPart):
         kind = kind_of(module)
+        if inside := matrices(module, chosen_parameters(config, path, module)):
+            if issubclass(part, ObservingPart):
+                return f"{what}: {method.name} starts from the layer's inputs, and this module applies its weights in code of its own."
+            hidden = [
+                matrix.parameter
+                for matrix in inside
+                if not isinstance(module._parameters[matrix.parameter], nn.Parameter)
+            ]
+            return f"{what}: {hidden[0]} is computed, so changing it would do nothing." if hidden else None
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            return f"{what}: transposed convolutions are not adapted; their kernel has no (out, in) of its own. Leave this module out."
         if kind is None or (part.needs_matrix and not kind.matrix):
-            return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead."
+            return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead{_raw(module)}."
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return f"{what}: its weight is computed (parametrized or weight-normed), so changing it would do nothing. Remove the parametrization first."
     elif (

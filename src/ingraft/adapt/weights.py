@@ -26,20 +26,23 @@ from ingraft.quant.layers import Origin
 
 @contextmanager
 def shadowed(layer: nn.Module, values: Mapping[str, Tensor | None]) -> Iterator[None]:
-    """For the length of the block, let the layer's own code find these values under its parameters' names.
+    """For the length of the block, let the layer's own code find these values under its parameters' names (dotted for a child's).
 
     The values go into the instance's `__dict__`, which attribute look-up prefers to the registered parameters; those stay where they
     are, so names, ties and optimisers never notice. Written to the dictionary itself, because `nn.Module`'s own `__setattr__` would register
     them and torch.compile cannot follow `object.__delattr__`.
     """
-    attributes = layer.__dict__
-    for name, value in values.items():
-        attributes[name] = value
+    places: list[tuple[dict[str, Any], str, Tensor | None]] = []
+    for path, value in values.items():
+        child, _, name = path.rpartition(".")
+        places.append(((layer.get_submodule(child) if child else layer).__dict__, name, value))
+    for owner, name, value in places:
+        owner[name] = value
     try:
         yield
     finally:
-        for name in values:
-            del attributes[name]
+        for owner, name, _ in places:
+            del owner[name]
 
 
 class Kind(ABC):

@@ -49,7 +49,7 @@ class BitFit(ShortcutPart):
         super().__init__()
         if facts.b is None and not config.add_bias:
             raise IngraftError(f"bitfit: {facts.path} has no bias. Pass add_bias=true to graft one onto it.")
-        if facts.b is None and "bias" not in facts.module._parameters:
+        if facts.b is None and not facts.takes_bias:
             raise IngraftError(
                 f"bitfit: {facts.path} is a layer that knows no bias, so one grafted onto it would do nothing. Leave it out."
             )

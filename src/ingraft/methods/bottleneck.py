@@ -94,7 +94,8 @@ class Bottleneck(AddingPart):
 
     def through(self, h: Tensor, site: Site) -> Tensor:
         """scaling f(h), in the dtype of h."""
-        h = site.dropout(h, self.p)
+        # Of another layout, torch folds it in another way where a weight requires grad than where none does.
+        h = site.dropout(h, self.p).contiguous()
         inner_K = self.activation(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
         return self.scaling * F.linear(inner_K, self.up.to(h.dtype), self.up_bias.to(h.dtype))
 

@@ -63,6 +63,8 @@ class MethodConfig:
             exactly or as a dotted suffix (a list). None takes the method's own default.
         exclude_modules: the same notation; what it matches is left alone.
         layers_to_transform: only blocks with these indices (numbers in the module path); negative ones count from the end of their stack.
+        target_parameters: tensors of a module that applies them in code of its own (the stacked matrices of a mixture's experts), named exactly
+            or by a dotted suffix (`experts.gate_up_proj`); beside `target_modules`, of which [] means none. Weight methods alone.
         modules_to_save: modules outside the method's sites that are trained in full beside it (a new classification head).
     """
 
@@ -72,6 +74,7 @@ class MethodConfig:
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,6 +83,7 @@ class MethodConfig:
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple_of_names(value))
         object.__setattr__(self, "modules_to_save", tuple_of_names(self.modules_to_save))
+        object.__setattr__(self, "target_parameters", tuple_of_names(self.target_parameters) or None)
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
             object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
@@ -263,6 +267,10 @@ class ParameterPart(Part):
     the parts at both ends share their tensor as well.
     """
 
+    composition: Composition = "add"
+    copies: ClassVar[bool] = True
+    """Whether the values are the part's own tensors as they are, which costs nothing to compute again."""
+
     @abstractmethod
     def values(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New values for some or all of the module's parameters, in the module's own layout."""
@@ -349,7 +357,7 @@ class SiteFacts:
         shape: (out, in) of the dense weight, or the stored shape where there is no matrix; () for other kinds of site.
         W: the weight of that shape; None for other kinds of site, and where only sizes are asked for.
         original: reads the weight a packed one was made from, (out, in), from the base's files; None where W is all there is.
-        b: its bias.
+        b: its bias; takes_bias: whether its forward would add one.
         parameters: the parameters the module owns, by name.
         width: the width of the module's output (output and input sites).
         heads, head_width, tokens: key-value heads and their width (attention sites); the input embedding (input sites).
@@ -367,6 +375,7 @@ class SiteFacts:
     W: Tensor | None = None
     original: Callable[[], Tensor] | None = None
     b: Tensor | None = None
+    takes_bias: bool = True
     parameters: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     width: int = 0
     heads: int = 0

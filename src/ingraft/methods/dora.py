@@ -86,6 +86,7 @@ METHOD = Method(
     foreign=Foreign(names=LYCORIS_LORA | {"lora_mid", "dora_scale"}, marks=LYCORIS_LORA | {"dora_scale"}, read=read),
     peft=replace(
         LORA_LAYOUT,
+        experts={},
         constants={"use_dora": True, "use_rslora": False},
         tensors={**LORA_LAYOUT.tensors, "magnitude": "lora_magnitude_vector"},
         embedding_tensors={**LORA_LAYOUT.embedding_tensors, "magnitude": "lora_magnitude_vector"},

@@ -35,6 +35,9 @@ class PeftLayout:
         aliases: values of theirs that mean one of ours, by our field.
         role_fields: our field that lists sites by name -> the role of those sites.
         transposed_field: their field that is true where the adapted layers store (in, out).
+        experts: our tensor name -> the dimension along which they set the tensors of stacked experts side by side before folding it away; empty
+            where they have the method neither there nor in `nn.MultiheadAttention`.
+        twice: our tensors of which they keep half in the layer that an `nn.MultiheadAttention` reads: they add its change two times.
         unshared: values of our fields where a file lacks the tensors of the adapter's shared module, which they do not keep.
         bare: their config names neither target_modules nor modules_to_save: the sites are the topmost of their role, as many as its field
             `site_count` says, and nothing is trained in full beside them.
@@ -64,6 +67,8 @@ class PeftLayout:
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
     role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
     transposed_field: str | None = None
+    experts: Mapping[str, int] = field(default_factory=dict[str, int])
+    twice: tuple[str, ...] = ()
     unshared: Mapping[str, object] = field(default_factory=dict[str, object])
     bare: bool = False
     site_count: str | None = None

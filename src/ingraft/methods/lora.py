@@ -91,8 +91,8 @@ class LoRA(LowRank):
 
 def refuses(config: LoraConfig, facts: SiteFacts) -> str | None:
     """A rank above the layer's; a bias where a lookup could have none."""
-    if config.lora_bias and facts.kind == "embedding":
-        return f"{facts.path}: lora_bias has no meaning for an embedding; leave it off, or this module out of target_modules."
+    if config.lora_bias and not facts.takes_bias:
+        return f"{facts.path}: lora_bias has no meaning for a layer that adds no bias; leave it off, or this module out of target_modules."
     return rank_above(config, facts)
 
 

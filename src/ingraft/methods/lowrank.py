@@ -60,7 +60,7 @@ LORA_LAYOUT = PeftLayout(
     constants={"use_dora": False, "use_rslora": False},
     accepted={"bias": ("none",)},
     off=(
-        *("target_parameters", "trainable_token_indices", "layer_replication"),
+        *("trainable_token_indices", "layer_replication"),
         *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
         *("velora_config", "monteclora_config", "ensure_weight_tying"),
     ),
@@ -71,6 +71,8 @@ LORA_LAYOUT = PeftLayout(
     ),
     aliases={"init_lora_weights": {"eva": True, "orthogonal": True}},
     transposed_field="fan_in_fan_out",
+    experts={"lora_A": 0, "lora_B": -1},
+    twice=("lora_B",),
     tensors={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"},
     embedding_tensors={"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
     shapes={"lora_A": {"conv": (0, "kernel")}, "lora_B": {"conv": (0, 0, "ones")}},

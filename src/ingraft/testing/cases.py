@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ingraft.adapt as adapt
-from ingraft.adapt.building import facts_of
+from ingraft.adapt.building import own_sizes
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state, require_control
 from ingraft.adapt.select import PLACES, base_modules, select
 from ingraft.errors import IngraftError
@@ -69,13 +69,20 @@ class Case:
     def config(self) -> MethodConfig:
         """The options on this subject; a plain module's layers are named unless the options name some already."""
         config = self.row.elsewhere.get(self.subject.name, self.row.config)
-        if config.target_modules is not None or self.subject.targets is None or self.method.over is not None:
+        if config.target_modules is not None or self.method.over is not None:
+            return config
+        if not (self.subject.targets or self.subject.outputs):
             return config
         if issubclass(self.method.part, WeightPart) and self.method.sites != ("biases",):
-            return replace(config, target_modules=self.subject.targets)
-        if issubclass(self.method.part, OutputPart):
+            return replace(config, target_modules=self.subject.targets, target_parameters=self.subject.parameters)
+        if issubclass(self.method.part, OutputPart) and not self.subject.transformers:
             return replace(config, target_modules=self.subject.outputs or self.subject.targets)
         return config
+
+    @property
+    def dropout(self) -> str | None:
+        """The name of the dropout option that may be set here, None if there is none."""
+        return None if self.subject.reads and issubclass(self.part, WeightPart) else self.row.dropout
 
     @property
     def part(self) -> type[nn.Module]:
@@ -124,11 +131,7 @@ class Case:
 
     def attach(self, model: nn.Module, name: str, *, dropout: float = 0.0) -> None:
         """Attach an adapter whose values depend on its name."""
-        config = (
-            self.config
-            if not dropout or self.row.dropout is None
-            else replace(self.config, **{self.row.dropout: dropout})
-        )  # type: ignore[arg-type]
+        config = self.config if not dropout or self.dropout is None else replace(self.config, **{self.dropout: dropout})  # type: ignore[arg-type]
         adapt.attach(model, config, name, seed=zlib.crc32(name.encode()))
         randomise(model, name)
 
@@ -164,11 +167,10 @@ def _refusal(case: Case) -> str | None:
         model, config = case.base(), case.config
         try:
             sites, _, _ = select(model, config, case.method)
-        except IngraftError as error:  # no such place in this module
-            return _REFUSALS.setdefault(key, str(error))
-        facts = [facts_of(model, path, model.get_submodule(path), role, values=False) for path, role in sites.items()]
-        reasons = [reason for fact in facts if (reason := case.method.refuses(config.at(fact.path), fact)) is not None]
-        _REFUSALS[key] = reasons[0] if reasons else None
+            own_sizes(model, case.method, config, sites)
+        except IngraftError as error:  # no such place in this module, or not for this method
+            return _REFUSALS.setdefault(key, error.problems[0])
+        _REFUSALS[key] = None
     return _REFUSALS[key]
 
 

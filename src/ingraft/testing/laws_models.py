@@ -65,6 +65,8 @@ def accelerate_hooks_in_both_orders(case: Case) -> None:
     # Hooks first.
     model = case.base()
     hooked = hook(model)
+    run(model, batch)
+    usual = bool(calls)  # torch's encoder passes over its layers, hooks and all
     case.attach(model, "a")
     calls.clear()
     same(run(model, batch), expected, "hooked, then adapted")
@@ -73,7 +75,7 @@ def accelerate_hooks_in_both_orders(case: Case) -> None:
     case.detach(model)
     calls.clear()
     same(run(model, batch), expected_base, "hooked, adapted, detached")
-    assert calls, "detach took the hooks off"
+    assert bool(calls) == usual, "detach took the hooks off"
     for module in hooked:
         remove_hook_from_module(module)
     same(run(model, batch), expected_base, "all off")
@@ -107,7 +109,13 @@ def layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-@law(16, heavy=True)
+def _base_fails_offloaded(case: Case) -> str | None:
+    if case.subject.name in ("attention", "encoder"):
+        return "the base fails by itself: torch's attention reads a weight that accelerate brings in only where it is called"
+    return None
+
+
+@law(16, heavy=True, hole=_base_fails_offloaded)
 def accelerate_offload_in_both_orders(case: Case) -> None:
     """With the base's weights offloaded by accelerate, adapters attached before or after act as they do without."""
     from accelerate import cpu_offload
@@ -275,7 +283,7 @@ def _trained(case: Case, folder: Path, resume: Path | None) -> Any:
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    model = case.adapted("a", dropout=0.2 if case.row.dropout else 0.0)
+    model = case.adapted("a", dropout=0.2 if case.dropout else 0.0)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=4,

@@ -214,7 +214,7 @@ def mixed_rows_train_each_adapter_by_its_rows(case: Case) -> None:
 
 
 def _no_dropout(case: Case) -> str | None:
-    return None if case.row.dropout else "it has no dropout"
+    return None if case.dropout else "it has no dropout, or it is refused there"
 
 
 @law(13, hole=_no_dropout)

@@ -9,6 +9,7 @@ Legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class Subject:
         make: a new module in float32, the same one each time.
         batch: keyword arguments of its forward for n rows, the same ones each time.
         targets: modules that a weight method is pointed at; None leaves the method's own default.
+        parameters: stacked tensors that a weight method is pointed at as well.
+        reads: whether layers apply their weights in code of their own there, so that a weight method has no dropout.
         outputs: those of `targets` whose output a bottleneck may change; empty if there is none.
         transformers: whether it is a transformers model.
         causal: whether it generates text.
@@ -42,6 +45,8 @@ class Subject:
     make: Callable[[], nn.Module]
     batch: Callable[[int], dict[str, Tensor]]
     targets: tuple[str, ...] | None = None
+    parameters: tuple[str, ...] = ()
+    reads: bool = False
     outputs: tuple[str, ...] = ()
     transformers: bool = False
     causal: bool = False
@@ -95,6 +100,45 @@ class Embedded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.plain(x) + self.rescaled(x)))
+
+
+class Attending(nn.Module):
+    """Two of torch's attentions, one with a tensor for each projection, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.split = nn.MultiheadAttention(16, 4, kdim=32, vdim=8, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[:, :, 0] > 1.0
+        mask[:, 0] = False
+        y, _ = self.joint(x, x, x, key_padding_mask=mask)
+        z, weights = self.split(
+            torch.tanh(y), torch.cat([x, y], -1), y[:, :, :8].contiguous(), attn_mask=torch.ones(4, 4).triu(1) > 0
+        )
+        return self.head(z.contiguous()) + weights.sum(dim=1, keepdim=True)[:, :, :1]
+
+
+class Encoded(nn.Module):
+    """torch's own encoder, which passes over its children in evaluation, over rows of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1]) >= 4 + (x[:, :1, 0] > 0).long()
+        return self.encoder(x, src_key_padding_mask=mask).masked_fill(mask[:, :, None], 0.0)
+
+
+def _encoded() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that packed rows are a prototype, torch says once
+        torch.nested.nested_tensor([torch.zeros(2)])
+    return Encoded()
 
 
 def _conv1d_transposed() -> nn.Module:
@@ -154,6 +198,26 @@ def _llama() -> nn.Module:
         tie_word_embeddings=False,
     )
     return _quiet(lambda: LlamaForCausalLM(config))
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _quiet(lambda: MixtralForCausalLM(config))
 
 
 def _gpt2() -> nn.Module:
@@ -281,7 +345,36 @@ SUBJECTS: dict[str, Subject] = {
         Subject(name="conv2d-groups", make=_conv2d_groups, batch=_normal(4, 7, 7), targets=("first", "second")),
         Subject(name="conv1d", make=_conv1d, batch=_normal(4, 12), targets=("first", "second"), everyday=FAMILIES),
         Subject(name="conv3d", make=_conv3d, batch=_normal(3, 5, 5, 4), targets=("first", "second"), everyday=FAMILIES),
+        Subject(
+            name="attention",
+            make=Attending,
+            batch=_normal(4, 16),
+            targets=("joint", "split"),
+            reads=True,
+            outputs=("joint", "split"),
+            everyday=FAMILIES,
+        ),
+        Subject(
+            name="encoder",
+            make=_encoded,
+            batch=_normal(6, 16),
+            targets=("self_attn", "linear1", "linear2"),
+            reads=True,
+            outputs=("linear2",),
+            everyday=FAMILIES,
+        ),
         Subject(name="llama", make=_llama, batch=_text, transformers=True, causal=True),
+        Subject(
+            name="mixtral",
+            make=_mixtral,
+            batch=_text,
+            targets=("q_proj", "v_proj"),
+            parameters=("experts.gate_up_proj", "experts.down_proj"),
+            reads=True,
+            transformers=True,
+            causal=True,
+            everyday=FAMILIES,
+        ),
         Subject(name="gpt2", make=_gpt2, batch=_text, transformers=True, causal=True),
         Subject(name="bert", make=_bert, batch=_text, transformers=True),
         Subject(name="t5", make=_t5, batch=_pair, transformers=True),

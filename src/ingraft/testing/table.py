@@ -92,7 +92,7 @@ _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
     "trainable-tokens": {"embedding": {"target_modules": ["plain", "rescaled"]}},
     # A Llama and a T5 have no biases.
     "bitfit": {
-        **{name: {"add_bias": True} for name in ("llama", "t5")},
+        **{name: {"add_bias": True} for name in ("llama", "mixtral", "t5")},
         **{
             name: {"add_bias": True, "target_modules": ["first", "second"]}
             for name in ("linear", "conv2d", "conv2d-groups")

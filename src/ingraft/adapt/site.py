@@ -1,0 +1,100 @@
+"""What a part may ask of the place it sits in, bound to one host, one call and the rows at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ingraft.adapt.compose import composed, own_parameters
+from ingraft.adapt.context import Tokens, prompt_of, tasks_of
+from ingraft.adapt.control import HostState, part_of
+from ingraft.adapt.offload import present
+from ingraft.adapt.rows import Call, dropout, row_keys
+from ingraft.adapt.swap import Forward
+from ingraft.adapt.weights import Kind
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import AddingPart, ParameterPart, Part, Site, WeightPart
+
+
+class LayerSite(Site):
+    """What a part may ask, bound to one host, one call and the rows at hand."""
+
+    def __init__(
+        self,
+        host: nn.Module,
+        state: HostState,
+        call: Call,
+        below: Sequence[Part],
+        part: Part,
+        entries: Tensor | None,
+        size: int,
+        base: Forward,
+    ) -> None:
+        self._host, self._state, self._call, self._below, self._part = host, state, call, below, part
+        self._entries, self._size, self._base = entries, size, base
+        self.role = state.roles.get(_name_of(host, part), "weight")
+
+    def _kind(self) -> Kind:
+        assert self._state.kind is not None, f"{self._state.path} is no layer of a known kind"
+        return self._state.kind
+
+    def op(self, x: Tensor, matrix_KI: Tensor) -> Tensor:
+        return self._kind().op(self._host, x, matrix_KI)
+
+    def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        return self._kind().mix(self._host, u, matrix_OK)
+
+    def weight(self) -> Tensor:
+        own = own_parameters(self._host)
+        below = [part for part in self._below if isinstance(part, WeightPart | ParameterPart)]
+        stored = composed(self._kind(), below, own).get("weight") if below else None
+        return self._kind().dense(stored if stored is not None else own["weight"]).detach()  # type: ignore[arg-type]
+
+    def base(self, x: Tensor) -> Tensor:
+        return self._base(x)
+
+    def out(self, v_O: Tensor) -> Tensor:
+        return self._kind().along_out(self._host, v_O)
+
+    def inp(self, v_I: Tensor) -> Tensor:
+        return self._kind().along_in(self._host, v_I)
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        if p == 0.0 or not self._part.training:
+            return x
+        name = _name_of(self._host, self._part)
+        seed = self._state.control.adapters[name].seed
+        return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
+
+    def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
+        changes: list[Tensor] = []
+        for name in names:
+            part = part_of(self._host, name)
+            assert isinstance(part, AddingPart), f"{self._state.path} has no part of {name} that adds something"
+            site = LayerSite(self._host, self._state, self._call, [], part, self._entries, self._size, self._base)
+            with present(part):
+                changes.append(part.change(x, y, site))
+        return changes
+
+    def prompt_mask(self, y: Tensor) -> Tensor:
+        call = self._call
+        return prompt_of(call.context, call.tokens or Tokens(), y, self._size, self._entries, self._state.path)
+
+    def tasks(self) -> Tensor | None:
+        return tasks_of(self._call.context, self._size, self._entries, self._state.path)
+
+
+def site_of(host: nn.Module, state: HostState, part: Part) -> LayerSite:
+    """A site to ask outside a forward: all rows, nothing below."""
+
+    def rerun(x: Tensor) -> Tensor:
+        raise IngraftError(f"{state.path}: the base cannot be run from here.")
+
+    return LayerSite(host, state, state.control.call, [], part, None, 0, rerun)
+
+
+def _name_of(host: nn.Module, part: Part) -> str:
+    """The adapter a part belongs to."""
+    child = next(name for name, module in host._modules.items() if module is part)
+    return child.removeprefix("adapter:").replace("%2E", ".")
