@@ -18,7 +18,6 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pieces import recomputed, used
@@ -99,13 +98,16 @@ class FourierFT(ShortcutPart):
         alone = (i_N == 0) | (2 * i_N == high)  # frequencies that are their own mirror image
         c_N = torch.where(alone, c_N, 0.5 * c_N)
         turned = torch.where((2 * i_N > high) == (2 * j_N > wide), -1.0, 1.0)
-        where = torch.minimum(i_N, high - i_N), torch.minimum(j_N, wide - j_N)
-        zeros = c_N.new_zeros(high // 2 + 1, wide // 2 + 1)
+        rows_K, rows_J = torch.minimum(i_N, high - i_N), torch.minimum(j_N, wide - j_N)
         with torch.autocast(x.device.type, enabled=False):  # transforms know float32 alone
-            x_J = torch.fft.rfft(x.float())
-            cosines_K = F.linear(x_J.real, zeros.index_put(where, c_N, accumulate=True))
-            sines_K = F.linear(x_J.imag, zeros.index_put(where, turned * c_N, accumulate=True))
-            return torch.fft.irfft(torch.complex(cosines_K, sines_K), n=high)
+            # A row for every frequency, so that picking and adding move whole rows; cosines and sines lie side by side in the last dimension.
+            x_JX = torch.fft.rfft(x.float().flatten(0, -2)).T.contiguous()
+            picked_NX2 = (
+                torch.view_as_real(x_JX).index_select(0, rows_J) * torch.stack([c_N, turned * c_N], -1)[:, None]
+            )
+            y_KX2 = picked_NX2.new_zeros(high // 2 + 1, *picked_NX2.shape[1:]).index_add(0, rows_K, picked_NX2)
+            y_XO = torch.fft.irfft(torch.view_as_complex(y_KX2).T, n=high)
+        return y_XO.unflatten(0, x.shape[:-1])
 
 
 def refuses(config: FourierFTConfig, facts: SiteFacts) -> str | None:
