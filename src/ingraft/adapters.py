@@ -1,16 +1,16 @@
-"""AdapterHub's habits over the same objects: `init`, `AdapterConfig.load`, `add_adapter`, `train_adapter`, `set_active_adapters`, `Stack`.
+"""AdapterHub's habits over the same objects: `init`, `AdapterConfig.load`, `add_adapter`, `train_adapter`, `set_active_adapters`, `Stack`, `Fuse`.
 
 Thin on purpose: every name here calls a verb of `ingraft.adapt`. `init` lays a mixin over the model's class, as everywhere in this package, so
 the model stays what it is. AdapterHub's names for configs ("pfeiffer", "seq_bn", "houlsby", "double_seq_bn", "par_bn", ...) and its flags
 (`mh_adapter`, `output_adapter`, `reduction_factor`) are translated; a flag that would change the maths in a way no method here covers is
-refused by name. `Fuse` and `Parallel` are refused as well: fusion trains a part of its own, which the catalogue does not have yet, and
+refused by name. A fusion of adapters is an adapter of its own here (method `fusion`), named after those it fuses. `Parallel` is refused:
 several adapters on one batch are `ingraft.rows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from ingraft.adapt.files import load, save
 from ingraft.adapt.swap import Mixin, is_swapped, swap
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods.contract import MethodConfig
+from ingraft.methods.fusion import FusionConfig
 from ingraft.methods.registry import make_config
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,8 +38,24 @@ NAMES = {
     "prompt_tuning": "prompt",
     "lora": "lora",
     "ia3": "ia3",
+    "compacter": "compacter",
+    "compacter++": "compacter",
+    "loreft": "reft",
+    "noreft": "reft",
+    "direft": "reft",
 }
 """AdapterHub's config names and the methods they mean."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "compacter++": {"target_modules": ("block",)},
+    "loreft": {"r": 1, "positions": "f3", "dropout": 0.05},
+    "noreft": {"r": 1, "positions": "f3", "dropout": 0.05, "orthogonality": False},
+    "direft": {"r": 1, "positions": "f3", "dropout": 0.05, "orthogonality": False, "subtract_projection": False},
+}
+"""Options that such a name stands for, where they are not our defaults."""
+
+FUSIONS = {"dynamic": FusionConfig(), "static": FusionConfig(value=False, regularization=False)}
+"""AdapterHub's names for fusions."""
 
 OPTIONS = {
     "alpha": "lora_alpha",
@@ -70,7 +87,9 @@ class AdapterConfig:
         method = NAMES[config]
         attention = options.pop("mh_adapter", None)
         output = options.pop("output_adapter", None)
-        ours = {OPTIONS.get(name, name): value for name, value in options.items()}
+        if method == "reft":
+            options = _edited(options)
+        ours = {**PRESETS.get(config, {}), **{OPTIONS.get(name, name): value for name, value in options.items()}}
         if attention is not None or output is not None:
             ours["target_modules"] = _places(method, attention, output)
         return make_config("houlsby" if method == "pfeiffer" and attention else method, ours)
@@ -93,6 +112,21 @@ def _places(method: str, attention: bool | None, output: bool | None) -> tuple[s
     return (*(("attention-out",) if attention else ()), *(("mlp-out",) if output else ()))
 
 
+def _edited(options: dict[str, Any]) -> dict[str, Any]:
+    """AdapterHub's options of ReFT as ours."""
+    first, last = options.pop("prefix_positions", None), options.pop("suffix_positions", None)
+    tied, layers = options.pop("tied_weights", False), options.pop("layers", "all")
+    if first is not None or last is not None:
+        first, last = 3 if first is None else first, last or 0
+        options["positions"] = "+".join(f"{side}{count}" for side, count in (("f", first), ("l", last)) if count)
+        if first and last and not tied:
+            raise IngraftError(
+                "AdapterConfig.load: here first and last tokens share one edit; say tied_weights=True, or attach two adapters, one with "
+                "positions='f...' and one with positions='l...'."
+            )
+    return options if layers == "all" else {**options, "layers_to_transform": layers}
+
+
 @dataclass(frozen=True)
 class Stack:
     """Adapters that act one after the other, in this order."""
@@ -106,11 +140,19 @@ class Stack:
         return iter(self.names)
 
 
-def Fuse(*names: str) -> Stack:
-    """Refused: AdapterFusion trains a part of its own."""
-    raise IngraftError(
-        f"Fuse({', '.join(names)}): fusion is not in the catalogue. `ingraft.combine` mixes adapters of one method; `Stack` lets several act."
-    )
+@dataclass(frozen=True)
+class Fuse:
+    """Adapters that a fusion weighs against one another."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+    @property
+    def adapter(self) -> str:
+        """The name under which `add_adapter_fusion` attaches the fusion."""
+        return "fusion." + ".".join(self.names)
 
 
 def Parallel(*names: str) -> Stack:
@@ -135,15 +177,52 @@ class AdapterMethods(Mixin):
         adapt.attach(self, AdapterConfig.load(config) if isinstance(config, str) else config, adapter_name)
         adapt.activate(self, *((adapter_name,) if set_active else before))
 
-    def train_adapter(self: Any, adapter_setup: str | list[str] | Stack) -> None:
+    def add_adapter_fusion(
+        self: Any,
+        adapter_names: Fuse | list[str],
+        config: str | FusionConfig = "dynamic",
+        name: str | None = None,
+        set_active: bool = False,
+    ) -> None:
+        """Attach a fusion of adapters that are attached already; it acts only if `set_active`.
+
+        Args:
+            config: "dynamic", "static", or a config whose `adapters` are left empty.
+        """
+        fuse = adapter_names if isinstance(adapter_names, Fuse) else Fuse(*adapter_names)
+        if isinstance(config, str) and config not in FUSIONS:
+            raise IngraftError(f"add_adapter_fusion: there is no fusion named {config!r}{nearest(config, FUSIONS)}.")
+        before = require_control(self).call.active
+        chosen = FUSIONS[config] if isinstance(config, str) else config
+        adapter = name or fuse.adapter
+        adapt.attach(self, replace(chosen, adapters=fuse.names), adapter)
+        adapt.activate(self, *((adapter,) if set_active else before))
+
+    def train_adapter_fusion(self: Any, adapter_setup: Fuse | list[str]) -> None:
+        """Let this fusion act and be trained; the adapters in it stay as they are."""
+        fuse = adapter_setup if isinstance(adapter_setup, Fuse) else Fuse(*adapter_setup)
+        AdapterMethods.train_adapter(self, fuse)
+
+    def save_adapter_fusion(self: Any, save_directory: str | Path, adapter_names: Fuse | list[str]) -> None:
+        """Write one fusion to a folder; the adapters in it have files of their own."""
+        fuse = adapter_names if isinstance(adapter_names, Fuse) else Fuse(*adapter_names)
+        save(self, save_directory, _fusion(self, fuse), overwrite=True)
+
+    def load_adapter_fusion(
+        self: Any, adapter_fusion_name_or_path: str | Path, load_as: str | None = None, set_active: bool = False
+    ) -> str:
+        """Load a fusion over adapters that are attached already; returns its name."""
+        return AdapterMethods.load_adapter(self, adapter_fusion_name_or_path, load_as, set_active)
+
+    def train_adapter(self: Any, adapter_setup: str | list[str] | Stack | Fuse) -> None:
         """Let these adapters act and be trained, and nothing else be trained."""
-        names = _names(adapter_setup)
+        names = _names(self, adapter_setup)
         adapt.trainable(self, *names)
         adapt.activate(self, *names)
 
-    def set_active_adapters(self: Any, adapter_setup: str | list[str] | Stack | None) -> None:
+    def set_active_adapters(self: Any, adapter_setup: str | list[str] | Stack | Fuse | None) -> None:
         """Let these adapters act; None lets the base answer alone."""
-        adapt.activate(self, *_names(adapter_setup))
+        adapt.activate(self, *_names(self, adapter_setup))
 
     def save_adapter(self: Any, save_directory: str | Path, adapter_name: str) -> None:
         """Write one adapter to a folder."""
@@ -171,10 +250,27 @@ class AdapterMethods(Mixin):
         return {name: adapter.config for name, adapter in require_control(self).adapters.items()}
 
 
-def _names(setup: str | list[str] | Stack | None) -> tuple[str, ...]:
+def _names(model: nn.Module, setup: str | list[str] | Stack | Fuse | None) -> tuple[str, ...]:
     if setup is None:
         return ()
+    if isinstance(setup, Fuse):
+        return (_fusion(model, setup),)
     return (setup,) if isinstance(setup, str) else tuple(setup)
+
+
+def _fusion(model: nn.Module, fuse: Fuse) -> str:
+    """The attached fusion of these adapters.
+
+    Raises:
+        IngraftError: if there is none.
+    """
+    control = require_control(model)
+    found = [name for name in control.adapters if control.acted_on_by(name) == fuse.names]
+    if not found:
+        raise IngraftError(
+            f"Fuse({', '.join(fuse.names)}): no fusion of these adapters is attached; call add_adapter_fusion or load_adapter_fusion first."
+        )
+    return found[-1]
 
 
 def init(model: M) -> M:

@@ -80,7 +80,7 @@ class Reft(OutputPart):
         self.first, self.last = config.first_last or (0, 0)
         self.rotation = fresh(config.r, facts.width, like=like)
         nn.init.orthogonal_(self.rotation)
-        start = self.subspace(torch.float32).detach() if self.subtract else torch.zeros_like(self.rotation)
+        start = self.subspace(torch.float32).detach().clone() if self.subtract else torch.zeros_like(self.rotation)
         self.weight = nn.Parameter(start)
         self.bias = nn.Parameter(torch.zeros(config.r, device=start.device))
 
