@@ -179,7 +179,12 @@ def _given(model: nn.Module, weights: Mapping[str, float]) -> list[Adapter]:
     control = require_control(model)
     if not weights:
         raise IngraftError("combine: no adapter was given.")
-    return [control.require(name) for name in weights]
+    given = [control.require(name) for name in weights]
+    if other := [adapter.name for adapter in given if adapter.ground != control.merged]:
+        raise IngraftError(
+            f"combine: {', '.join(control.merged)} is merged into the base, which {', '.join(other)} does not stand on; call `unmerge` first."
+        )
+    return given
 
 
 def _problems(

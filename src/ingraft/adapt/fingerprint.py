@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -71,11 +72,12 @@ COMPARED = {
 }
 
 
-def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+def fingerprint(model: nn.Module, without: Collection[str] = (), *, as_merged: bool = False) -> dict[str, Any]:
     """The base's fingerprint, whatever is attached or merged.
 
     Args:
         without: paths of modules to leave out.
+        as_merged: of the base with what is merged into it now, for an adapter that stands on that.
 
     Returns:
         `config`, `tensors`, `content` (hex sha256; None where the model has no config, or no data: the meta device), and for information
@@ -83,7 +85,7 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> dict[str, An
     """
     found: dict[str, Tensor] = {}
     packed: dict[str, Origin] = {}
-    with unmerged(model):
+    with nullcontext() if as_merged else unmerged(model):
         for path, module in base_modules(model).items():
             kind = kind_of(module)
             for name, parameter in module._parameters.items():

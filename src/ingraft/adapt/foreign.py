@@ -100,11 +100,12 @@ class Opened:
 
 
 def the_file(place: Path) -> Path | None:
-    """The safetensors file meant by a path: itself, or the only one in a folder without a config; None if there is none."""
+    """The safetensors file meant by a path: itself, or the only one in a folder without a config; None if there is none. A file under PEFT's own
+    name, which needs its config, is left to others."""
     if place.is_file():
         return place
     inside = sorted(place.glob("*.safetensors")) if place.is_dir() else []
-    return inside[0] if len(inside) == 1 else None
+    return inside[0] if len(inside) == 1 and not inside[0].name.startswith("adapter_model") else None
 
 
 def open_file(model: nn.Module, file: Path) -> Opened:

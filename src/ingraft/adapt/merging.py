@@ -5,6 +5,9 @@ the rounding of the base's dtype. Unmerging puts the original parameter *object*
 bfloat16 change no bit. The price is a second copy of the merged weights for as long as they are merged; a layer whose weight is packed is one
 with a dense weight for that time, since packing the sum again would lose part of what was trained.
 
+While adapters are merged they are part of the base. An adapter attached then stands on them: it is made for the base as it is, trained and saved
+with it, can be switched and mixed by row, and nothing is unmerged from under it.
+
 A weight that the base ties to another module's is refused: written at one side it would change the other too. Full tuning follows the tie
 (its parts share one tensor); otherwise `untie=True` gives the merged side a parameter of its own.
 """
@@ -42,7 +45,9 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
     """
     control = require_control(model)
     if control.merged:
-        raise IngraftError(f"{', '.join(control.merged)} is merged already; call `unmerge` first.")
+        raise IngraftError(
+            f"{', '.join(control.merged)} is merged already; call `unmerge` first, or keep it for good (detach({control.merged[0]!r}, keep_merged=True))."
+        )
     if control.call.rows is not None:
         raise IngraftError("merge: rows of the batch have adapters of their own; leave `rows` first.")
     names = names or control.call.active
@@ -160,11 +165,16 @@ def unmerge(model: nn.Module) -> None:
     """Put the base's own parameters back, bit for bit, and let the adapters act as they did before `merge`.
 
     Raises:
-        IngraftError: if nothing is merged.
+        IngraftError: if nothing is merged, or an adapter was attached on top of what is.
     """
     control = require_control(model)
     if not control.merged:
         raise IngraftError("unmerge: nothing is merged into this model.")
+    if standing := control.standing():
+        raise IngraftError(
+            f"unmerge: {', '.join(standing)} was attached on top of {', '.join(control.merged)} and means nothing without; save it, detach it, then "
+            f"unmerge, or keep what is merged for good (detach({control.merged[0]!r}, keep_merged=True))."
+        )
     _put_back(base_modules(model), control.kept)
     control.kept, control.merged = [], ()
     config = getattr(model, "config", None)

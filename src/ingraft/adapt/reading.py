@@ -1,0 +1,60 @@
+"""What every kind of file has in common once it is understood: a free name, and an adapter attached with the file's values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from ingraft.adapt import foreign
+from ingraft.adapt.building import parameters
+from ingraft.adapt.control import Adapter, control_of, require_control
+from ingraft.adapt.lifecycle import attach
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import MethodConfig, Part
+
+Fill = Callable[[Adapter, dict[str, Part], nn.Module | None], None]
+
+
+def free_name(model: nn.Module, name: str) -> str:
+    """The name, if no adapter has it.
+
+    Raises:
+        IngraftError: one has.
+    """
+    control = control_of(model)
+    if control is not None and name in control.adapters:
+        raise IngraftError(
+            f"load: an adapter named {name!r} is attached already; give another name (name=...) or detach it first."
+        )
+    return name
+
+
+def attach_read(model: nn.Module, config: MethodConfig, name: str, seed: int, fill: Fill, *, trainable: bool) -> None:
+    """Attach what was read; unless it is to be trained, trainability of everything else stays as it is."""
+    control = control_of(model)
+    others = control.adapters if control is not None else {}
+    before = {id(p): p.requires_grad for other in others for p in parameters(model, other).values()}
+    attach(model, config, name, seed=seed, strict=False, fill=fill)
+    if not trainable:
+        for other in require_control(model).adapters:
+            for parameter in parameters(model, other).values():
+                parameter.requires_grad_(before.get(id(parameter), False))
+
+
+def load_foreign(model: nn.Module, file: Path, name: str, *, trainable: bool) -> str:
+    """Load a file that has tensors and no config (`foreign.py`)."""
+    opened = foreign.open_file(model, file)
+    if opened.elsewhere:
+        others = ", ".join(f"{count} modules under {part!r}" for part, count in opened.elsewhere.items())
+        warnings.warn(f"{file}: {others} are for another model; load the file into that one too.", stacklevel=3)
+
+    def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
+        del adapter, shared
+        opened.fill(parts, file)
+
+    attach_read(model, opened.config, name, 0, fill, trainable=trainable)
+    require_control(model).adapters[name].facts = {"found": opened.found, "file": file.name}
+    return name
