@@ -1,7 +1,7 @@
 """From a name to a model that is ready to be adapted.
 
-A base is named by a catalogue entry, a folder, a `.gguf` file or a hub id; whatever it was, what comes out is a plain dense model in
-evaluation mode with its tokenizer. The catalogue lists bases that an ordinary package registry carries, for machines without a hub.
+A base is named by a catalogue entry, a folder, a `.gguf` file or a hub id; whatever it was, what comes out is a model in evaluation mode with its
+tokenizer: plain and dense, or its frozen weights packed in blocks where that is asked for (`ingraft.quant`). The catalogue lists bases that an ordinary package registry carries, for machines without a hub.
 Its packages are located, never imported: one of them would pull in a C++ runtime that nobody needs here.
 
 torch and transformers are imported by the functions that load, so `ingraft models` answers at once.
@@ -111,6 +111,10 @@ BASES: dict[str, BaseRecord] = {
 }
 
 
+QUANTIZATIONS = ("none", "nf4", "int8", "keep")
+"""How the weights of a base may be held."""
+
+
 @dataclass(kw_only=True)
 class Base:
     """A loaded base.
@@ -146,6 +150,7 @@ def load_base(
     num_labels: int | None = None,
     labels: list[str] | None = None,
     device: str | torch.device | None = None,
+    quantization: str = "none",
 ) -> Base:
     """Load a base and its tokenizer.
 
@@ -156,44 +161,74 @@ def load_base(
         task: "sft" or "lm" (a causal language model), "classify" (a classifier with a fresh head), or None (as the model was saved).
         num_labels, labels: for "classify": how many classes, and their names in order.
         device: where to put it; None picks CUDA if there is one, else the CPU.
+        quantization: how its linear layers are held: "none" (dense), "nf4" or "int8" (quantised while loading), or "keep" (a GGUF file's own
+            blocks, those of the embedding and the head included).
 
     Raises:
-        IngraftError: unknown name (with near ones), package not installed (with the command), broken files, or a model unfit for the task.
+        IngraftError: unknown name (with near ones), package not installed (with the command), broken files, a model unfit for the task, or a
+            quantization that it cannot have.
     """
     import torch
 
     began = time.perf_counter()
-    source, options = _find(name)
-    options["trust_remote_code"] = trust_remote_code
+    check_base(name, quantization, task)
     wanted = as_dtype(dtype, device)
-    with _quiet(), _explained(name, source):
-        model, fresh = _load_model(name, source, options, wanted, task, num_labels, labels)
-        tokenizer = _load_tokenizer(source, options)
+    if quantization == "keep":
+        from ingraft.quant.keep import load_kept
+
+        gguf, fresh = _gguf(name), ()
+        assert gguf is not None
+        with _quiet(), _explained(name, str(gguf)):
+            model, folder = load_kept(gguf, name, wanted)
+            tokenizer = _load_tokenizer(str(folder), {})
+        source = str(gguf)
+    else:
+        source, options = _find(name)
+        options["trust_remote_code"] = trust_remote_code
+        with _quiet(), _explained(name, source):
+            model, fresh = _load_model(name, source, options, wanted, task, num_labels, labels, quantization)
+            tokenizer = _load_tokenizer(source, options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = name
     place = torch.device(device) if device is not None else default_device()
     torch.nn.Module.to(model.eval(), place)
     seconds = time.perf_counter() - began
-    log.info("%s: %s in %s, %.1f s.", name, type(model).__name__, str(wanted).removeprefix("torch."), seconds)
+    held = str(wanted).removeprefix("torch.") + ("" if quantization == "none" else f", weights in {quantization}")
+    log.info("%s: %s in %s, %.1f s.", name, type(model).__name__, held, seconds)
     return Base(model=model, tokenizer=tokenizer, name=name, source=source, seconds=seconds, fresh=fresh)
 
 
-def check_base(name: str) -> None:
-    """Refuse at once a name that leads nowhere on this machine and cannot be on a hub.
+def check_base(name: str, quantization: str = "none", task: str | None = None) -> None:
+    """Refuse at once a name that leads nowhere on this machine and cannot be on a hub, and a quantization that the base cannot have.
 
     Raises:
         IngraftError: as `load_base`.
     """
-    _find(name)
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(QUANTIZATIONS)
+        raise IngraftError(f"quantization: {quantization!r} is none of {known}{nearest(quantization, QUANTIZATIONS)}.")
+    gguf = _gguf(name) if quantization == "keep" else None
+    if gguf is None:
+        _find(name)
+    if quantization == "keep":
+        from ingraft.quant.keep import check
+
+        check(gguf, name, task)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False, quantization: str = "none") -> PreTrainedTokenizerBase:
     """Only the tokenizer of a base, with a padding token.
 
+    Args:
+        quantization: as the base is going to be loaded; with "keep" its weights are not unpacked for the tokenizer's sake.
+
     Raises:
         IngraftError: as `load_base`.
     """
+    if quantization == "keep" and (gguf := _gguf(name)) is not None:
+        with _quiet(), _explained(name, str(gguf)):
+            return _load_tokenizer(str(dense_gguf.skeleton_folder(gguf)), {})
     source, options = _find(name)
     with _quiet(), _explained(name, source):
         return _load_tokenizer(source, {**options, "trust_remote_code": trust_remote_code})
@@ -254,6 +289,8 @@ def _load_model(
     task: str | None,
     num_labels: int | None,
     labels: list[str] | None,
+    quantization: str = "none",
+    skip: tuple[str, ...] = (),
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     import transformers
     from transformers import AutoConfig
@@ -284,7 +321,15 @@ def _load_model(
     else:
         saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
         loader = getattr(transformers, saved_as, transformers.AutoModel)
-    extra = {"ignore_mismatched_sizes": True} if task == "classify" else {}
+    extra: dict[str, Any] = {"ignore_mismatched_sizes": True} if task == "classify" else {}
+    if quantization != "none":
+        from ingraft.quant.load import BlockConfig
+
+        if getattr(config, "quantization_config", None) is not None:
+            raise IngraftError(
+                f"{name}: is stored quantised already, so it cannot be quantised again; leave quantization out."
+            )
+        extra["quantization_config"] = BlockConfig(form=quantization, skip=skip)
     model, info = loader.from_pretrained(
         source, config=config, dtype=dtype, output_loading_info=True, **extra, **options
     )
@@ -292,6 +337,12 @@ def _load_model(
     if missing and task != "classify":
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise IngraftError(f"{name}: the files of {source} lack weights that a {type(model).__name__} needs: {shown}.")
+    if quantization != "none":
+        from ingraft.quant.load import unmark, unread
+
+        unmark(model)
+        if (left := tuple(unread(model, missing))) and not skip:  # begins at random, is trained, and so stays dense
+            return _load_model(name, source, options, dtype, task, num_labels, labels, quantization, left)
     if hasattr(model.config, "quantization_config"):
         log.warning("%s: is stored quantised (%s).", name, model.config.quantization_config)
     return model, tuple(sorted({key.rpartition(".")[0] for key in missing}))
@@ -329,21 +380,34 @@ def _find(name: str) -> tuple[str, dict[str, Any]]:
     return name, _hub_options(name)
 
 
+def _gguf(name: str) -> Path | None:
+    """The GGUF file that a name means, or None."""
+    if record := BASES.get(name.lower()):
+        path = _catalogue_path(record)
+        return path if path.is_file() else None
+    path = Path(name).expanduser()
+    return path if path.is_file() and path.suffix.lower() == ".gguf" else None
+
+
 def _catalogue_folder(record: BaseRecord) -> Path:
+    path = _catalogue_path(record)
+    return _dense(path) if path.is_file() else path
+
+
+def _catalogue_path(record: BaseRecord) -> Path:
+    """The folder or GGUF file of a catalogue entry."""
     if not installed(record):
         raise IngraftError(f"{record.name}: {record.title} is not installed; get it with: {record.install}")
     if record.chunk_packages:
         folders = [_package_folder(package) for package in record.chunk_packages]
         chunks = [folder / file for folder, file in zip(folders, record.files) if folder is not None]
-        return _dense(
-            dense_gguf.join_chunks(chunks, record.files[0].split("/")[-1].removesuffix(".part00"), record.sha256)
-        )
+        return dense_gguf.join_chunks(chunks, record.files[0].split("/")[-1].removesuffix(".part00"), record.sha256)
     folder = _package_folder(record.package)
     assert folder is not None
     path = folder / record.files[0]
     if not path.exists():
         raise IngraftError(f"{record.name}: {path} is missing; reinstall it: {record.install}")
-    return _dense(path) if path.is_file() else path
+    return path
 
 
 def _dense(gguf: Path) -> Path:

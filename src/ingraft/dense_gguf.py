@@ -16,8 +16,10 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ingraft import durable
 from ingraft.errors import IngraftError
@@ -41,32 +43,46 @@ def dense_folder(gguf: Path) -> Path:
     Raises:
         IngraftError: not a GGUF file, an architecture that transformers cannot read from one, or damaged.
     """
+    return _converted(gguf, "dense", _convert)
+
+
+def _converted(gguf: Path, what: str, convert: Callable[[Path, Path], None]) -> Path:
+    """The folder that `convert` fills from this file, from the cache if it is there."""
     check_gguf(gguf)
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {"gguf_sha256": digest, "conversion": _CONVERSION, "transformers": version("transformers")}
-    target = cache_folder() / "dense" / f"{digest[:16]}-{_CONVERSION}-{facts['transformers']}"
+    target = cache_folder() / what / f"{digest[:16]}-{_CONVERSION}-{facts['transformers']}"
     try:
         if durable.verify(target)["facts"] == facts:
             return target
     except IngraftError:
         pass  # absent or damaged: made again
-    log.info("%s: converting to safetensors, once.", gguf.name)
+    log.info("%s: converting (%s), once.", gguf.name, what)
     try:
         with durable.folder(target, overwrite=True, facts=facts) as tmp:
-            _convert(gguf, tmp)
+            convert(gguf, tmp)
     except _UnreadableError:
         raise
     except IngraftError as error:
         log.info("%s. The conversion is not kept.", str(error).rstrip("."))
         folder = Path(tempfile.mkdtemp(prefix="ingraft-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        _convert(gguf, folder)
+        convert(gguf, folder)
         return folder
     for other in target.parent.glob(f"{digest[:16]}-*"):  # made by a former version of transformers or of this file
         if other != target:
             durable.remove(other)
     return target
+
+
+def skeleton_folder(gguf: Path) -> Path:
+    """A folder with the config and the tokenizer of `gguf` and no weights, made on the first call.
+
+    Raises:
+        IngraftError: as `dense_folder`.
+    """
+    return _converted(gguf, "skeleton", _skeleton)
 
 
 def join_chunks(chunks: list[Path], name: str, sha256: str) -> Path:
@@ -104,6 +120,19 @@ class _UnreadableError(IngraftError):
     """The file, not the disk, is at fault."""
 
 
+def _skeleton(gguf: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with _explained(gguf), contextlib.redirect_stderr(io.StringIO()):
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
@@ -115,14 +144,21 @@ def _convert(gguf: Path, folder: Path) -> None:
         options["quantization_config"] = config_class(dequantize=True)
     place, name = str(gguf.parent), gguf.name
     bars = contextlib.redirect_stderr(io.StringIO())  # tqdm's, which transformers' own switch does not reach
-    try:
+    with _explained(gguf):
         with bars:
             model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
-    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, IndexError) as error:
-        text = " ".join(str(error).split())
-        raise _UnreadableError(f"{gguf}: transformers cannot read this GGUF: {type(error).__name__}: {text}") from error
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+
+
+@contextlib.contextmanager
+def _explained(gguf: Path) -> Iterator[None]:
+    """What transformers raises about a file it cannot read, as a sentence for the user."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, IndexError) as error:
+        text = " ".join(str(error).split())
+        raise _UnreadableError(f"{gguf}: transformers cannot read this GGUF: {type(error).__name__}: {text}") from error

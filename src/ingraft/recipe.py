@@ -37,7 +37,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 READY_TASKS = ("sft", "lm", "classify")
-READY_QUANTIZATIONS = ("none",)
 
 _KEYBOARD_ONLY = {
     "trust_remote_code": "a file may not decide whose code runs here",
@@ -73,7 +72,9 @@ class Recipe:
     """One training run. Build it through `as_recipe` or `load_recipe`, which check it; the fields carry their help text."""
 
     model: str = _key("the base: a name from `ingraft models`, a hub id, a folder or a .gguf file")
-    quantization: Quantization = _key("how the frozen base is held in memory", "none")
+    quantization: Quantization = _key(
+        "how the frozen base is held in memory: nf4, int8, keep (a GGUF's own blocks) or none (dense)", "none"
+    )
     task: Task = _key("what is learned: sft (answers), lm (plain text) or classify (labels)", "sft")
     data: DataRecipe = _key("the data, see the data.* keys")
     method: str = _key("tuning method, a name from `ingraft methods`", "lora")
@@ -348,11 +349,6 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     held_out = recipe.data.eval
     if recipe.task not in READY_TASKS:
         yield ("task",), f"task: {recipe.task!r} comes later; today {', '.join(READY_TASKS)} work."
-    if recipe.quantization not in READY_QUANTIZATIONS:
-        yield (
-            ("quantization",),
-            f"quantization: {recipe.quantization!r} comes later; today the base is held unquantised (none).",
-        )
     if recipe.data.packing:
         yield (
             ("data.packing",),

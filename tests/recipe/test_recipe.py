@@ -83,7 +83,7 @@ def test_every_problem_is_reported_at_once() -> None:
     ("settings", "key"),
     [
         ({"task": "dpo"}, "task"),
-        ({"quantization": "nf4"}, "quantization"),
+        ({"quantization": "nf5"}, "quantization"),
         ({"data": {"train": "a", "packing": True}}, "data.packing"),
         ({"data": {"train": "a", "eval": 1.5}}, "data.eval"),
         ({"data": {"train": "a", "eval": -3}}, "data.eval"),

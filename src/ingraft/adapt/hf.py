@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from ingraft.adapt.roles import blocks, projects
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, names_of, reads_context
+from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
 
@@ -313,9 +314,8 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
 
 
 def _embedding_width(tokens: nn.Module) -> int:
-    weight = tokens.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[1]
+    kind = kind_of(tokens)
+    return kind.shape_of(tokens)[0] if kind is not None else cast(Tensor, tokens.weight).shape[1]
 
 
 def carries_rows(module: nn.Module, path: str) -> bool:

@@ -151,7 +151,7 @@ def open_model(
     # A classifier saved by itself (merged, or trained elsewhere) brings its head and its labels.
     task = None if recipe.task == "classify" and labels is None else recipe.task
     torch.manual_seed(recipe.seed)  # what a base lacks for the task starts at random: draw it as training did
-    base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels)
+    base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels, quantization=recipe.quantization)
     model, tokenizer = base.model, base.tokenizer
     name = None
     if adapter is not None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ingraft.adapt import context
 from ingraft.adapt.control import control_of, host_state
+from ingraft.adapt.weights import kind_of
 from ingraft.evaluate.modes import unnoticed
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,11 @@ class CausalHead:
         return self._behind.apply_(F.linear(h_ND, weight_VD, bias_V).float())
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
+        """The head's weight (unpacked for the purpose, where it is kept packed) and bias."""
         head = cast(nn.Linear, self._head)
-        return head.weight, head.bias
+        kind = kind_of(head)
+        assert kind is not None
+        return cast(Tensor, kind.weight_of(head)), head.bias
 
     def _logits(self, batch: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
         logits_BTV = self._run(batch).logits
@@ -125,25 +129,30 @@ class CausalHead:
     def _probe(self) -> Behind | None:
         """The candidate that reproduces the model's own logits, or None."""
         head = self._head
-        if not isinstance(head, nn.Linear) or host_state(head) is not None or head.weight.requires_grad:
+        kind = kind_of(head) if head is not None else None
+        if head is None or kind is None or kind.name != "linear":
+            return None
+        if host_state(head) is not None or any(p.requires_grad for p in head.parameters()):
             return None  # an adapted or trained head: its own forward and its gradient are wanted
+        vocabulary, width = kind.shape_of(head)
+        weight_VD, bias_V = self._matrix()
         config = cast(Any, self._model).config.get_text_config()
         # What the config declares comes first: on small logits a soft cap looks like nothing at all.
         caps = dict.fromkeys([getattr(config, "final_logit_softcapping", None), None])
         declared = [getattr(config, "logit_scale", None), _inverse(getattr(config, "logits_scaling", None))]
         scales = [scale for scale in declared if scale is not None] + [1.0]
-        ids = torch.arange(1, 9, device=head.weight.device).clamp(max=head.weight.shape[0] - 1)[None]
+        ids = torch.arange(1, 9, device=weight_VD.device).clamp(max=vocabulary - 1)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
             wanted = self._model(**inputs, use_cache=False).logits[0, -8:].float()
             h_BTD = self._hidden(inputs)
-            if h_BTD.shape != (1, 8, head.weight.shape[1]):
+            if h_BTD.shape != (1, 8, width):
                 raise ValueError("hidden states of another shape")
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             log.info("The loss is computed from the model's whole logits: %s.", " ".join(str(error).split())[:120])
             return None
-        plain = F.linear(h_BTD[0], *self._matrix()).float()
-        tolerance = 1e-4 if head.weight.dtype == torch.float32 else 0.05
+        plain = F.linear(h_BTD[0], weight_VD, bias_V).float()
+        tolerance = 1e-4 if weight_VD.dtype == torch.float32 else 0.05
         for scale in scales:
             for cap in caps:
                 behind = Behind(scale=float(scale), cap=None if cap is None else float(cap))

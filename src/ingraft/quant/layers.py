@@ -47,17 +47,18 @@ SAMPLES = 64
 def sampled(weight: Tensor) -> Tensor:
     """Some values of a weight at fixed places, rounded to bfloat16, so that copies of different precision agree."""
     flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.bfloat16)
+    # A copy: a view would keep the whole weight in memory.
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.bfloat16, copy=True)
 
 
 class Packed(nn.Module):
     """What both layers share: packed bytes, and how numbers come out of them. Abstract."""
 
-    weight: nn.Parameter
+    weight: Tensor
     like: Tensor
 
     def __init__(self, form: Format, shape: tuple[int, int], dtype: torch.dtype, packed: Tensor | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.form, self.shape = form, shape
         bytes_ = torch.empty(form.packed_shape(shape), dtype=torch.uint8) if packed is None else packed
         self.weight = nn.Parameter(bytes_, requires_grad=False)
@@ -108,8 +109,8 @@ class QuantizedLinear(Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.form.name}"
 
 
-class QuantizedEmbedding(Packed):
-    """`nn.Embedding` with a weight packed row by row."""
+class QuantizedEmbedding(Packed, nn.Embedding):
+    """`nn.Embedding` with a weight packed row by row. It is one, for all that only asks whether ids go in."""
 
     def __init__(
         self,
@@ -121,9 +122,9 @@ class QuantizedEmbedding(Packed):
         dtype: torch.dtype,
         packed: Tensor | None = None,
     ) -> None:
-        super().__init__(form, (num_embeddings, embedding_dim), dtype, packed)
+        Packed.__init__(self, form, (num_embeddings, embedding_dim), dtype, packed)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        # What nn.Embedding's own forward reads: the layer becomes one while an adapter is merged into it.
+        # What nn.Embedding's own forward reads: the layer is a plain one while an adapter is merged into it.
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     def forward(self, input: Tensor) -> Tensor:

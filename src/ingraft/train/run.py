@@ -129,7 +129,7 @@ def train(
 
 def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) -> Prepared:
     """Data, base, adapter and objective, nothing written yet."""
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code)
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code, recipe.quantization)
     wanted = recipe.data
     data = load(
         wanted.train,
@@ -148,7 +148,8 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) ->
         raise IngraftError(f"{wanted.train}: no row has a learned token, so there is nothing to train on.")
     torch.manual_seed(recipe.seed)  # the fresh head of a classifier
     labels = list(data.labels) if data.labels is not None else None
-    base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels)
+    held = recipe.quantization
+    base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels, quantization=held)
     model = base.model
     if recipe.gradient_checkpointing:
         # The second name is the first one's before transformers 5.20 or so, and warns since.
@@ -283,7 +284,7 @@ def _check_places(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
     """Refuse, all in one message, a base, data or an output folder that cannot be, before anything is loaded."""
     wanted = recipe.data
     checks: list[Callable[[], None]] = [
-        partial(check_base, recipe.model),
+        partial(check_base, recipe.model, recipe.quantization, recipe.task),
         *(partial(check_source, path) for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str)),
         partial(_check_folder, Path(recipe.output_dir), resume, overwrite),
     ]
