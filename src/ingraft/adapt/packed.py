@@ -141,7 +141,9 @@ class TorchAoKind(PackedLinearKind):
 
     def claims(self, layer: nn.Module) -> bool:
         weight = layer._parameters.get("weight")
-        return isinstance(layer, nn.Linear) and type(weight).__module__.split(".")[0] == "torchao"
+        if not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter:  # asked inside compiled code too, which cannot take names apart
+            return False
+        return type(weight).__module__.split(".")[0] == "torchao"
 
     def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
         return cls.forward is nn.Linear.forward
