@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ingraft.adapt import unmerge as unmerge
     from ingraft.adapt.callback import AdapterCallback as AdapterCallback
     from ingraft.errors import IngraftError as IngraftError
+    from ingraft.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from ingraft.methods.bitfit import BitFitConfig as BitFitConfig
     from ingraft.methods.boft import BOFTConfig as BOFTConfig
     from ingraft.methods.c3a import C3AConfig as C3AConfig

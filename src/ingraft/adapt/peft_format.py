@@ -81,6 +81,8 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         theirs = layout.fields.get(name, name)
         if name not in _COMMON and theirs is not None:
             written[theirs] = plain_value(value)
+    if layout.encode is not None:
+        written |= layout.encode(written)
     if layout.site_count is not None:
         written[layout.site_count] = len(sites)
     if layout.bare:
@@ -225,6 +227,11 @@ def read_config(
             aliases = layout.aliases.get(name, {})
             value = raw[their]
             options[name] = aliases[value] if isinstance(value, str) and value in aliases else value
+    if layout.decode is not None:
+        try:
+            options |= layout.decode(options)
+        except IngraftError as error:
+            raise IngraftError(*(f"{where}: {text}" for text in error.problems)) from None
     if not shared:
         options |= layout.unshared
     options["modules_to_save"] = tuple(_read_whole(model, raw))

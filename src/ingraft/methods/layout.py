@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,8 @@ class PeftLayout:
             `site_count` says, and nothing is trained in full beside them.
         site_count: their field that holds the number of sites.
         only: values of our options at which they have the method; with any other the adapter is kept under a name of ours.
+        encode, decode: values of their fields from all that are about to be written, and of ours from all that were read, where no rule above
+            does (a rank that they keep as a mask).
         otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
 
     Tensors:
@@ -74,6 +76,8 @@ class PeftLayout:
     site_count: str | None = None
     only: Mapping[str, object] = field(default_factory=dict[str, object])
     otherwise: Callable[[SiteFacts], str | None] | None = None
+    encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     shapes: Mapping[str, Mapping[str, tuple[int | str, ...] | None]] = field(

@@ -52,6 +52,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "loftq": {"r": 3, "lora_alpha": 6},
     "eva": {"r": 3, "lora_alpha": 6},
     "lora-fa": {"r": 4, "lora_alpha": 12},
+    "adalora": {"init_r": 4, "target_r": 2, "lora_alpha": 40, "total_step": 20},
     "oft": {"oft_block_size": 4},
     "boft": {"boft_block_size": 4},
     "hra": {"r": 2},
@@ -102,7 +103,9 @@ _ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
 
 _DROPOUT = {
     "lora": "lora_dropout",
-    **dict.fromkeys(("dora", "rslora", "lora-plus", "pissa", "olora", "loftq", "eva", "lora-fa"), "lora_dropout"),
+    **dict.fromkeys(
+        ("dora", "rslora", "lora-plus", "pissa", "olora", "loftq", "eva", "lora-fa", "adalora"), "lora_dropout"
+    ),
     "houlsby": "dropout",
     "pfeiffer": "dropout",
     "parallel": "dropout",

@@ -1,0 +1,91 @@
+"""AdaLoRA's training: the penalty, the budget's schedule, and which directions are left at each step of it. See `adalora.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ingraft.errors import IngraftError
+from ingraft.methods.contract import Moment
+
+if TYPE_CHECKING:
+    from ingraft.methods.adalora import AdaLoRA, AdaLoraConfig
+
+
+TENSORS = ("lora_A", "lora_B", "lora_E")
+
+
+def penalty(config: AdaLoraConfig, parts: Mapping[str, AdaLoRA]) -> Tensor:
+    """How far P and Q are from orthonormal, on average."""
+    squares = [m for part in parts.values() for m in (part.lora_A @ part.lora_A.mT, part.lora_B.mT @ part.lora_B)]
+    far = [torch.linalg.matrix_norm(m - torch.eye(len(m), device=m.device)) for m in squares if len(m)]
+    return config.orth_reg_weight * torch.stack(far).mean()
+
+
+def update(config: AdaLoraConfig, parts: Mapping[str, AdaLoRA], moment: Moment) -> None:
+    """Take note of the gradients; where an allocation is due, leave as many directions as the budget allows."""
+    total = config.total_step or moment.total
+    if not total:
+        raise IngraftError(
+            "adalora: its budget falls along the whole training, so it must know how long that is: set total_step."
+        )
+    tinit = total // 10 if config.tinit is None else config.tinit
+    end = total - (3 * total // 10 if config.tfinal is None else config.tfinal)
+    first, last = sum(len(part.kept) for part in parts.values()), config.target_r * len(parts)
+    if moment.step < end:
+        for part in parts.values():
+            observe_gradients(part, config.beta1, config.beta2)
+        left = 1 - (moment.step - tinit) / max(end - tinit, 1)
+        if moment.step > tinit and moment.step % config.deltaT == 0:
+            allocate(parts, int((first - last) * left**3 + last))
+    elif sum(int(part.kept.sum()) for part in parts.values()) > last or moment.step == end:
+        allocate(parts, last)
+    else:
+        for part in parts.values():
+            part.lora_E.masked_fill_(~part.kept[:, None], 0.0)
+
+
+def allocate(parts: Mapping[str, AdaLoRA], budget: int) -> None:
+    """Keep the most important directions, exactly as many as the budget; the others' e becomes zero."""
+    scores = torch.cat([scores_of(part) for part in parts.values()])
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[scores.argsort(descending=True, stable=True)[:budget]] = True
+    for part, own in zip(parts.values(), kept.split([len(part.kept) for part in parts.values()]), strict=True):
+        part.kept.copy_(own)
+        part.lora_E.masked_fill_(~own[:, None], 0.0)
+
+
+def observe_gradients(part: AdaLoRA, beta1: float, beta2: float) -> None:
+    """Smooth each entry's importance, and how much it fluctuates."""
+    for name in TENSORS:
+        p = part.get_parameter(name)
+        if p.grad is None:
+            continue
+        now, mean = (p * p.grad).abs(), part.get_buffer(f"importance_{name}")
+        mean.mul_(beta1).add_(now, alpha=1 - beta1)
+        part.get_buffer(f"fluctuation_{name}").mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
+
+
+def scores_of(part: AdaLoRA) -> Tensor:
+    """The importance of each direction (R)."""
+    A_RI, B_OR, E_R1 = (part.get_buffer(f"importance_{n}") * part.get_buffer(f"fluctuation_{n}") for n in TENSORS)
+    return E_R1[:, 0] + A_RI.mean(1) + B_OR.mean(0)
+
+
+def compact(config: AdaLoraConfig, parts: Mapping[str, AdaLoRA]) -> tuple[AdaLoraConfig, dict[str, dict[str, Tensor]]]:
+    """The directions that are left. One that was dropped but has moved since counts as left."""
+    left = {path: part.kept | (part.lora_E[:, 0] != 0) for path, part in parts.items()}
+    tensors = {
+        path: {
+            "lora_A": part.lora_A[left[path]],
+            "lora_B": part.lora_B[:, left[path]],
+            "lora_E": part.lora_E[left[path]],
+        }
+        for path, part in parts.items()
+    }
+    ranks = {path: int(own.sum()) for path, own in left.items()}
+    return replace(config, rank_pattern={path: r for path, r in ranks.items() if r != config.init_r}), tensors
