@@ -275,3 +275,86 @@ def test_loftq_starts_from_what_is_missing() -> None:
 def test_loftq_over_a_dense_base_is_refused(tiny: SimpleNamespace) -> None:
     with pytest.raises(ingraft.IngraftError, match="not quantised here"):
         ingraft.attach(tiny.make("llama"), make_config("loftq", {}))
+
+
+# ------------------------------------------------------------------------------------------------------------------ ingraft.peft
+
+
+def habit(tiny: SimpleNamespace, config: Any) -> Any:
+    from ingraft.peft import get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(tiny.make("llama"), config)
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({}, "lora"),
+        ({"use_rslora": True}, "rslora"),
+        ({"use_dora": True}, "dora"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "eva"}, "eva"),
+        ({"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}, "lora_bias": True}, "lora"),
+    ],
+)
+def test_switches_of_the_incumbent_are_methods_here(
+    options: dict[str, Any], method: str, tmp_path: Path, tiny: SimpleNamespace
+) -> None:
+    from ingraft.peft import LoraConfig, PeftModel
+
+    model = habit(tiny, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options))
+    assert isinstance(model, PeftModel) and ingraft.status(model).adapters[0].method == method
+    tiny.perturb(ingraft.parameters(model, "default").values())
+    batch = tiny.example("llama")
+    expected = tiny.output(model, batch)
+    model.save_pretrained(tmp_path / "a")
+    again = PeftModel.from_pretrained(tiny.make("llama"), tmp_path / "a")
+    assert ingraft.status(again).adapters[0].method == method
+    assert torch.equal(tiny.output(again, batch), expected)
+
+
+def test_eva_by_the_incumbents_names(tiny: SimpleNamespace) -> None:
+    from ingraft.peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
+
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig(rho=1.5))
+    assert config.to_dict()["eva_config"]["rho"] == 1.5
+    model = habit(tiny, config)
+    initialize_lora_eva_weights(model, data(tiny, 3))
+    ranks = {p.shape[0] for key, p in ingraft.parameters(model, "default").items() if key.endswith("lora_A")}
+    assert max(ranks) <= 6 and len(ranks) > 1
+    for wrong, words in (
+        (LoraConfig(init_lora_weights="eva", eva_config={"whiten": True}), "whiten"),
+        (LoraConfig(init_lora_weights="eva", use_rslora=True), "plain LoRA"),
+        (LoraConfig(init_lora_weights="eva", eva_config={"rhoo": 2}), "rhoo"),
+        (LoraConfig(init_lora_weights="loftq"), "not quantised"),
+        (LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 3}), "loftq_iter"),
+        (LoraConfig(init_lora_weights="corda"), "corda"),
+    ):
+        with pytest.raises(ingraft.IngraftError, match=words):
+            habit(tiny, wrong)
+
+
+def test_adalora_by_the_incumbents_names(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    from ingraft.peft import AdaLoraConfig, PeftConfig, PeftModel, PeftType
+
+    model = habit(tiny, AdaLoraConfig(init_r=5, target_r=2, total_step=4, tinit=0, tfinal=1, target_modules=TARGETS))
+    assert model.peft_type is PeftType.ADALORA
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for step in range(1, 5):
+        batch = data(tiny, step)[-1]
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimiser.step()
+        model.update_and_allocate(step)
+        optimiser.zero_grad()
+    model.eval().save_pretrained(tmp_path / "a")
+    config = PeftConfig.from_pretrained(tmp_path / "a")
+    assert isinstance(config, AdaLoraConfig) and config.rank_pattern
+    again = PeftModel.from_pretrained(tiny.make("llama"), tmp_path / "a")
+    sizes = [p.shape[0] for key, p in ingraft.parameters(again, "default").items() if key.endswith("lora_E")]
+    assert sum(sizes) == 2 * len(sizes)
+    batch = tiny.example("llama")
+    assert float((tiny.output(again, batch) - tiny.output(model, batch)).abs().max()) < 1e-6

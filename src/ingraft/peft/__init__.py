@@ -28,6 +28,7 @@ from ingraft.peft.configs import (
     TaskType,
     get_peft_config,
 )
+from ingraft.peft.lora_configs import AdaLoraConfig, EvaConfig, LoftQConfig, initialize_lora_eva_weights
 from ingraft.peft.model import (
     LoraModel,
     PeftModel,
@@ -50,6 +51,7 @@ from ingraft.peft.soft_configs import (
 from ingraft.peft.state import get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -58,7 +60,9 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "EvaConfig",
     "IA3Config",
+    "LoftQConfig",
     "LoraConfig",
     "LoraModel",
     "MultitaskPromptTuningConfig",
@@ -82,6 +86,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",

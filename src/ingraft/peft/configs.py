@@ -39,6 +39,7 @@ class PeftType(StrEnum):
     """The methods that both libraries have."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
     IA3 = "IA3"
     PREFIX_TUNING = "PREFIX_TUNING"
     PROMPT_TUNING = "PROMPT_TUNING"
@@ -107,7 +108,8 @@ class PeftConfig:
 
 @dataclass(kw_only=True)
 class LoraConfig(PeftConfig):
-    """LoRA, or DoRA with `use_dora`. Fields as in the incumbent; those without effect here are refused unless left empty."""
+    """LoRA and its variants, by `use_dora`, `use_rslora` and `init_lora_weights`. Fields as in the incumbent; those without effect here are
+    refused unless left empty."""
 
     kind: ClassVar[PeftType | None] = PeftType.LORA
 
@@ -129,6 +131,8 @@ class LoraConfig(PeftConfig):
     use_dora: bool = False
     layer_replication: list[tuple[int, int]] | None = None
     lora_bias: bool = False
+    loftq_config: Any = None
+    eva_config: Any = None
     target_parameters: list[str] | None = None
 
 
@@ -235,4 +239,6 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, set | frozenset):
         return sorted(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return list(value) if isinstance(value, tuple) else value

@@ -24,6 +24,7 @@ from ingraft.peft.configs import (
     TaskType,
     from_dict,
 )
+from ingraft.peft.lora_configs import file_terms, variant
 
 HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -50,7 +51,11 @@ def method_config(model: nn.Module, config: PeftConfig) -> MethodConfig:
         _fill_targets(model, modules, config, raw)
     if raw.get("prefix_projection") is False:
         raw["encoder_hidden_size"] = None  # the incumbent lets it stand without effect
+    if isinstance(config, LoraConfig):
+        file_terms(config, raw)
     made, _ = peft_format.read_config(model, raw, shared=True, ours=False, where=where)
+    if isinstance(config, LoraConfig):
+        made = variant(config, made)
     if isinstance(config, PromptTuningConfig):
         made = dataclasses.replace(made, **_start(config))  # pyright: ignore[reportArgumentType]
     return made
@@ -105,7 +110,7 @@ def _fill_targets(
         plain, forward = targets.IA3[kind]
         raw["target_modules"], raw["feedforward_modules"] = [*plain, *forward], list(forward)
     else:
-        chosen = targets.LORA[kind]
+        chosen = targets.ADALORA.get(kind, targets.LORA[kind]) if config.kind == "ADALORA" else targets.LORA[kind]
         raw["target_modules"] = chosen if isinstance(chosen, str) else list(chosen)
 
 

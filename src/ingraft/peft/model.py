@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ingraft.adapt import building, files, lifecycle, merging, summary
 from ingraft.adapt.combining import combine
 from ingraft.adapt.control import control_of, require_control
+from ingraft.adapt.hooks import after_step
 from ingraft.adapt.peft_format import base_name, task_of
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap
 from ingraft.adapt.virtual import lengths
@@ -228,6 +229,10 @@ class PeftMethods(Mixin):
         )
         _rest(self, flags)
         _switch(self, before)
+
+    def update_and_allocate(self: Any, global_step: int) -> None:
+        """AdaLoRA's word after an optimiser step, ahead of `zero_grad` (the incumbent has it on `model.base_model`)."""
+        after_step(self, global_step)
 
     # -- merge, unload, save
 

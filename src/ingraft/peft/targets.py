@@ -31,6 +31,17 @@ LORA: dict[str, tuple[str, ...] | str] = {
 }
 """LoRA and its variants."""
 
+_T5 = ("q", "k", "v", "o")
+
+ADALORA: dict[str, tuple[str, ...]] = {
+    "t5": (*_T5, "wi", "wo"),
+    "mt5": (*_T5, "wi_0", "wi_1", "wo"),
+    **dict.fromkeys(("bart", "opt"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
+    "roberta": ("query", "key", "value", "dense"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+}
+"""AdaLoRA, where it differs from LoRA."""
+
 IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "t5": (("k", "v"), ("wo",)),
     "mt5": (("k", "v", "wi_1"), ()),
