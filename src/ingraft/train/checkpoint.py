@@ -176,6 +176,7 @@ def restore(found: Found, learners: Sequence[Learner]) -> None:
 def forecast(learners: Sequence[Learner], keep: int | None, saves: int) -> int:
     """About how many bytes the run will write: tensors, two moments and a best copy a checkpoint, and the result."""
     one = sum(p.numel() * p.element_size() for learner in learners for p in learner.parameters.values())
+    one += sum(t.numel() * t.element_size() for learner in learners for t in learner.state.values())
     kept = saves if keep is None else min(saves, keep + 1)
     return 4 * one * kept + 2 * one + (1 << 20)
 
