@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from ingraft.methods.freeze import FreezeConfig as FreezeConfig
     from ingraft.methods.full import FullConfig as FullConfig
     from ingraft.methods.fusion import FusionConfig as FusionConfig
+    from ingraft.methods.gralora import GraloraConfig as GraloraConfig
+    from ingraft.methods.hira import HiraConfig as HiraConfig
     from ingraft.methods.houlsby import HoulsbyConfig as HoulsbyConfig
     from ingraft.methods.hra import HRAConfig as HRAConfig
     from ingraft.methods.ia3 import IA3Config as IA3Config
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from ingraft.methods.rslora import RsLoraConfig as RsLoraConfig
     from ingraft.methods.shira import ShiraConfig as ShiraConfig
     from ingraft.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from ingraft.methods.vblora import VBLoRAConfig as VBLoRAConfig
     from ingraft.methods.vera import VeraConfig as VeraConfig
 
 _VERBS = (

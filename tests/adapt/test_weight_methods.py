@@ -20,7 +20,7 @@ from ingraft.testing.cases import Case, close, differs, randomise, run
 from ingraft.testing.subjects import SUBJECTS
 from ingraft.testing.table import row
 
-METHODS = ("loha", "lokr", "vera", "randlora", "fourierft", "c3a", "shira", "miss")
+METHODS = ("loha", "lokr", "vera", "randlora", "fourierft", "c3a", "shira", "miss", "hira", "vblora", "gralora")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -134,6 +134,8 @@ def test_two_vera_adapters_keep_their_own_keys() -> None:
         ("randlora", {"r": 13}, ["first", "at most 12"]),
         ("loha", {"r": 13}, ["first", "at most 12"]),
         ("miss", {"r": 13}, ["first", "12 inputs"]),
+        ("vblora", {"vector_length": 8}, ["first", "Lengths that do: 1, 2, 4."]),
+        ("gralora", {"gralora_k": 8}, ["first", "Numbers that do: 1, 2, 4."]),
         ("miss", {"r": 3, "init_weights": "bat"}, ["first", "Sizes that do: 1, 2, 4."]),
         ("miss", {"r": 3, "mini_r": 5, "init_weights": "mini"}, ["first", "Sizes that do: 1, 2, 4, 8, 16."]),
     ],
@@ -159,12 +161,14 @@ def test_kronecker_factors_are_pefts(wanted: int) -> None:
         assert factors(size, wanted) == factorization(size, wanted), size
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "shira"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("shira", "hira")])
 def test_training_keeps_nothing_as_large_as_the_weight(name: str) -> None:
     """What a layer holds until backward is its input, small things, and views of frozen tensors: nothing new of the weight's size."""
     side = 128
     layer = nn.Sequential(nn.Linear(side, side, bias=False))
-    options = {"c3a": {"block_size": 16}, "loha": {"r": 4}, "miss": {"r": 16}}.get(name, {})
+    options = {"c3a": {"block_size": 16}, "loha": {"r": 4}, "miss": {"r": 16}, "vblora": {"num_vectors": 16}}.get(
+        name, {}
+    )
     ingraft.attach(layer, registry.make_config(name, {**options, "target_modules": ["0"]}))
     randomise(layer, "default")
     x = torch.randn(4, side, requires_grad=True)

@@ -33,6 +33,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "miss-mini-llama": ("miss", {"r": 5, "mini_r": 4, "init_weights": "mini"}),
     "miss-mini-conv2d": ("miss", {"r": 5, "mini_r": 2, "init_weights": "mini"}),
     "miss-bat-llama": ("miss", {"r": 4, "init_weights": "bat"}),
+    "hira-gaussian-conv2d": ("hira", {"r": 3, "init_weights": "gaussian"}),
+    "gralora-hybrid-llama": ("gralora", {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 10}),
+    "vblora-three-bert": ("vblora", {"r": 2, "num_vectors": 5, "vector_length": 8, "topk": 3}),
 }
 """Name, ending in a subject's -> method and options."""
 

@@ -286,6 +286,45 @@ CASES: dict[str, Case] = {
         {"token_indices": range(2, 40)},
         lambda: peft.TrainableTokensConfig(token_indices=list(range(1, 30)), target_modules=["word_embeddings"]),
     ),
+    "hira-llama": (
+        "llama",
+        "hira",
+        {"r": 3},
+        lambda: peft.HiraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=SOME),
+    ),
+    "hira-bert": (
+        "bert",
+        "hira",
+        {"r": 3, "modules_to_save": ["classifier"]},
+        lambda: peft.HiraConfig(r=4, target_modules=["key", "output.dense"], task_type="SEQ_CLS"),
+    ),
+    "hira-conv2d": (
+        "picture",
+        "hira",
+        {"r": 3, "target_modules": ["first", "second"]},
+        lambda: peft.HiraConfig(r=4, target_modules=["first", "second", "head"]),
+    ),
+    "gralora-llama": ("llama", "gralora", {"r": 4}, lambda: peft.GraloraConfig(r=8, gralora_k=4, target_modules=SOME)),
+    "gralora-hybrid-bert": (
+        "bert",
+        "gralora",
+        {"r": 8, "gralora_k": 4, "hybrid_r": 3, "modules_to_save": ["classifier"]},
+        lambda: peft.GraloraConfig(r=4, hybrid_r=2, target_modules=["key", "output.dense"], task_type="SEQ_CLS"),
+    ),
+    "vblora-llama": (
+        "llama",
+        "vblora",
+        {"r": 2, "num_vectors": 9, "vector_length": 8},
+        lambda: peft.VBLoRAConfig(r=3, num_vectors=7, vector_length=16, topk=3, target_modules=SOME),
+    ),
+    "vblora-bert": (
+        "bert",
+        "vblora",
+        {"r": 2, "num_vectors": 9, "vector_length": 16, "modules_to_save": ["classifier"]},
+        lambda: peft.VBLoRAConfig(
+            r=3, num_vectors=7, vector_length=16, target_modules=["key", "output.dense"], task_type="SEQ_CLS"
+        ),
+    ),
 }
 """Name -> kind of model, our method and options, their config. The two sides of a case need not adapt the same modules."""
 

@@ -45,6 +45,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 4},
     "shira": {"r": 2},
     "miss": {"r": 4},
+    "hira": {"r": 3},
+    "vblora": {"r": 2, "num_vectors": 6, "vector_length": 4, "init_vector_bank_bound": 0.5},
+    "gralora": {"r": 4, "alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 6},
     "lora-plus": {"r": 4, "lora_alpha": 12},
     "pissa": {"r": 3, "lora_alpha": 6},
@@ -112,7 +115,7 @@ _DROPOUT = {
     "compacter": "dropout",
     "reft": "dropout",
     "fusion": "dropout",
-    **{name: f"{name}_dropout" for name in ("vera", "randlora", "miss")},
+    **{name: f"{name}_dropout" for name in ("vera", "randlora", "miss", "vblora")},
 }
 
 

@@ -1,0 +1,89 @@
+"""HiRA: the weight itself, multiplied entry by entry with a low-rank matrix; the change has the weight's rank.
+
+    W' = W + W * (B A),    A (r, in) random, B (out, r) zero
+
+Paper: Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025 (openreview TwJrTz9cRS),
+equation 4.
+Read against: Hugging Face PEFT's `hira`.
+What differs: one product with W' instead of one with W and one with the change; grouped convolutions; no dropout, which would need both.
+
+Legend: O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ingraft.methods.contract import Method, MethodConfig, PeftLayout, SiteFacts, WeightPart, fresh
+from ingraft.methods.pieces import used
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiraConfig(MethodConfig):
+    """HiRA's hyperparameters.
+
+    Attributes:
+        r: rank of the factor, at least 1.
+        init_weights: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / r; False: B random too (tests).
+    """
+
+    method: ClassVar[str] = "hira"
+
+    r: int = 32
+    init_weights: bool | str = True
+
+    def problems(self) -> list[str]:
+        found = [] if self.r >= 1 else [f"r must be at least 1, got {self.r}."]
+        if self.init_weights not in (True, False, "gaussian"):
+            found.append(f"init_weights must be true, false or 'gaussian', got {self.init_weights!r}.")
+        return found
+
+
+class HiRA(WeightPart):
+    """See the file's header."""
+
+    def __init__(self, config: HiraConfig, facts: SiteFacts) -> None:
+        super().__init__()
+        high, wide = facts.matrix().shape
+        self.hira_A, self.hira_B = fresh(config.r, wide, like=facts.W), fresh(high, config.r, like=facts.W)
+        lookup = facts.kind == "embedding"  # there A is the side that is looked up; PEFT starts it at zero
+        start, other = (self.hira_B, self.hira_A) if lookup else (self.hira_A, self.hira_B)
+        if lookup or config.init_weights == "gaussian":
+            nn.init.normal_(start, std=1.0 if lookup else 1.0 / config.r)
+        else:
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+        nn.init.zeros_(other)
+        if config.init_weights is False:
+            nn.init.normal_(other, std=0.02)
+
+    def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        A_RI, B_OR = used(self.hira_A, W.dtype), used(self.hira_B, W.dtype)
+        return (W.float() * (1 + B_OR @ A_RI)).to(W.dtype), b
+
+
+def count(config: MethodConfig, facts: SiteFacts) -> int:
+    """r (in + out)."""
+    assert isinstance(config, HiraConfig)
+    return config.r * (facts.shape[0] + facts.shape[1])
+
+
+METHOD = Method(
+    name="hira",
+    config=HiraConfig,
+    part=HiRA,
+    sites=("all-linear",),
+    identity_at_init=True,
+    count=count,
+    peft=PeftLayout(
+        peft_type="HIRA",
+        ignored=("hira_dropout", "rank_pattern"),  # PEFT itself passes over the pattern
+        transposed_field="fan_in_fan_out",
+        tensors={"hira_A": "hira_A", "hira_B": "hira_B"},
+        embedding_tensors={"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"},
+        shapes={"hira_A": {"conv": (0, "kernel")}, "hira_B": {"conv": (0, 0, "ones")}},
+    ),
+)
