@@ -70,17 +70,28 @@ def change_of(module: nn.Module, path: str, part: Part) -> Change:
         return _change(None, None if matrix is None or kind is None else kind.dense(matrix), others)
     assert isinstance(part, WeightPart)
     if (factors := part.low_rank()) is not None:
-        return _change(factors, None, {} if factors.bias is None else {"bias": factors.bias.float()})
+        return _of_factors(factors)
     own = own_parameters(module)
     stored, b = own["weight"], own.get("bias")
     assert kind is not None and stored is not None
-    W = kind.dense(stored.detach()).float()
-    b = None if b is None else b.detach().float()
+    change = change_of_matrix(part, kind.dense(stored.detach()).float(), None if b is None else b.detach().float())
+    if kind.matrix or change.matrix is None:
+        return change
+    return _change(None, None, {"weight": change.matrix, **change.others})
+
+
+@torch.no_grad()
+def change_of_matrix(part: WeightPart, W: Tensor, b: Tensor | None) -> Change:
+    """What a part changes of a weight and a bias, both in float32."""
+    if (factors := part.low_rank()) is not None:
+        return _of_factors(factors)
     W_new, b_new = part.weight(W, b)
     others = {} if b_new is None else {"bias": b_new - b if b is not None else b_new}
-    if not kind.matrix:
-        return _change(None, None, {"weight": W_new - W, **others})
     return _change(None, W_new - W, others)
+
+
+def _of_factors(factors: Factors) -> Change:
+    return _change(factors, None, {} if factors.bias is None else {"bias": factors.bias.float()})
 
 
 def _change(factors: Factors | None, matrix: Tensor | None, others: dict[str, Tensor]) -> Change:

@@ -19,7 +19,6 @@ Legend: O out, I in, R rank.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,39 +28,19 @@ from torch import Tensor, nn
 
 from ingraft.adapt.arithmetic import ALIASES, WAYS, Mixing
 from ingraft.adapt.building import WHOLE_ROLE, parameters
-from ingraft.adapt.changes import Change, change_of, side_by_side, spectrum
-from ingraft.adapt.compose import own_parameters
-from ingraft.adapt.control import Adapter, child_name, host_state, part_of, require_control
+from ingraft.adapt.changes import change_of
+from ingraft.adapt.control import Adapter, child_name, part_of, require_control
 from ingraft.adapt.lifecycle import attach
+from ingraft.adapt.mixture import Place, Plan, SiteResult, even_ranks, fill_whole, low_at
 from ingraft.adapt.peft_format import names_for
 from ingraft.adapt.select import base_modules
-from ingraft.adapt.weights import Kind
+from ingraft.adapt.stacked import Stack
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods import registry
 from ingraft.methods.contract import Factors, MethodConfig, Part, WeightPart
 
 PARAMETERS = "parameters"
 """The way that sums trained tensors of one method instead of changes; it serves methods without a weight form too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteResult:
-    """What became of one site.
-
-    Attributes:
-        rank: of the new change; None where the module is kept in full, exactly.
-        norm: the size (Frobenius) of the change that was asked for.
-        error: the size of the difference from it.
-    """
-
-    rank: int | None
-    norm: float
-    error: float
-
-    @property
-    def share(self) -> float:
-        """The error as a share of the norm."""
-        return self.error / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +118,7 @@ def combine(
     mixing = Mixing(way=WAYS[how], density=1.0 if density is None else density, majority=majority_sign_method)
     seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
     usual = _usual_rank(model, adapters)
-    plan = _Plan(mixing=mixing, weights=weights, rank=rank, usual=usual, clamp=clamp, seed=seed)
+    plan = Plan(mixing=mixing, weights=weights, rank=rank, usual=usual, clamp=clamp, seed=seed)
     return _of_changes(model, adapters, name, plan)
 
 
@@ -171,7 +150,7 @@ def convert(
         problems.append(f"convert: error must lie between 0 and 1, got {error}.")
     if problems:
         raise IngraftError(*problems)
-    plan = _Plan(mixing=Mixing(way=WAYS["svd"]), weights={adapter: 1.0}, rank=rank, error=error, seed=adapters[0].seed)
+    plan = Plan(mixing=Mixing(way=WAYS["svd"]), weights={adapter: 1.0}, rank=rank, error=error, seed=adapters[0].seed)
     return _of_changes(model, adapters, name or f"{adapter}-{registry.LOW_RANK}", plan)
 
 
@@ -219,77 +198,82 @@ def _problems(
 # ------------------------------------------------------------------------------------------------------------- sums of changes
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """How changes are mixed, and to what rank they are cut: `rank`, or the one that `error` needs; else `usual` where no site must be whole."""
-
-    mixing: Mixing
-    weights: Mapping[str, float]
-    seed: int
-    rank: int | None = None
-    error: float | None = None
-    usual: int = 0
-    clamp: float | None = None
-
-    def seed_at(self, path: str) -> int:
-        """Of random pruning at one site, whatever the others are."""
-        return (self.seed * 1_000_003 + zlib.crc32(path.encode())) % 2**63
-
-    @property
-    def cut(self) -> bool:
-        """Whether a change that has no low rank is to be given one."""
-        return self.rank is not None or self.error is not None
-
-
-Found = list[tuple[float, Change]]
-
-
-def _of_changes(model: nn.Module, adapters: Sequence[Adapter], name: str, plan: _Plan) -> Combination:
+def _of_changes(model: nn.Module, adapters: Sequence[Adapter], name: str, plan: Plan) -> Combination:
     modules = base_modules(model)
     paths = [path for path in modules if any(path in adapter.sites for adapter in adapters)]
+    in_full = {path for path in paths if any(adapter.sites.get(path) == WHOLE_ROLE for adapter in adapters)}
 
-    def found_at(path: str) -> Found:
-        """Weights and changes at one site, computed when needed: no two sites' dense changes exist at once."""
-        parts = [(plan.weights[a.name], part) for a in adapters if (part := part_of(modules[path], a.name)) is not None]
-        return [(weight, change_of(modules[path], path, part)) for weight, part in parts]
+    def parts_at(path: str) -> list[tuple[float, Part]]:
+        """Weights and parts at one site. Their changes are worked out when needed: no two sites' exist at once."""
+        found = [(plan.weights[a.name], part_of(modules[path], a.name)) for a in adapters]
+        return [(weight, part) for weight, part in found if part is not None]
 
-    low: dict[str, Factors] = {}
+    low: dict[Place, Factors] = {}
     results: dict[str, SiteResult] = {}
     problems: list[str] = []
     with torch.random.fork_rng(devices=[]):
         for path in paths:
-            if any(adapter.sites.get(path) == WHOLE_ROLE for adapter in adapters):
-                continue  # a head in full beside an adapter stays one
             torch.manual_seed(plan.seed_at(path))
-            try:
-                made = _low(found_at(path), plan, modules[path], path)
+            try:  # a head in full beside an adapter stays one
+                made = {} if path in in_full else low_at(path, modules[path], parts_at(path), plan)
             except IngraftError as error:
                 problems += error.problems
                 continue
-            if made is not None:
-                low[path], results[path] = made
+            for place, (factors, result) in made.items():
+                low[place], results[place.name] = factors, result
     if problems:
         raise IngraftError(*problems)
-    if any(
-        isinstance(modules[path], nn.Embedding) for path in low
-    ):  # a lookup has no bias, so the method's own cannot be switched on
-        low = {path: factors for path, factors in low.items() if factors.bias is None}
-    whole = [path for path in paths if path not in low]
+    low = _beside_the_whole(paths, low)
+    thin = {place.path for place in low}
+    whole = [path for path in paths if path not in thin]
     config, tensors = _config(modules, low, whole)
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
         del shared
-        assert set(adapter.sites) == set(paths), "the new adapter sits where the given ones do"
-        for path, values in tensors.items():
-            for tensor, parameter in parts[path].named_parameters():
+        assert set(paths) <= set(adapter.sites), "the new adapter sits where the given ones do"
+        for place, values in tensors.items():
+            for tensor, parameter in place.part(parts[place.path]).named_parameters():
                 parameter.copy_(values[tensor])
         with torch.random.fork_rng(devices=[]):
             for path in whole:
                 torch.manual_seed(plan.seed_at(path))
-                results[path] = _fill_whole(modules[path], path, parts[path], found_at(path), plan.mixing)
+                found = [(weight, change_of(modules[path], path, part)) for weight, part in parts_at(path)]
+                results[path] = fill_whole(modules[path], path, parts[path], found, plan.mixing)
 
     attach(model, config, name, seed=plan.seed, fill=fill)
-    return _report(model, name, {path: results[path] for path in paths})
+    kept = {place.name for place in low} | set(whole)
+    return _report(model, name, {path: result for path, result in results.items() if path in kept})
+
+
+def _beside_the_whole(paths: Sequence[str], low: dict[Place, Factors]) -> dict[Place, Factors]:
+    """The places of low rank that can stay so: not inside a module that is kept whole, and where a bias can be switched on for all of them if it is
+    changed in one (a lookup and a stack of experts have none)."""
+    if any(factors.bias is not None for factors in low.values()) and not all(place.takes_bias for place in low):
+        moved = {place.path for place, factors in low.items() if factors.bias is not None}
+        low = {place: factors for place, factors in low.items() if place.path not in moved}
+    whole = [path for path in paths if path not in {place.path for place in low}]
+    return {
+        place: factors for place, factors in low.items() if not any(place.path.startswith(f"{path}.") for path in whole)
+    }
+
+
+def _config(
+    modules: Mapping[str, nn.Module], low: Mapping[Place, Factors], whole: Sequence[str]
+) -> tuple[MethodConfig, Mapping[Place, Mapping[str, Tensor]]]:
+    """The config of the new adapter, and the tensors of its places of low rank."""
+    in_full = tuple(names_for(whole, modules))
+    if not low:
+        return registry.load(registry.WHOLE).config(target_modules=in_full), {}
+    method = registry.load(registry.LOW_RANK)
+    assert method.of_factors is not None
+    even = even_ranks(low)
+    biased = next((place for place, factors in even.items() if factors.bias is not None), None)
+    config, _ = method.of_factors({place.option: even[place] for place in (*even, *([biased] if biased else []))})
+    _, tensors = method.of_factors({place.name: factors for place, factors in even.items()})
+    named = tuple(names_for({place.path for place in low if place.raw is None}, modules))
+    raw = tuple(dict.fromkeys(place.raw for place in low if place.raw is not None))
+    config = replace(config, target_modules=named, target_parameters=raw or None, modules_to_save=in_full)
+    return config, {place: tensors[place.name] for place in low}
 
 
 def _report(model: nn.Module, name: str, sites: Mapping[str, SiteResult]) -> Combination:
@@ -301,122 +285,9 @@ def _report(model: nn.Module, name: str, sites: Mapping[str, SiteResult]) -> Com
 def _usual_rank(model: nn.Module, adapters: Sequence[Adapter]) -> int:
     """The largest rank of the factors that these adapters give anywhere."""
     parts = [part_of(model.get_submodule(path), adapter.name) for adapter in adapters for path in adapter.sites]
-    given = [part.low_rank() for part in parts if isinstance(part, WeightPart)]
+    inner = [one for part in parts if isinstance(part, Stack) for _, one in part.parts()]
+    given = [part.low_rank() for part in (*parts, *inner) if isinstance(part, WeightPart)]
     return max((factors.A_RI.shape[0] for factors in given if factors is not None), default=1)
-
-
-def _low(found: Found, plan: _Plan, module: nn.Module, path: str) -> tuple[Factors, SiteResult] | None:
-    """The mixed change of one site as factors; None where it is to be kept whole."""
-    kind = _kind(module)
-    if kind is None or not kind.matrix or any(set(change.others) - {"bias"} for _, change in found):
-        return None
-    weights = [weight for weight, change in found if change.on_weight]
-    changes = [change for _, change in found if change.on_weight]
-    factors = [change.factors for change in changes if change.factors is not None]
-    if len(factors) < len(changes) and not plan.cut:
-        return None
-    mixing, bias = plan.mixing, _mixed_vectors(found, plan.mixing).get("bias")
-    if not changes:
-        W_OI = kind.dense(_weight(module))
-        B_OR, A_RI = W_OI.new_zeros(len(W_OI), 1), W_OI.new_zeros(1, W_OI.shape[1])
-        nothing = Factors(B_OR=B_OR, A_RI=A_RI, bias=bias)
-        return nothing, SiteResult(rank=1, norm=0.0, error=0.0)
-    if mixing.way.over == "apart" and len(factors) == len(changes):
-        made, result = _apart(factors, weights, plan, path)
-        return replace(made, bias=bias), result
-    if mixing.plain and len(factors) == len(changes):
-        whole: Tensor | Factors = side_by_side(factors, weights)
-    else:
-        whole = mixing([change.dense() for change in changes], weights)
-    values = spectrum(whole)
-    if isinstance(whole, Factors) and mixing.way.over == "side by side" and not plan.cut:
-        return replace(whole, bias=bias), SiteResult(rank=whole.A_RI.shape[0], norm=values.norm, error=0.0)
-    rank = min(values.rank_for(plan.error) if plan.error is not None else plan.rank or plan.usual, len(values.S_R))
-    made = values.factors(rank, plan.clamp)
-    return replace(made, bias=bias), SiteResult(rank=rank, norm=values.norm, error=values.error(rank))
-
-
-def _apart(factors: list[Factors], weights: list[float], plan: _Plan, path: str) -> tuple[Factors, SiteResult]:
-    """A's mixed with A's and B's with B's, a weight's root on each side, its sign on one."""
-    ranks = [f.A_RI.shape[0] for f in factors]
-    if len(set(ranks)) > 1:
-        raise IngraftError(
-            f"combine: {path}: the ranks differ ({', '.join(map(str, ranks))}), so factors cannot be mixed one by one; use 'cat', 'svd' or a way that ends in '_svd'."
-        )
-    if plan.cut:
-        raise IngraftError(
-            f"combine: {path}: mixing factors keeps their rank ({ranks[0]}); for another, use a way that ends in 'svd'."
-        )
-    scales = [weight * f.scale for weight, f in zip(weights, factors, strict=True)]
-    roots = [math.sqrt(abs(scale)) for scale in scales]
-    made = Factors(
-        A_RI=plan.mixing(
-            [f.A_RI.float() for f in factors], [math.copysign(c, s) for c, s in zip(roots, scales, strict=True)]
-        ),
-        B_OR=plan.mixing([f.B_OR.float() for f in factors], roots),
-    )
-    if not plan.mixing.plain:
-        return made, SiteResult(rank=ranks[0], norm=spectrum(made).norm, error=0.0)
-    true = side_by_side(factors, weights)
-    apart = spectrum(side_by_side([true, made], [1.0, -1.0])).norm
-    return made, SiteResult(rank=ranks[0], norm=spectrum(true).norm, error=apart)
-
-
-def _mixed_vectors(found: Found, mixing: Mixing) -> dict[str, Tensor]:
-    """Changes of vectors by name, each mixed from the adapters that have one."""
-    names = dict.fromkeys(name for _, change in found for name in change.others)
-    return {
-        name: mixing(
-            [change.others[name] for _, change in found if name in change.others],
-            [weight for weight, change in found if name in change.others],
-        )
-        for name in names
-    }
-
-
-def _config(
-    modules: Mapping[str, nn.Module], low: Mapping[str, Factors], whole: Sequence[str]
-) -> tuple[MethodConfig, Mapping[str, Mapping[str, Tensor]]]:
-    """The config of the new adapter, and the tensors of its sites of low rank."""
-    in_full = tuple(names_for(whole, modules))
-    if not low:
-        return registry.load(registry.WHOLE).config(target_modules=in_full), {}
-    method = registry.load(registry.LOW_RANK)
-    assert method.of_factors is not None
-    config, tensors = method.of_factors(low)
-    return replace(config, target_modules=tuple(names_for(low, modules)), modules_to_save=in_full), tensors
-
-
-def _fill_whole(module: nn.Module, path: str, part: Part, found: Found, mixing: Mixing) -> SiteResult:
-    """Give a module that is kept whole its values: the base's and the mixed change."""
-    changes = _mixed_vectors(found, mixing)
-    on_weight = [(weight, change.dense()) for weight, change in found if change.on_weight]
-    if on_weight:
-        D_OI = mixing([change for _, change in on_weight], [weight for weight, _ in on_weight])
-        kind = _kind(module)
-        assert kind is not None
-        changes["weight"] = kind.stored(D_OI, _weight(module).shape)
-    for name, change in changes.items():
-        own, base = part._parameters.get(name), module._parameters[name]
-        if own is None or base is None:
-            raise IngraftError(
-                f"combine: {path} has no {name} to be changed; give a rank, so that the new adapter brings its own."
-            )
-        own.copy_(base.float() + change)  # not added: where the base ties two modules they share this tensor
-    return SiteResult(
-        rank=None, norm=math.sqrt(sum(float(c.double().square().sum()) for c in changes.values())), error=0.0
-    )
-
-
-def _kind(module: nn.Module) -> Kind | None:
-    state = host_state(module)
-    return state.kind if state is not None else None
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = own_parameters(module)["weight"]
-    assert weight is not None
-    return weight
 
 
 # ------------------------------------------------------------------------------------------------------------- sums of tensors

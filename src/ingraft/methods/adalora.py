@@ -112,7 +112,7 @@ class AdaLoRA(ShortcutPart):
         u_R = site.op(site.dropout(x, self.p) if x.is_floating_point() else x, A_RI)
         return y + site.mix(u_R, self.lora_B.to(dtype))
 
-    def factors(self) -> Factors:
+    def low_rank(self) -> Factors:
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A * self.lora_E, scale=self.scale)
 
 

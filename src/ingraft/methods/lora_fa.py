@@ -54,7 +54,7 @@ class LoRAFA(LowRank):
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return y + self.branch(x, site)
 
-    def factors(self) -> Factors:
+    def low_rank(self) -> Factors:
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A, scale=self.scale)
 
 

@@ -59,14 +59,14 @@ class Residual(LowRank):
         A, B = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], 1).to(dtype)
         return y + site.mix(site.op(x, A) * self.scale, B)
 
-    def factors(self) -> Factors:
+    def low_rank(self) -> Factors:
         B_OR, A_RI = torch.cat([self.lora_B, -self.start_B], 1), torch.cat([self.lora_A, self.start_A])
         return Factors(B_OR=B_OR, A_RI=A_RI, scale=self.scale)
 
 
 def compact(config: LoraConfig, parts: Mapping[str, Residual]) -> tuple[LoraConfig, Mapping[str, Mapping[str, Tensor]]]:
     """The LoRA of twice the rank that computes the same."""
-    changes = {path: part.factors() for path, part in parts.items()}
+    changes = {path: part.low_rank() for path, part in parts.items()}
     return as_lora(config, 2), {path: {"lora_A": c.A_RI, "lora_B": c.B_OR} for path, c in changes.items()}
 
 

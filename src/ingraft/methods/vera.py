@@ -88,7 +88,7 @@ class VeRA(ShortcutPart):
         A_RI, B_OR = (frozen(self, name, dtype, self.vera_lambda_b.device) for name in ("vera_A", "vera_B"))
         return A_RI[:, : self.shape[1]], B_OR[: self.shape[0]]
 
-    def factors(self) -> Factors:
+    def low_rank(self) -> Factors:
         A_RI, B_OR = self.pair(torch.float32)
         return Factors(B_OR=self.vera_lambda_b[:, None] * B_OR, A_RI=self.vera_lambda_d[:, None] * A_RI)
 
