@@ -272,6 +272,39 @@ def test_loftq_starts_from_what_is_missing() -> None:
     assert float((part.weight(Q, None)[0] - W).norm()) < float((Q - W).norm())
 
 
+def test_loftq_over_packed_blocks_is_nearer_to_the_original(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """The blocks stay as they are; adapted, the model is nearer to the one they were made from; the file is a LoRA that goes on as LoftQ."""
+    from dataclasses import replace
+
+    from ingraft.adapt.select import all_linear, base_modules
+    from ingraft.quant.formats import QUANTISERS
+    from ingraft.quant.layers import quantised
+
+    def packed() -> nn.Module:
+        model = tiny.make("llama")
+        for path in all_linear(model, base_modules(model)):
+            layer: Any = model.get_submodule(path)
+            made = quantised(layer, QUANTISERS["nf4"])
+            assert made.origin is not None
+            made.origin = replace(made.origin, read=layer.weight.detach)
+            model.set_submodule(path, made)
+        return model.eval()
+
+    batch = tiny.example("llama")
+    original, model = tiny.output(tiny.make("llama"), batch), packed()
+    before = float((tiny.output(model, batch) - original).norm())
+    ingraft.attach(model, make_config("loftq", {"r": 8}), seed=1)
+    near = tiny.output(model, batch)
+    assert float((near - original).norm()) < 0.7 * before
+    ingraft.save(model, tmp_path / "a")
+    again = packed()
+    ingraft.load(again, tmp_path / "a")
+    assert ingraft.status(again).adapters[0].method == "loftq"
+    assert torch.equal(tiny.output(again, batch), near)
+    ingraft.detach(again)
+    assert float((tiny.output(again, batch) - original).norm()) == before
+
+
 def test_loftq_over_a_dense_base_is_refused(tiny: SimpleNamespace) -> None:
     with pytest.raises(ingraft.IngraftError, match="not quantised here"):
         ingraft.attach(tiny.make("llama"), make_config("loftq", {}))
