@@ -45,7 +45,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 4},
     "shira": {"r": 2},
     "miss": {"r": 4},
-    "hira": {"r": 3},
+    "hira": {"r": 6},
     "vblora": {"r": 2, "num_vectors": 6, "vector_length": 4, "init_vector_bank_bound": 0.5},
     "gralora": {"r": 4, "alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 6},
