@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.adapt import context
+from ingraft.adapt.context import before_answer
 from ingraft.adapt.control import control_of, host_state
 from ingraft.adapt.weights import kind_of
 from ingraft.evaluate.modes import unnoticed
@@ -170,9 +171,7 @@ def learned(labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def prompts(batch: dict[str, Tensor]) -> Tensor:
     """(B, T) bool: the tokens before the first learned one; all real tokens of plain text, where nothing but the text is learned."""
-    learned_BT = batch["labels"] != -100
-    before_BT = learned_BT.cumsum(1) == 0
-    return (before_BT | learned_BT[:, :1]) & batch["attention_mask"].bool()
+    return before_answer(batch["labels"], batch["attention_mask"])
 
 
 def _inverse(x: float | None) -> float | None:
