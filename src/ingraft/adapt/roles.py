@@ -148,7 +148,12 @@ def _mixtures(block: nn.Module) -> list[str]:
     return [
         name
         for name, child in block.named_children()
-        if any(p is not None and p.dim() == 3 for inner in child.modules() for p in inner._parameters.values())
+        if any(
+            p is not None and p.dim() == 3
+            for path, inner in child.named_modules(prefix=name)
+            if "adapter:" not in path  # an adapter's own tensors are no experts
+            for p in inner._parameters.values()
+        )
         and not _cores_in(child)
     ]
 

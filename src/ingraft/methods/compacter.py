@@ -7,7 +7,7 @@ A (n, n, n) is the rule, shared by every D and U of the adapter; S_i (width / n,
 Paper: Karimi Mahabadi et al., "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", NeurIPS 2021 (arXiv:2106.04647), equations 4 to 6.
 Read against: AdapterHub's `compacter` (places, options, initial values). `target_modules: [block]` is its `compacter++`.
 What differs: S and T are drawn from Glorot's uniform distribution, which AdapterHub names and replaces by the normal one; a rule per site,
-where it is not shared, starts as the shared one does.
+where it is not shared, starts as the shared one does; a bottleneck that n does not divide is rounded up, where theirs is refused.
 
 Legend: N = n = phm_dim, F features in / n, G features out / n, R rank.
 """
@@ -30,7 +30,7 @@ class CompacterConfig(NarrowConfig):
     """Compacter's hyperparameters, by AdapterHub's names; see `NarrowConfig` for the bottleneck's.
 
     Attributes:
-        phm_dim: n, the number of Kronecker products; it must divide the width and the bottleneck.
+        phm_dim: n, the number of Kronecker products; it must divide the width, and the bottleneck is rounded up to a multiple of it.
         phm_rank: rank of the second factors, at least 1.
         shared_phm_rule: one rule for the adapter; false gives every matrix its own.
         learn_phm: train the rule; false keeps it as it was drawn.
@@ -55,6 +55,9 @@ class CompacterConfig(NarrowConfig):
         if self.phm_init_range <= 0:
             found.append(f"phm_init_range must be above 0, got {self.phm_init_range}.")
         return found
+
+    def inner(self, width: int) -> int:
+        return -(-super().inner(width) // self.phm_dim) * self.phm_dim
 
 
 class Rule(nn.Module):
@@ -117,14 +120,10 @@ def shared(config: CompacterConfig, sites: tuple[SiteFacts, ...]) -> nn.Module |
 
 
 def refuses(config: CompacterConfig, facts: SiteFacts) -> str | None:
-    """Sizes that n does not divide."""
-    inner = config.inner(facts.width)
-    if facts.width % config.phm_dim == 0 and inner % config.phm_dim == 0:
+    """A width that n does not divide."""
+    if facts.width % config.phm_dim == 0:
         return None
-    return (
-        f"compacter: phm_dim={config.phm_dim} must divide the width {facts.width} of {facts.path} and the bottleneck's {inner}; choose another "
-        "phm_dim or reduction_factor."
-    )
+    return f"compacter: phm_dim={config.phm_dim} must divide the width {facts.width} of {facts.path}; choose another phm_dim."
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:
