@@ -35,7 +35,7 @@ from ingraft.adapt.control import (
     host_state,
     require_control,
 )
-from ingraft.adapt.roles import blocks, projects
+from ingraft.adapt.roles import projects, sites_of_role
 from ingraft.adapt.root import Root
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, names_of, reads_context
@@ -256,6 +256,14 @@ def check_method(model: nn.Module, method: Method) -> None:
         IngraftError: naming the model's class and the reason.
     """
     what = original_class(model).__name__
+    text: Any = getattr(model.config, "text_config", None)
+    if issubclass(method.part, AttentionPart | InputPart) and "mrope_section" in (
+        getattr(text, "rope_parameters", None) or {}
+    ):
+        raise IngraftError(
+            f"{method.name}: {what} gives pictures positions along several axes, which virtual tokens would shift by one. Choose a weight method or "
+            "a bottleneck."
+        )
     if issubclass(method.part, InputPart):
         parameters = inspect.signature(original_class(model.get_submodule(inner_path(model))).forward).parameters
         if "inputs_embeds" not in parameters:
@@ -264,9 +272,7 @@ def check_method(model: nn.Module, method: Method) -> None:
             )
     if issubclass(method.part, AttentionPart):
         outside = [
-            block.attention
-            for block in blocks(model)
-            if not prefixes.uses_registry(model.get_submodule(block.attention))
+            path for path in sites_of_role(model, "attention") if not prefixes.uses_registry(model.get_submodule(path))
         ]
         if outside:
             raise IngraftError(
@@ -278,6 +284,14 @@ def check_method(model: nn.Module, method: Method) -> None:
                 f"{method.name}: works with the attention implementations {' and '.join(prefixes.OURS)}, and {what} uses {implementation}. "
                 "Load it with attn_implementation='sdpa'."
             )
+
+
+def text_path(model: Any) -> str:
+    """Path of the decoder of text, if the config has one of its own beside others."""
+    if "text_config" not in getattr(model.config, "sub_configs", {}):
+        return ""
+    inner = model.get_decoder()
+    return next((path for path, module in model.named_modules() if module is inner), "")
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -300,6 +314,11 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
     )
     config: Any = module.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if not isinstance(heads, int):
+        raise IngraftError(
+            f"{path} ({original_class(module).__name__}): the number of heads differs from stage to stage, so one prefix cannot join them all. "
+            "Choose a weight method or a bottleneck."
+        )
     if width is None:
         width = config.hidden_size // config.num_attention_heads
     return SiteFacts(

@@ -64,7 +64,7 @@ def in_use(model: nn.Module, module: nn.Module) -> bool:
     state = host_state(module)
     if state is not None and (is_swapped(module, (Unfused,)) or reads(module)):
         sites = {path for adapter in state.control.adapters.values() for path in adapter.sites}
-        if any(_lies_in(path, state.path) for path in sites):
+        if any(lies_in(path, state.path) for path in sites):
             return True
     hf = _hf(model)
     return bool(hf and hf.in_use(module))
@@ -74,6 +74,12 @@ def input_path(model: nn.Module) -> str:
     """Path of the module that embeds tokens."""
     hf = _hf(model)
     return hf.inner_path(model) if hf else ""
+
+
+def text_path(model: nn.Module) -> str:
+    """Path of the part that reads text, in a model that also sees or hears; "" elsewhere."""
+    hf = _hf(model)
+    return hf.text_path(model) if hf else ""
 
 
 def token_path(model: nn.Module) -> str:
@@ -103,7 +109,7 @@ class Unfused(Mixin):
         assert state is not None
         control = state.control
         names = {name for group in state.current().groups for name in group.names} - set(control.merged)
-        inside = any(_lies_in(path, state.path) for name in names for path in control.adapters[name].sites)
+        inside = any(lies_in(path, state.path) for name in names for path in control.adapters[name].sites)
         switch = next(attribute for cls, attribute in FUSED.items() if isinstance(module, cls))
         if not inside or switch not in module.__dict__:
             return base(*args, **kwargs)
@@ -115,7 +121,8 @@ class Unfused(Mixin):
             module.__dict__[switch] = before
 
 
-def _lies_in(path: str, ancestor: str) -> bool:
+def lies_in(path: str, ancestor: str) -> bool:
+    """Whether a module is another one or lies inside it."""
     return not ancestor or path == ancestor or path.startswith(ancestor + ".")
 
 

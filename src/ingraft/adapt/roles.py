@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ingraft.adapt import models
 from ingraft.adapt.stacked import reads
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
@@ -30,7 +31,15 @@ from ingraft.errors import IngraftError
 ROLES = ("attention-out", "attention-kv", "mlp-out", "mlp", "block", "attention", "input")
 """Names that may stand in `target_modules` beside module names; no module can be called so."""
 
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_groups", "n_head", "num_key_value_heads")
+HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "num_key_value_groups",
+    "n_head",
+    "num_key_value_heads",
+    "heads",
+)
 
 POST_NORM = {"distilbert": "output_layer_norm", "bart": "final_layer_norm", "marian": "final_layer_norm"}
 """Norms at the end of a block that structure alone does not show, by `config.model_type`."""
@@ -63,7 +72,7 @@ def blocks(model: nn.Module) -> list[Block]:
             or any(name.startswith(block.path + ".") for block in found)
         ):
             continue
-        if len({original_class(child) for child in module}) != 1 or not all(_cores(child) for child in module):
+        if not _repeats(module) or any(_is_stage(child) for child in module):
             continue
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         found += [
@@ -75,6 +84,16 @@ def blocks(model: nn.Module) -> list[Block]:
             "head count). This method needs them; choose a weight method such as lora, or name the modules in target_modules."
         )
     return found
+
+
+def _repeats(module: nn.ModuleList) -> bool:
+    """Whether all elements are of one class and hold an attention."""
+    return len({original_class(child) for child in module}) == 1 and all(_cores(child) for child in module)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a module holds blocks of its own: a stage of a Swin, a transformer within a UNet."""
+    return any(isinstance(inner, nn.ModuleList) and len(inner) and _repeats(inner) for inner in module.modules())
 
 
 def _cores(block: nn.Module) -> list[str]:
@@ -218,11 +237,13 @@ def sites_of_role(model: nn.Module, role: str) -> dict[str, str]:
         IngraftError: if the model has no such place.
     """
     found: dict[str, str] = {}
+    text = models.text_path(model)  # a prefix is one of the text's, also where the model sees
     for block in blocks(model):
         if role == "block":
             found[block.norm or block.path] = "norm" if block.norm else "block"
         elif role == "attention":
-            found[block.attention] = role
+            if models.lies_in(block.attention, text):
+                found[block.attention] = role
         elif role == "attention-out":
             found[block.attention_out] = role
         elif role == "attention-kv" and not block.attention_kv:
