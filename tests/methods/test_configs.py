@@ -87,7 +87,7 @@ def test_unknown_options_and_methods_are_named_with_the_nearest() -> None:
     with pytest.raises(IngraftError) as caught:
         registry.make_config("lora", {"rank": 3, "r": "many", "dropout": 0})
     assert len(caught.value.problems) == 3
-    with pytest.raises(IngraftError, match="no method named 'lroa' \\(did you mean .*'lora'"):
+    with pytest.raises(IngraftError, match=r"no method named 'lroa' \(did you mean .*'lora'"):
         registry.load("lroa")
 
 

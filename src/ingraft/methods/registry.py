@@ -60,7 +60,7 @@ _HERE = "ingraft.methods"
 @functools.cache
 def _own() -> Mapping[str, MethodRecord]:
     """The package's own methods, from `catalogue.toml`."""
-    text = importlib.resources.files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8")
+    text = importlib.resources.files("ingraft.methods").joinpath("catalogue.toml").read_text(encoding="utf-8")
     return {
         name: MethodRecord(name=name, target=f"{_HERE}.{fields.pop('file')}:METHOD", **fields)
         for name, fields in tomllib.loads(text).items()
