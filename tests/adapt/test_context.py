@@ -231,3 +231,18 @@ def test_what_cannot_be_meant_is_refused() -> None:
     assert len(caught.value.problems) == 3
     with pytest.raises(IngraftError, match="3 rows"), adapt.context(model, tasks=[1, 2, 3]):
         _run(model)
+
+
+def test_code_run_on_one_groups_rows_is_told_of_these_alone() -> None:
+    """Beams repeat rows side by side; what all rows share stays."""
+    from ingraft.adapt.context import Context, Tokens
+    from ingraft.adapt.rows import Call
+
+    context = Context(tasks=torch.tensor([7, 8, 9]), prompt=torch.eye(3, dtype=torch.bool))
+    real = torch.arange(6)[:, None] % 2 == 0
+    call = Call(rows=(("a",), ("b",), ("a",)), context=context, tokens=Tokens(count=1, real=real))
+    seen = call.of_group(call.groups[0])
+    assert seen.context.tasks is not None and seen.context.prompt is not None and seen.tokens is not None
+    assert seen.context.tasks.tolist() == [7, 9]
+    assert seen.context.prompt.int().tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert seen.tokens.real is not None and seen.tokens.real.flatten().tolist() == [True, False, True, False]
