@@ -33,7 +33,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 """What a method needs beyond its defaults."""
 
-ELSEWHERE = {"adapter-fusion": "it fuses adapters that are trained already; see tests and examples"}
+ELSEWHERE = {"fusion": "it fuses adapters that are trained already; see tests and examples"}
 """Methods that one run over a bare base cannot show."""
 
 
