@@ -314,7 +314,9 @@ def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
                 parameter.copy_(0.2 * noise + (0.0 if name.endswith("bias") else 1.0))
             else:
                 lookup = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-                parameter.copy_(noise * (0.7 if lookup else parameter[0].numel() ** -0.5))
+                stacked = parameter.dim() == 3 and not name.endswith("weight")  # matrices of experts
+                inputs = parameter[0, 0].numel() if stacked else parameter[0].numel()
+                parameter.copy_(noise * (0.7 if lookup else inputs**-0.5))
     return model.eval()
 
 
