@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"
-ROWS_TO_START_FROM = 256
+ROWS_TO_START_FROM = 64
 """So many training rows, from the front, are shown to a method that starts from data."""
 
 MOST_CHOICES = 20
