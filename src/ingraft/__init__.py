@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingraft.adapt import activate as activate
+    from ingraft.adapt import add_tokens as add_tokens
     from ingraft.adapt import after_step as after_step
     from ingraft.adapt import attach as attach
     from ingraft.adapt import combine as combine
@@ -83,7 +84,19 @@ if TYPE_CHECKING:
     from ingraft.methods.vera import VeraConfig as VeraConfig
 
 _VERBS = (
-    *("activate", "after_step", "attach", "combine", "context", "convert", "detach", "disabled", "load", "merge"),
+    *(
+        "activate",
+        "add_tokens",
+        "after_step",
+        "attach",
+        "combine",
+        "context",
+        "convert",
+        "detach",
+        "disabled",
+        "load",
+        "merge",
+    ),
     *("param_groups", "parameters", "prepare", "rows", "save", "status", "trainable", "unmerge"),
 )
 _NAMES = {

@@ -91,3 +91,79 @@ def test_the_tied_rows_get_the_gradient_of_both_ends() -> None:
 def test_a_token_that_has_no_row_is_refused() -> None:
     with pytest.raises(IngraftError, match="40 rows and none for 40, 99"):
         ingraft.attach(masked(), ingraft.TrainableTokensConfig(token_indices=[3, 40, 99]))
+
+
+def test_tokens_beside_another_method_follow_ties_and_are_its_own_tensors(tmp_path: Path) -> None:
+    model, batch = masked(), {"input_ids": torch.tensor([[5, 9, 12, 3]])}
+    expected = run(model, batch)
+    config = ingraft.LoraConfig(r=2, target_modules=["query"], trainable_token_indices=[9, 30])
+    ingraft.attach(model, config)
+    assert torch.equal(run(model, batch), expected)
+    randomise(model, "default")
+    active = run(model, batch)
+    assert [key for key in ingraft.parameters(model, "default") if "lora" not in key] == [
+        "bert.embeddings.word_embeddings.weight"
+    ]
+    ingraft.save(model, tmp_path / "both")
+    again = masked()
+    ingraft.load(again, tmp_path / "both")
+    assert torch.equal(run(again, batch), active)
+    ingraft.merge(model)
+    assert torch.allclose(run(model, batch), active, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trainable_token_indices": [3, 99]}, "40 rows and none for 99"),
+        ({"trainable_token_indices": [3], "target_modules": ["word_embeddings"]}, "adapted by lora itself"),
+        ({"trainable_token_indices": {"words": [3]}}, "'words' matches no module"),
+        ({"trainable_token_indices": {"word_embeddings": [3], "decoder": [4]}}, "different tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_trained_beside_a_method_are_refused(options: dict[str, Any], words: str) -> None:
+    model = masked()
+    with pytest.raises(IngraftError, match=words):
+        ingraft.attach(model, ingraft.LoraConfig(**options))
+    assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
+
+
+class Words:
+    """A tokenizer as far as adding tokens needs one."""
+
+    def __init__(self, known: int) -> None:
+        self.words = [f"w{n}" for n in range(known)]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def add_tokens(self, tokens: list[str], special_tokens: bool = False) -> None:
+        self.words += [token for token in tokens if token not in self.words]
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        return [self.words.index(token) for token in tokens]
+
+
+def grown() -> tuple[Any, tuple[int, ...]]:
+    model = SUBJECTS["llama"].make_redrawn()
+    return model, ingraft.add_tokens(model, Words(48), ["w7", "<think>", "</think>"])
+
+
+def test_new_tokens_start_as_the_mean_train_and_are_found_again(tmp_path: Path) -> None:
+    model, ids = grown()
+    assert ids == (7, 48, 49)
+    embedding: Any = model.get_input_embeddings()
+    assert embedding.weight.shape[0] == 50 and model.config.vocab_size == 50
+    assert torch.allclose(embedding.weight[48], embedding.weight[:48].mean(0), atol=1e-6)
+    assert torch.allclose(model.lm_head.weight[49], model.lm_head.weight[:48].mean(0), atol=1e-6)
+    config = ingraft.LoraConfig(trainable_token_indices={"embed_tokens": ids[1:], "lm_head": ids[1:]})
+    ingraft.attach(model, config)
+    randomise(model, "default")
+    batch = {"input_ids": torch.tensor([[3, 48, 49, 5]])}
+    expected = run(model, batch)
+    with pytest.raises(IngraftError, match="add tokens first"):
+        ingraft.add_tokens(model, Words(50), ["more"])
+    ingraft.save(model, tmp_path / "new")
+    again, _ = grown()
+    ingraft.load(again, tmp_path / "new")  # the base's fingerprint agrees too
+    assert torch.equal(run(again, batch), expected)

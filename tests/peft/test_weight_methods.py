@@ -280,6 +280,28 @@ CASES: dict[str, Case] = {
         {"token_indices": range(2, 40)},
         lambda: peft.TrainableTokensConfig(token_indices=list(range(1, 30)), target_modules=["wte"]),
     ),
+    "lora-and-tokens-llama": (
+        "llama",
+        "lora",
+        {"r": 4, "trainable_token_indices": list(range(2, 40))},
+        lambda: peft.LoraConfig(r=4, trainable_token_indices=list(range(1, 30)), target_modules=SOME),
+    ),
+    "lora-and-tokens-of-a-head-llama": (
+        "llama",
+        "lora",
+        {"r": 4, "trainable_token_indices": {"embed_tokens": list(range(2, 40)), "lm_head": [7, 9]}},
+        lambda: peft.LoraConfig(
+            r=4, trainable_token_indices={"lm_head": [4, 1], "embed_tokens": [7]}, target_modules=SOME
+        ),
+    ),
+    "lora-and-tied-tokens-gpt2": (
+        "gpt2",
+        "lora",
+        {"r": 4, "trainable_token_indices": list(range(2, 40))},
+        lambda: peft.LoraConfig(
+            r=4, trainable_token_indices=list(range(1, 30)), target_modules=["c_attn"], fan_in_fan_out=True
+        ),
+    ),
     "tokens-bert": (
         "bert",
         "trainable-tokens",

@@ -8,9 +8,11 @@ from ingraft.adapt.lifecycle import activate, attach, context, detach, disabled,
 from ingraft.adapt.merging import merge, unmerge
 from ingraft.adapt.packed import make_dense
 from ingraft.adapt.summary import status
+from ingraft.adapt.tokens import add_tokens
 
 __all__ = [
     "activate",
+    "add_tokens",
     "after_step",
     "attach",
     "base_parameters",

@@ -7,6 +7,7 @@ hands each part its weight, one site at a time, so that no more than one dense c
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from ingraft.adapt.control import Adapter, child_name, part_of, require_control
 from ingraft.adapt.offload import first_owner, is_offloaded, present
 from ingraft.adapt.select import base_modules, chosen_parameters, select
 from ingraft.adapt.stacked import Matrix, Stack, matrices, own_tensors
+from ingraft.adapt.tokens import tokens_beside
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -24,6 +26,9 @@ from ingraft.methods.contract import Method, MethodConfig, ParameterPart, Part, 
 
 WHOLE_ROLE = "whole"
 """The role of a module that is trained in full beside the method's own sites."""
+TOKENS_ROLE = "tokens"
+"""The role of a module some of whose rows are trained beside them."""
+BESIDE = (WHOLE_ROLE, TOKENS_ROLE)
 
 
 def make_parts(
@@ -39,7 +44,6 @@ def make_parts(
     """
     modules = base_modules(model)
     config, method = adapter.config, adapter.method
-    whole = registry.load(registry.WHOLE)
     parts: dict[str, Part] = {}
     masters: dict[int, nn.Parameter] = {}
     sizes = own_sizes(model, method, config, adapter.sites, finished=finished)
@@ -49,14 +53,14 @@ def make_parts(
             shared = method.shared(config, sizes) if method.shared is not None else None
         for path, role in adapter.sites.items():
             module = modules[path]
-            maker, options = (whole, whole.config()) if role == WHOLE_ROLE else (method, config.at(path))
+            maker, options = _maker(adapter, path, role)
             if is_offloaded(module) and issubclass(maker.part, ParameterPart):
                 raise IngraftError(
                     f"{maker.name}: {path} is offloaded by accelerate, which hides the weights it is tied to. Attach first, then offload."
                 )
             with present(module, first_owner(module)):
                 torch.manual_seed(_seed(adapter.seed, path))
-                if role != WHOLE_ROLE and (inside := _matrices(method, config, path, module)):
+                if role not in BESIDE and (inside := _matrices(method, config, path, module)):
                     part = _stack(adapter, path, module, inside, shared, finished=finished)
                 else:
                     facts = replace(facts_of(model, path, module, role), shared=shared, finished=finished)
@@ -65,6 +69,39 @@ def make_parts(
                 _follow_ties(module, part, masters)
             parts[path] = part.train(module.training)
     return parts, shared
+
+
+def _maker(adapter: Adapter, path: str, role: str) -> tuple[Method, MethodConfig]:
+    """The method that makes the part of a site, and its options there."""
+    if role == WHOLE_ROLE:
+        return (whole := registry.load(registry.WHOLE)), whole.config()
+    if role == TOKENS_ROLE:
+        return registry.load(registry.TOKENS), _of_tokens(adapter.tokens[path])
+    return adapter.method, adapter.config.at(path)
+
+
+def _of_tokens(tokens: tuple[int, ...]) -> MethodConfig:
+    return registry.make_config(registry.TOKENS, {"token_indices": list(tokens)})
+
+
+def token_rows(
+    model: nn.Module, config: MethodConfig, taken: Collection[str]
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """The modules whose rows are trained beside a config's own sites (`tokens.tokens_beside`), and how many numbers that are.
+
+    Raises:
+        IngraftError: as there, and for tokens that have no row.
+    """
+    tokens = tokens_beside(model, config, taken)
+    method, problems, rows = registry.load(registry.TOKENS), [], {}
+    for path, own in tokens.items():
+        module = model.get_submodule(path)
+        fact = facts_of(model, path, module, TOKENS_ROLE, values=False)
+        problems += [reason for reason in [method.refuses(_of_tokens(own), fact)] if reason is not None]
+        rows[id(module._parameters.get("weight"))] = method.count(_of_tokens(own), fact)
+    if problems:
+        raise IngraftError(*problems)
+    return tokens, sum(rows.values())
 
 
 def own_sizes(
@@ -86,7 +123,7 @@ def _sized(
     modules = base_modules(model)
     found: list[tuple[SiteFacts, MethodConfig]] = []
     for path, role in sites.items():
-        if role == WHOLE_ROLE:
+        if role in BESIDE:
             continue
         inside = _matrices(method, config, path, modules[path])
         found += [
@@ -242,7 +279,7 @@ def expected_count(model: nn.Module, config: MethodConfig, *, finished: bool = F
     sized = _sized(model, method, config, own, finished=finished)
     sizes = tuple(fact for fact, _ in sized)
     owned = {id(p): p.numel() for path in whole for p in modules[path]._parameters.values() if p is not None}
-    total = sum(owned.values())
+    total = sum(owned.values()) + token_rows(model, config, (*own, *whole))[1]
     seen = set(owned)
     for fact, options in sized:
         if issubclass(method.part, ParameterPart):  # what the base ties is one tensor in the parts too

@@ -7,6 +7,7 @@ There is one for each model, reachable from the root and from every host, so a c
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class Adapter:
         config, method: what it is.
         sites: paths of its hosts in model order, with the role of each.
         saved_whole: paths of the modules that are trained in full beside the method's own sites (`modules_to_save`).
+        tokens: modules some of whose rows are trained beside them, each with the tokens (`trainable_token_indices`).
         seed: of its initial values and its dropout.
         dropout: whether it has any.
         virtual: how many virtual tokens or prefix slots it gives a row.
@@ -56,11 +58,17 @@ class Adapter:
     sites: dict[str, str]
     saved_whole: tuple[str, ...]
     seed: int
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     dropout: bool = False
     virtual: int = 0
     ground: tuple[str, ...] = ()
     behind: int = 0
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Paths of the sites that are not the method's own."""
+        return frozenset((*self.saved_whole, *self.tokens))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -28,7 +28,7 @@ def parts_of(model: nn.Module, adapter: Adapter) -> dict[str, Part]:
     """An adapter's own parts by path, those of modules trained in full left out."""
     found: dict[str, Part] = {}
     for path in adapter.sites:
-        part = part_of(model.get_submodule(path), adapter.name) if path not in adapter.saved_whole else None
+        part = part_of(model.get_submodule(path), adapter.name) if path not in adapter.beside else None
         if isinstance(part, Stack):
             found |= {f"{path}.{matrix.key}": inner for matrix, inner in part.parts()}
         elif part is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt import models
-from ingraft.adapt.building import WHOLE_ROLE, base_parameters, make_parts
+from ingraft.adapt.building import TOKENS_ROLE, WHOLE_ROLE, base_parameters, make_parts, token_rows
 from ingraft.adapt.context import Context, told
 from ingraft.adapt.control import (
     ATTRIBUTE,
@@ -87,20 +87,25 @@ def attach(
     method = registry.load(config.method)
     sites, whole, remarks = select(model, config, method, strict=strict)
     models.check_method(model, method)
+    tokens, _ = token_rows(model, config, (*sites, *whole))
     seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
     adapter = Adapter(
         name=name,
         config=config,
         method=method,
-        sites={**sites, **dict.fromkeys(whole, WHOLE_ROLE)},
+        sites={**sites, **dict.fromkeys(whole, WHOLE_ROLE), **dict.fromkeys(tokens, TOKENS_ROLE)},
         saved_whole=whole,
+        tokens=tokens,
         seed=seed,
         ground=control.merged,
         dropout=any(key.endswith("dropout") and value for key, value in config.options().items()),
     )
     if method.over is not None:
         adapter.dropout |= any(control.adapters[other].dropout for other in method.over(config))
-    parts, shared = make_parts(model, adapter, finished=fill is not None)
+    with _temporarily(
+        control, lambda call: replace(call, active=(), rows=None)
+    ):  # a part may look at what the base makes of tokens
+        parts, shared = make_parts(model, adapter, finished=fill is not None)
     lengths = (
         p.length for p in parts.values() if isinstance(p, AttentionPart | InputPart) and not isinstance(p, GatedPart)
     )

@@ -19,8 +19,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from ingraft.adapt.building import WHOLE_ROLE
+from ingraft.adapt.building import BESIDE
 from ingraft.adapt.control import Adapter
+from ingraft.adapt.models import token_path
 from ingraft.adapt.select import base_modules, chosen_parameters, is_read, matches
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
@@ -30,7 +31,10 @@ from ingraft.methods.contract import Method, MethodConfig, PeftLayout
 
 OWN = "INGRAFT_"
 
-_COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "target_parameters", "modules_to_save")
+_COMMON = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "target_parameters"),
+    *("modules_to_save", "trainable_token_indices"),
+)
 _NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern")
 _UNREAD = (
     "peft_type",
@@ -73,7 +77,7 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
             **head,
             **{name: plain_value(value) for name, value in options.items()},
         }
-    sites = {path: role for path, role in adapter.sites.items() if role != WHOLE_ROLE}
+    sites = {path: role for path, role in adapter.sites.items() if role not in BESIDE}
     if adapter.method.follows_ties:  # as it does there
         sites = {path: sites[path] for path in first_owners(modules, sites)}
     written: dict[str, Any] = {"peft_type": layout.peft_type, **head, **layout.written, **layout.constants}
@@ -83,6 +87,8 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
             written[theirs] = plain_value(value)
     if layout.encode is not None:
         written |= layout.encode(written)
+    if layout.tokens is not None:
+        written[layout.tokens] = _written_tokens(model, adapter)
     if layout.site_count is not None:
         written[layout.site_count] = len(sites)
     if layout.bare:
@@ -108,6 +114,21 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         kinds = {kind.name for path in sites if (kind := kind_of(modules[path]))}
         written[layout.transposed_field] = kinds == {"conv1d-transposed"}
     return written
+
+
+def _written_tokens(model: nn.Module, adapter: Adapter) -> Any:
+    """Tokens trained beside a method: a list for the model's own embedding, else by module. What is tied to it follows there too."""
+    own = {path: list(adapter.tokens[path]) for path in first_owners(base_modules(model), adapter.tokens)}
+    path = model_tokens(model)
+    return own[path] if path is not None and list(own) == [path] else own or None
+
+
+def model_tokens(model: nn.Module) -> str | None:
+    """Path of a model's embedding of tokens, None where it names none."""
+    try:
+        return token_path(model)
+    except IngraftError:
+        return None
 
 
 def first_owners(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[str]:
@@ -212,7 +233,7 @@ def read_config(
         *layout.written,
         *layout.ignored,
     }
-    known |= {name for name in theirs.values() if name is not None}
+    known |= {name for name in (*theirs.values(), layout.tokens) if name is not None}
     _unknown(raw, known | ({layout.transposed_field} if layout.transposed_field else set()), ours=ours, where=where)
     problems = [
         f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else."
@@ -234,6 +255,8 @@ def read_config(
             raise IngraftError(*(f"{where}: {text}" for text in error.problems)) from None
     if not shared:
         options |= layout.unshared
+    if layout.tokens is not None and raw.get(layout.tokens):
+        options["trainable_token_indices"] = raw[layout.tokens]
     options["modules_to_save"] = tuple(_read_whole(model, raw))
     if not layout.stacked and not layout.bare:
         options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.building import WHOLE_ROLE, facts_of
+from ingraft.adapt.building import BESIDE, TOKENS_ROLE, WHOLE_ROLE, facts_of
 from ingraft.adapt.roles import sites_of_role
 from ingraft.adapt.stacked import Stack, matrices, reads
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import CONVOLUTIONS, kind_of
+from ingraft.methods import registry
 from ingraft.methods.contract import (
     AttentionPart,
     InputPart,
@@ -84,7 +85,7 @@ def entries(
     found: list[Entry] = []
     seen: dict[int, int] = {}
     for path, part in parts.items():
-        if layout is not None and layout.stacked and sites[path] != WHOLE_ROLE:
+        if layout is not None and layout.stacked and sites[path] not in BESIDE:
             stacked[path] = part
             for name, key in layout.beside.items():
                 parameter = part.get_parameter(name)
@@ -94,13 +95,14 @@ def entries(
         if isinstance(part, Stack) and layout is not None:
             found += _experts(start, layout, part)
             continue
+        inside = "token_adapter.trainable_tokens_delta" if sites[path] == TOKENS_ROLE else None
         for name, parameter in saved_tensors(part):
             if (first := seen.setdefault(id(parameter), len(found))) < len(found):
-                suffix = name if layout is None else layout.tensors.get(name, name)
+                suffix = inside or (name if layout is None else layout.tensors.get(name, name))
                 found[first] = replace(found[first], copies=(*found[first].copies, start + suffix))
                 continue
-            if layout is None or sites[path] == WHOLE_ROLE:
-                found.append(_plain(start + name, parameter, tuple(parameter.shape)))
+            if layout is None or sites[path] in BESIDE:
+                found.append(_plain(start + (inside or name), parameter, tuple(parameter.shape)))
             else:
                 module = model.get_submodule(path)
                 parent, _, leaf = path.rpartition(".")
@@ -267,6 +269,12 @@ def _keeps(layout: PeftLayout, model: nn.Module, sites: Mapping[str, str], path:
     return bool(layout.experts) and len(matrices(module)) == 1 and whole <= set(sites)
 
 
+def uncovered_tokens(model: nn.Module, paths: Sequence[str]) -> str | None:
+    """Where PEFT means something else by tokens trained beside a method."""
+    tokens = registry.load(registry.TOKENS)
+    return uncovered(tokens.peft, model, tokens, dict.fromkeys(paths, "weight")) if tokens.peft is not None else None
+
+
 def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mapping[str, str]) -> str | None:
     """Where PEFT means something else by this method, in words; None if nowhere."""
     if (
@@ -276,27 +284,34 @@ def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mappi
     ):
         return f"{method.name} on an encoder-decoder: PEFT puts the prefix into the decoder alone"
     if issubclass(method.part, AttentionPart) and (layout.stacked or layout.bare):
-        own = [path for path, role in sites.items() if role != WHOLE_ROLE]
+        own = [path for path, role in sites.items() if role not in BESIDE]
         every = list(sites_of_role(model, "attention"))
         if own != (every if layout.stacked else every[-len(own) :]):
             return f"{method.name} in some of the blocks: PEFT has it in {'all' if layout.stacked else 'the topmost'} alone"
     if layout.bare and WHOLE_ROLE in sites.values():
         return f"{method.name} beside modules trained in full: PEFT has no such thing"
+    beside = [path for path, role in sites.items() if role == TOKENS_ROLE]
+    if beside and layout.tokens is None:
+        return f"{method.name} beside trained tokens: PEFT has no such thing"
+    if beside and (reason := uncovered_tokens(model, beside)):
+        return reason
     for path, role in sites.items():
         module = model.get_submodule(path)
-        known = None if role == WHOLE_ROLE else _keeps(layout, model, sites, path, role)
+        if role in BESIDE:
+            continue
+        known = _keeps(layout, model, sites, path, role)
         if known is False:
             return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} has no such layer"
         if known:
             continue
-        if layout.otherwise is not None and role != WHOLE_ROLE:
+        if layout.otherwise is not None:
             reason = layout.otherwise(facts_of(model, path, module, role, values=False))
             if reason is not None:
                 return f"{path}: {reason}"
         kind = kind_of(module)
-        if layout.kinds and role != WHOLE_ROLE and (kind is None or kind.name not in layout.kinds):
+        if layout.kinds and (kind is None or kind.name not in layout.kinds):
             return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} has no such layers"
-        for tensor in layout.tensors if role != WHOLE_ROLE else ():
+        for tensor in layout.tensors:
             template = _template(layout, tensor, module, role)
             if template is None or ("kernel" in template and getattr(module, "groups", 1) > 1):
                 return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} computes something else there"

@@ -197,7 +197,7 @@ def _of_others(model: nn.Module, method: Method, names: Sequence[str]) -> dict[s
         for adapter in adapters
         if not issubclass(adapter.method.part, AddingPart)
     ]
-    own = [{path: role for path, role in a.sites.items() if path not in a.saved_whole} for a in adapters]
+    own = [{path: role for path, role in a.sites.items() if path not in a.beside} for a in adapters]
     problems += [
         f"{method.name}: {adapter.name!r} and {adapters[0].name!r} lie at different places; all must have the same target_modules."
         for adapter, sites in zip(adapters, own, strict=True)

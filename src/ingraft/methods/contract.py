@@ -66,6 +66,8 @@ class MethodConfig:
         target_parameters: tensors of a module that applies them in code of its own (the stacked matrices of a mixture's experts), named exactly
             or by a dotted suffix (`experts.gate_up_proj`); beside `target_modules`, of which [] means none. Weight methods alone.
         modules_to_save: modules outside the method's sites that are trained in full beside it (a new classification head).
+        trainable_token_indices: tokens whose rows of the embedding (and of a head tied to it) are trained beside it; or, by name of the module,
+            of other embeddings and heads.
     """
 
     method: ClassVar[str] = ""
@@ -76,6 +78,7 @@ class MethodConfig:
     layers_to_transform: tuple[int, ...] | None = None
     target_parameters: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -84,6 +87,13 @@ class MethodConfig:
                 object.__setattr__(self, name, tuple_of_names(value))
         object.__setattr__(self, "modules_to_save", tuple_of_names(self.modules_to_save))
         object.__setattr__(self, "target_parameters", tuple_of_names(self.target_parameters) or None)
+        tokens = self.trainable_token_indices or None
+        plain = (
+            {name: tuple(own) for name, own in tokens.items()}
+            if isinstance(tokens, Mapping)
+            else tokens and tuple(tokens)
+        )
+        object.__setattr__(self, "trainable_token_indices", plain)
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
             object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))

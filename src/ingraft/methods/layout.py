@@ -45,6 +45,7 @@ class PeftLayout:
         only: values of our options at which they have the method; with any other the adapter is kept under a name of ours.
         encode, decode: values of their fields from all that are about to be written, and of ours from all that were read, where no rule above
             does (a rank that they keep as a mask).
+        tokens: their field for tokens trained beside the method, where it has one.
         otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
 
     Tensors:
@@ -75,6 +76,7 @@ class PeftLayout:
     bare: bool = False
     site_count: str | None = None
     only: Mapping[str, object] = field(default_factory=dict[str, object])
+    tokens: str | None = None
     otherwise: Callable[[SiteFacts], str | None] | None = None
     encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None

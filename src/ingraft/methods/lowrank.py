@@ -60,8 +60,8 @@ LORA_LAYOUT = PeftLayout(
     constants={"use_dora": False, "use_rslora": False},
     accepted={"bias": ("none",)},
     off=(
-        *("trainable_token_indices", "layer_replication"),
-        *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+        *("layer_replication", "alora_invocation_tokens"),
+        *("use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
         *("velora_config", "monteclora_config", "ensure_weight_tying"),
     ),
     written={"bias": "none"},
@@ -71,6 +71,7 @@ LORA_LAYOUT = PeftLayout(
     ),
     aliases={"init_lora_weights": {"eva": True, "orthogonal": True}},
     transposed_field="fan_in_fan_out",
+    tokens="trainable_token_indices",
     experts={"lora_A": 0, "lora_B": -1},
     twice=("lora_B",),
     tensors={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"},

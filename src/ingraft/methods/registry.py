@@ -51,6 +51,9 @@ class MethodRecord:
 WHOLE = "full"
 """The method that `modules_to_save` stands for."""
 
+TOKENS = "trainable-tokens"
+"""The method that `trainable_token_indices` stands for."""
+
 LOW_RANK = "lora"
 """The method that a change of low rank becomes when adapters are combined or converted."""
 

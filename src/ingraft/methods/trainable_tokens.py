@@ -43,8 +43,6 @@ class TrainableTokensConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         found: list[str] = []
-        if not self.token_indices:
-            found.append("token_indices names no token; give the ids of those to train.")
         if any(token < 0 for token in self.token_indices):
             found.append(f"token_indices must not be negative, got {min(self.token_indices)}.")
         if repeated := {token for token in self.token_indices if self.token_indices.count(token) > 1}:
@@ -74,6 +72,8 @@ def refuses(config: TrainableTokensConfig, facts: SiteFacts) -> str | None:
     """What has no row for every token."""
     if facts.kind not in ("embedding", "linear"):
         return f"trainable-tokens: {facts.path} has no rows that stand for tokens. Name an embedding, or a head."
+    if not config.token_indices:
+        return "trainable-tokens: token_indices names no token; give the ids of those to train."
     size = facts.parameters["weight"].shape[0]
     beyond = [token for token in config.token_indices if token >= size]
     if not beyond:
