@@ -36,6 +36,7 @@ from ingraft.adapt.building import base_parameters, expected_count, make_parts, 
 from ingraft.adapt.control import STEP, Adapter, child_name, part_of, require_control
 from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
 from ingraft.adapt.hooks import parts_of
+from ingraft.adapt.hub import is_hub
 from ingraft.adapt.peft_tensors import (
     PREFIX,
     SHARED_PREFIX,
@@ -46,7 +47,7 @@ from ingraft.adapt.peft_tensors import (
     saved_tensors,
     uncovered,
 )
-from ingraft.adapt.reading import attach_read, free_name, load_foreign
+from ingraft.adapt.reading import attach_read, free_name, load_foreign, load_hub
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig, Part, PeftLayout
@@ -235,7 +236,7 @@ def load(
 
     Args:
         folder: written here or by Hugging Face PEFT; or a safetensors file of kohya-ss, LyCORIS or diffusers (`foreign.py`), recognised by its
-            tensors' names. What such a file was found to be stands in the adapter's facts.
+            tensors' names; or a folder of AdapterHub's (`hub.py`). What such a file was found to be stands in the adapter's facts.
         name: to give it; by default the one it was saved under, or "default".
         trainable: make it (and no other) trainable; otherwise trainability of what is attached stays as it is, and this one is frozen.
         allow_base_mismatch: load it although it was trained on another base. The difference is then recorded in the adapter's facts.
@@ -249,6 +250,8 @@ def load(
     folder = Path(folder)
     if not (folder / CONFIG).is_file() and (file := foreign.the_file(folder)) is not None:
         return load_foreign(model, file, free_name(model, name or "default"), trainable=trainable)
+    if (raw := _hubs(folder)) is not None:
+        return load_hub(model, folder, raw, name, trainable=trainable)
     raw, facts = _read(folder)
     weights = folder / WEIGHTS
     header = read_header(weights)
@@ -294,6 +297,14 @@ def load(
     adapter = require_control(model).adapters[name]
     adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
     return name
+
+
+def _hubs(folder: Path) -> dict[str, Any] | None:
+    """The config of a folder that AdapterHub wrote; None for any other."""
+    if not (folder / CONFIG).is_file():
+        return None
+    raw = durable.read_json(folder / CONFIG, limit=CONFIG_LIMIT)
+    return raw if isinstance(raw, dict) and is_hub(raw) else None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -64,12 +64,14 @@ class Opened:
         config, tensors: the adapter, its tensors by path and name.
         found: in words, what it is.
         elsewhere: modules of other components, by component.
+        reshape: take values of another shape and the same size.
     """
 
     config: MethodConfig
     tensors: Mapping[str, Mapping[str, Tensor]]
     found: str
     elsewhere: Mapping[str, int]
+    reshape: bool = False
 
     def fill(self, parts: Mapping[str, Part], where: Path) -> None:
         """Put the tensors in place, once all of them are known to fit."""
@@ -80,7 +82,7 @@ class Opened:
             for name, value in values.items():
                 if name not in own:
                     problems.append(f"{where}: {path}: {name} has no place in this layer.")
-                elif value.shape != own[name].shape:
+                elif value.shape != own[name].shape and not (self.reshape and value.numel() == own[name].numel()):
                     problems.append(
                         f"{where}: {path}: {name} has shape {list(value.shape)}; this layer needs {list(own[name].shape)}."
                     )
@@ -96,7 +98,7 @@ class Opened:
         with torch.no_grad():
             for path, values in self.tensors.items():
                 for name, parameter in parts[path].named_parameters():
-                    parameter.copy_(values[name])
+                    parameter.copy_(values[name].reshape(parameter.shape))
 
 
 def the_file(place: Path) -> Path | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ingraft.adapt import foreign
+from ingraft.adapt import foreign, hub
 from ingraft.adapt.building import parameters
 from ingraft.adapt.control import Adapter, control_of, require_control
-from ingraft.adapt.lifecycle import attach
+from ingraft.adapt.lifecycle import NAME, attach
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import MethodConfig, Part
 
@@ -51,10 +52,27 @@ def load_foreign(model: nn.Module, file: Path, name: str, *, trainable: bool) ->
         others = ", ".join(f"{count} modules under {part!r}" for part, count in opened.elsewhere.items())
         warnings.warn(f"{file}: {others} are for another model; load the file into that one too.", stacklevel=3)
 
+    return _attach_opened(model, opened, file, name, trainable=trainable)
+
+
+def load_hub(model: nn.Module, folder: Path, raw: Mapping[str, Any], name: str | None, *, trainable: bool) -> str:
+    """Load a folder of AdapterHub's (`hub.py`)."""
+    said = raw.get("name")
+    name = free_name(model, name or (said if isinstance(said, str) and NAME.fullmatch(said) else "default"))
+    opened = hub.open_folder(model, folder, raw)
+    if (folder / hub.HEAD).is_file():
+        warnings.warn(
+            f"{folder}: the prediction head beside the adapter is not read; the model keeps the head it has.",
+            stacklevel=3,
+        )
+    return _attach_opened(model, opened, folder, name, trainable=trainable)
+
+
+def _attach_opened(model: nn.Module, opened: foreign.Opened, where: Path, name: str, *, trainable: bool) -> str:
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
         del adapter, shared
-        opened.fill(parts, file)
+        opened.fill(parts, where)
 
     attach_read(model, opened.config, name, 0, fill, trainable=trainable)
-    require_control(model).adapters[name].facts = {"found": opened.found, "file": file.name}
+    require_control(model).adapters[name].facts = {"found": opened.found, "file": where.name}
     return name

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
-from ingraft.methods.layout import Foreign
+from ingraft.methods.layout import Foreign as Foreign
+from ingraft.methods.layout import HubLayout as HubLayout
 from ingraft.methods.layout import PeftLayout as PeftLayout
 
 Composition = Literal["add", "chain"]
@@ -434,7 +435,7 @@ class Method:
         identity_at_init: whether a fresh adapter leaves every output unchanged.
         count: trained parameters at one site, the formula that law 21 holds against the real tensors.
         peft: the layout of the incumbent's files, None where it does not have the method.
-        foreign: how it looks in files without a config, None where they do not have it.
+        foreign: how it looks in files without a config, None where they do not have it; hub: in AdapterHub's folders.
         role: the role of a module that the config names itself, where it is not simply "weight".
         hint: what to do where the default sites do not exist in a model.
         follows_ties: whether a module whose weight the base ties to a site's becomes a site too (parameter parts share their tensor then).
@@ -466,6 +467,7 @@ class Method:
     count: Callable[[MethodConfig, SiteFacts], int]
     peft: PeftLayout | None = None
     foreign: Foreign | None = None
+    hub: HubLayout | None = None
     hint: str = ""
     follows_ties: bool = False
     role: Callable[[Any, str], str] = plain_role

@@ -8,13 +8,16 @@ Read against: AdapterHub's `double_seq_bn`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ingraft.methods.adapterhub import BOTTLENECK, bottleneck_options
 from ingraft.methods.bottleneck import Bottleneck, BottleneckConfig, count
 from ingraft.methods.contract import Method, Site
+from ingraft.methods.layout import HubLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,12 @@ class Houlsby(Bottleneck):
         return self.through(y, site)
 
 
+def read(settings: Mapping[str, Any]) -> HoulsbyConfig | None:
+    """From AdapterHub's settings."""
+    options = bottleneck_options(settings, parallel=False, of_block=False)
+    return None if options is None else HoulsbyConfig(**options)
+
+
 METHOD = Method(
     name="houlsby",
     config=HoulsbyConfig,
@@ -40,4 +49,5 @@ METHOD = Method(
     sites=("attention-out", "mlp-out"),
     identity_at_init=True,
     count=count,
+    hub=HubLayout(read=read, tensors=BOTTLENECK),
 )

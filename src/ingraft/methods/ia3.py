@@ -13,13 +13,16 @@ Legend: O out, I in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ingraft.methods.adapterhub import factored
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, tuple_of_names
+from ingraft.methods.layout import HubLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,12 @@ def count(config: MethodConfig, facts: SiteFacts) -> int:
     return facts.shape[1 if on_input(facts) else 0]
 
 
+def read_hub(settings: Mapping[str, Any]) -> IA3Config | None:
+    """From AdapterHub's settings, where it is a LoRA of rank 1 that scales, at the outputs of the modules it names."""
+    alike = factored(settings, "scale") and settings["r"] == settings["alpha"] == 1
+    return IA3Config() if alike else None
+
+
 METHOD = Method(
     name="ia3",
     config=IA3Config,
@@ -92,6 +101,7 @@ METHOD = Method(
     identity_at_init=True,
     count=count,
     role=role,
+    hub=HubLayout(read=read_hub, tensors={"lora_B": "l"}, by_module=True),
     peft=PeftLayout(
         peft_type="IA3",
         ignored=("init_ia3_weights",),

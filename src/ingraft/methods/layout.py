@@ -104,3 +104,20 @@ class Foreign:
     names: frozenset[str]
     marks: frozenset[str]
     read: Callable[[Modules], tuple[MethodConfig, Modules]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubLayout:
+    """How a method looks in AdapterHub's folders.
+
+    Attributes:
+        read: our config from their settings; None if these are another method's.
+        tensors: the end of their names -> our tensor. A value of another shape and the same size is reshaped.
+        by_module: the file names the modules that are adapted; otherwise it names blocks, and the config's own places are theirs in order.
+        post_norm: whether they compute the same only where a norm ends the block.
+    """
+
+    read: Callable[[Mapping[str, object]], MethodConfig | None]
+    tensors: Mapping[str, str]
+    by_module: bool = False
+    post_norm: bool = False

@@ -15,12 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ingraft.methods.adapterhub import factored
 from ingraft.methods.contract import Factors, Method, MethodConfig, Site, SiteFacts
-from ingraft.methods.layout import Foreign, Modules
+from ingraft.methods.layout import Foreign, HubLayout, Modules
 from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
 from ingraft.methods.lycoris import LYCORIS_LORA, lora_options
 from ingraft.methods.ranked import RankedConfig, rank_above
@@ -120,6 +121,13 @@ def read(modules: Modules) -> tuple[MethodConfig, Modules]:
     return LoraConfig(**options), tensors
 
 
+def read_hub(settings: Mapping[str, Any]) -> LoraConfig | None:
+    """From AdapterHub's settings."""
+    if not factored(settings, "add"):
+        return None
+    return LoraConfig(r=settings["r"], lora_alpha=settings["alpha"], lora_dropout=settings.get("dropout", 0.0))
+
+
 METHOD = Method(
     name="lora",
     config=LoraConfig,
@@ -130,5 +138,6 @@ METHOD = Method(
     refuses=refuses,
     peft=LORA_LAYOUT,
     of_factors=of_factors,
+    hub=HubLayout(read=read_hub, tensors={"lora_A": "lora_A", "lora_B": "lora_B"}, by_module=True),
     foreign=Foreign(names=LYCORIS_LORA | {"lora_mid"}, marks=LYCORIS_LORA, read=read),
 )

@@ -10,13 +10,16 @@ every model. On post-norm models the two are the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ingraft.methods.adapterhub import BOTTLENECK, bottleneck_options
 from ingraft.methods.bottleneck import Bottleneck, BottleneckConfig, count
 from ingraft.methods.contract import Method, MethodConfig, Site, SiteFacts
+from ingraft.methods.layout import HubLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,12 @@ def refuses(config: MethodConfig, facts: SiteFacts) -> str | None:
     )
 
 
+def read(settings: Mapping[str, Any]) -> ParallelConfig | None:
+    """From AdapterHub's settings."""
+    options = bottleneck_options(settings, parallel=True, of_block=False)
+    return None if options is None else ParallelConfig(**options)
+
+
 METHOD = Method(
     name="parallel",
     config=ParallelConfig,
@@ -54,5 +63,6 @@ METHOD = Method(
     sites=("mlp",),
     identity_at_init=True,
     count=count,
+    hub=HubLayout(read=read, tensors=BOTTLENECK, post_norm=True),
     refuses=refuses,
 )

@@ -9,13 +9,16 @@ Read against: AdapterHub's `seq_bn`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ingraft.methods.adapterhub import BOTTLENECK, bottleneck_options
 from ingraft.methods.bottleneck import Bottleneck, BottleneckConfig, count
 from ingraft.methods.contract import Method, Site
+from ingraft.methods.layout import HubLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,18 @@ class Pfeiffer(Bottleneck):
         return self.through(y, site)
 
 
+def read(settings: Mapping[str, Any]) -> PfeifferConfig | None:
+    """From AdapterHub's settings."""
+    options = bottleneck_options(settings, parallel=False, of_block=True)
+    return None if options is None else PfeifferConfig(**options)
+
+
 METHOD = Method(
-    name="pfeiffer", config=PfeifferConfig, part=Pfeiffer, sites=("block",), identity_at_init=True, count=count
+    name="pfeiffer",
+    config=PfeifferConfig,
+    part=Pfeiffer,
+    sites=("block",),
+    identity_at_init=True,
+    count=count,
+    hub=HubLayout(read=read, tensors=BOTTLENECK),
 )
