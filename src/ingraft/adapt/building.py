@@ -138,8 +138,15 @@ def _sized(
     found = [(replace(fact, finished=finished), options) for fact, options in found]
     problems = [reason for fact, options in found if (reason := method.refuses(options, fact)) is not None]
     if problems:
-        raise IngraftError(*dict.fromkeys(problems))
+        raise IngraftError(*_few(list(dict.fromkeys(problems))))
     return found
+
+
+def _few(problems: list[str], shown: int = 8) -> list[str]:
+    """The first of many problems of one sort, and how many more there are."""
+    if len(problems) <= shown + 1:
+        return problems
+    return [*problems[:shown], f"... and {len(problems) - shown} other places, for like reasons."]
 
 
 def _matrices(method: Method, config: MethodConfig, path: str, module: nn.Module) -> tuple[Matrix, ...]:
