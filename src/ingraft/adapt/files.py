@@ -301,7 +301,7 @@ def load(
 
 def _hubs(folder: Path) -> dict[str, Any] | None:
     """The config of a folder that AdapterHub wrote; None for any other."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() or (folder / durable.MANIFEST).is_file():
         return None
     raw = durable.read_json(folder / CONFIG, limit=CONFIG_LIMIT)
     return raw if isinstance(raw, dict) and is_hub(raw) else None
