@@ -108,6 +108,8 @@ def test_tokens_beside_another_method_follow_ties_and_are_its_own_tensors(tmp_pa
     again = masked()
     ingraft.load(again, tmp_path / "both")
     assert torch.equal(run(again, batch), active)
+    with pytest.raises(IngraftError, match="trains tokens"):
+        ingraft.combine(again, {"default": 1.0}, name="c", how="svd", rank=2)
     ingraft.merge(model)
     assert torch.allclose(run(model, batch), active, atol=1e-5)
 

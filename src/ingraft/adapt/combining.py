@@ -199,6 +199,10 @@ def _problems(
 
 
 def _of_changes(model: nn.Module, adapters: Sequence[Adapter], name: str, plan: Plan) -> Combination:
+    if tokens := [adapter.name for adapter in adapters if adapter.tokens]:
+        raise IngraftError(
+            f"{tokens[0]} trains tokens beside its own sites, which no low-rank adapter can hold. Merge it."
+        )
     modules = base_modules(model)
     paths = [path for path in modules if any(path in adapter.sites for adapter in adapters)]
     in_full = {path for path in paths if any(adapter.sites.get(path) == WHOLE_ROLE for adapter in adapters)}
