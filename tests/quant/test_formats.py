@@ -25,7 +25,7 @@ def raw_blocks(name: str, rows: int, width: int) -> np.ndarray:
         return gguf.quants.quantize(numbers.standard_normal((rows, width)).astype(np.float32), kind)
     except NotImplementedError:
         raw = numbers.integers(0, 256, (rows, width // form.block, form.bytes), dtype=np.uint8)
-        for at in {"Q4_K": (0, 2), "Q6_K": (208,)}[name]:
+        for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[name]:
             raw[..., at : at + 2] = numbers.random(raw.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
         return raw.reshape(rows, -1)
 

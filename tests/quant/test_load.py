@@ -19,8 +19,8 @@ from ingraft.adapt.building import facts_of
 from ingraft.adapt.fingerprint import fingerprint
 from ingraft.errors import IngraftError
 from ingraft.methods.lora import LoraConfig
-from ingraft.quant.formats import QUANTISERS
-from ingraft.quant.layers import Packed, QuantizedEmbedding, QuantizedLinear
+from ingraft.quant.formats import FILE_FORMATS, QUANTISERS
+from ingraft.quant.layers import Packed, QuantizedEmbedding, QuantizedLinear, embedding_class
 
 X = torch.tensor([[1, 3, 4, 5, 2]])
 
@@ -137,6 +137,10 @@ def test_what_the_files_lack_stays_dense(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------------ a GGUF's own blocks
 
 
+UNREADABLE = ("IQ4_NL", "MXFP4")
+"""Types that packed layers do not know."""
+
+
 def write_gguf(path: Path, kinds: list[str], architecture: str = "llama", tied: bool = True) -> Path:
     """A Llama in a GGUF file whose matrices take these types in turn."""
     out = GGUFWriter(str(path), architecture)
@@ -163,9 +167,14 @@ def write_gguf(path: Path, kinds: list[str], architecture: str = "llama", tied: 
         values = numbers.normal(size=shape).astype(np.float32)
         if len(shape) == 1:
             out.add_tensor(name, values)
+            return
+        kind = GGMLQuantizationType[next(turn)]
+        if kind.name in UNREADABLE:
+            size = gguf.GGML_QUANT_SIZES[kind][1]
+            raw = np.zeros((shape[0], shape[1] // 32 * size), dtype=np.uint8)
         else:
-            kind = GGMLQuantizationType[next(turn)]
-            out.add_tensor(name, gguf.quants.quantize(values / shape[1] ** 0.5, kind), raw_dtype=kind)
+            raw = gguf.quants.quantize(values / shape[1] ** 0.5, kind)
+        out.add_tensor(name, raw, raw_dtype=kind)
 
     put("token_embd.weight", 8, width)
     put("output_norm.weight", width)
@@ -238,15 +247,57 @@ def test_adapters_on_a_kept_embedding_and_a_kept_head(tmp_path: Path) -> None:
     assert torch.allclose(plain(X).logits, expected, atol=1e-4)
 
 
+class Scaled(torch.nn.Embedding):
+    """An embedding with a forward of its own, as Gemma's."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, padding_idx=0)
+        self.register_buffer("scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.scale.to(self.weight.dtype)
+
+
+def test_an_embedding_with_a_forward_of_its_own_keeps_it() -> None:
+    """Packed, an embedding that scales what it looks up still does: bare, adapted, merged, copied and pickled."""
+    form = FILE_FORMATS["Q8_0"]
+    layer = Scaled(6, 32)
+    raw = torch.from_numpy(gguf.quants.quantize(layer.weight.detach().numpy(), GGMLQuantizationType.Q8_0))
+    packed = embedding_class(Scaled)(form, layer)
+    packed.weight = torch.nn.Parameter(form.pack(raw), requires_grad=False)
+    assert isinstance(packed, Scaled) and type(packed).__name__ == "Scaled"
+    with torch.no_grad():
+        layer.weight.copy_(packed.unpacked())
+    ids = torch.tensor([[5, 0, 2], [2, 2, 1]])
+    for each in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(each(ids), layer(ids))
+    model, dense = torch.nn.Sequential(packed), torch.nn.Sequential(layer)
+    for each in (model, dense):
+        adapt.attach(each, LoraConfig(r=2, init_lora_weights=False, target_modules=("0",)), "a", seed=1)
+    assert torch.allclose(model(ids), dense(ids)) and not torch.allclose(model(ids), packed.inner.forward(layer, ids))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids), model(ids))
+    active = model(ids)
+    adapt.merge(model)
+    assert torch.allclose(model(ids), active, atol=1e-5)
+    adapt.unmerge(model)
+    assert torch.equal(model(ids), active)
+
+
 def test_what_cannot_be_kept_is_refused_with_what_can(tmp_path: Path, llama: Path) -> None:
     """A base that is no GGUF, an unknown architecture, types that cannot be read and a classifier: each refused by name, all in one message."""
     with pytest.raises(IngraftError, match="this base is no GGUF"):
         bases.load_base(str(llama), quantization="keep")
-    odd = write_gguf(tmp_path / "odd.gguf", ["Q5_0", "Q5_1", "Q8_0"], architecture="bloom")
+    odd = write_gguf(tmp_path / "odd.gguf", [*UNREADABLE, "Q8_0"], architecture="bloom")
     with pytest.raises(IngraftError) as caught:
         bases.check_base(str(odd), "keep", "classify")
     text = str(caught.value)
-    for words in ("not 'bloom'", "llama, qwen2", "type Q5_0", "type Q5_1", "Q4_0, Q4_1, Q8_0, Q4_K, Q6_K", "classify"):
+    for words in (
+        "not 'bloom'",
+        "llama, qwen2",
+        *(f"type {kind}" for kind in UNREADABLE),
+        "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K",
+        "classify",
+    ):
         assert words in text, words
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(IngraftError, match="cannot be read as a GGUF"):

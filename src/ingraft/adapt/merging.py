@@ -116,7 +116,7 @@ def _write(
         other = written.setdefault(id(old), new)
         new = other if torch.equal(other, new) else new
     kind = kind_of(module) if name == "weight" else None
-    dense = kind.dense_class if kind is not None else None
+    dense = kind.dense_class_of(module) if kind is not None else None
     kept.append(Kept(path=path, name=name, parameter=old, cls=original_class(module) if dense is not None else None))
     module._parameters[name] = new
     if dense is not None:

@@ -79,8 +79,11 @@ class OwnEmbeddingKind(EmbeddingKind):
     def claims(self, layer: nn.Module) -> bool:
         return isinstance(layer, QuantizedEmbedding)
 
-    def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
-        return cls.forward is QuantizedEmbedding.forward
+    def knows_forward(self, cls: type[nn.Module], layer: Any) -> bool:
+        return cls.forward is QuantizedEmbedding.forward and layer.inner is nn.Embedding
+
+    def dense_class_of(self, layer: Any) -> type[nn.Module]:
+        return layer.inner
 
     def weight_of(self, layer: Any) -> Tensor:
         return layer.unpacked()
@@ -102,7 +105,7 @@ class OwnEmbeddingKind(EmbeddingKind):
         W_ND = values.get("weight")
         if W_ND is None:
             return super().run(layer, base, values, args, kwargs)
-        return F.embedding(_first(args, kwargs), W_ND, padding_idx=layer.padding_idx)
+        return layer.look_up(_first(args, kwargs), W_ND, padding_idx=layer.padding_idx)
 
 
 class FourBitKind(PackedLinearKind):
@@ -141,7 +144,9 @@ class TorchAoKind(PackedLinearKind):
 
     def claims(self, layer: nn.Module) -> bool:
         weight = layer._parameters.get("weight")
-        if not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter:  # asked inside compiled code too, which cannot take names apart
+        if (
+            not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter
+        ):  # asked inside compiled code too, which cannot take names apart
             return False
         return type(weight).__module__.split(".")[0] == "torchao"
 
@@ -167,7 +172,8 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     changed = 0
     for module in model.modules():
         kind = kind_of(module)
-        if kind is None or kind.dense_class is None:
+        dense = kind.dense_class_of(module) if kind is not None else None
+        if kind is None or dense is None:
             continue
         packed = module._parameters["weight"]
         if id(packed) not in made:
@@ -175,7 +181,7 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             assert weight is not None
             made[id(packed)] = nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
         module._parameters["weight"] = made[id(packed)]
-        rebase(module, kind.dense_class)
+        rebase(module, dense)
         changed += 1
     return changed
 

@@ -72,6 +72,11 @@ class Kind(ABC):
         weight = layer._parameters.get("weight")
         return () if weight is None else tuple(self.dense(weight).shape)
 
+    def dense_class_of(self, layer: Any) -> type[nn.Module] | None:
+        """`dense_class`, as it is for this layer."""
+        del layer
+        return self.dense_class
+
     def origin_of(self, layer: Any) -> Origin | None:
         """What a packed weight was before it was packed, where that is known."""
         del layer

@@ -58,7 +58,9 @@ class Lazy:
 
     def __init__(self, found: ReaderTensor, rows: Tensor | None, added: float) -> None:
         self._found, self._rows, self._added = found, rows, added
-        self.packed = found.tensor_type.name not in PLAIN
+        self.kind = found.tensor_type.name
+        self.packed = self.kind in FILE_FORMATS
+        """Whether it stays so; else it is unpacked as it is read."""
         self.shape = tuple(int(size) for size in reversed(found.shape))
 
     def get_dtype(self) -> str:
@@ -67,10 +69,13 @@ class Lazy:
 
     def __getitem__(self, index: Any) -> Tensor:
         raw = torch.from_numpy(self._found.data.copy())
-        if self.packed:
-            value = FILE_FORMATS[self._found.tensor_type.name].pack(raw)
+        if self.kind in FILE_FORMATS:
+            form = FILE_FORMATS[self.kind]
+            value = form.pack(raw)
+            if not self.packed:
+                value = dequantise(form, value, (self.shape[0], self.shape[1]), torch.float32)
         else:
-            value = raw.view(torch.bfloat16) if self._found.tensor_type.name == "BF16" else raw
+            value = raw.view(torch.bfloat16) if self.kind == "BF16" else raw
             value = value.reshape(self.shape).float() - self._added
         return (value if self._rows is None else value[self._rows])[index]
 
@@ -130,7 +135,7 @@ def load_kept(gguf: Path, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from ingraft.quant.load import BlockConfig, unmark
+    from ingraft.quant.load import BlockConfig, can_be_packed, unmark
 
     check(gguf, name)
     folder = dense_gguf.skeleton_folder(gguf)
@@ -140,7 +145,9 @@ def load_kept(gguf: Path, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
         shape = model_class(config)
     reader = _read(gguf)
     tensors = _by_our_names(reader, shape, config)
-    paths = {key.removesuffix(".weight"): one._found.tensor_type.name for key, one in tensors.items() if one.packed}
+    for key, one in tensors.items():
+        one.packed = one.packed and can_be_packed(shape.get_submodule(key.rpartition(".")[0]))
+    paths = {key.removesuffix(".weight"): one.kind for key, one in tensors.items() if one.packed}
     for ours, theirs in (shape.all_tied_weights_keys or {}).items():  # both sides of a tie share the blocks
         if theirs.removesuffix(".weight") in paths:
             paths[ours.removesuffix(".weight")] = paths[theirs.removesuffix(".weight")]

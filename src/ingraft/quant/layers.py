@@ -11,9 +11,11 @@ Legend: O out, I in, N number of embeddings.
 
 from __future__ import annotations
 
+import copyreg
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,28 +114,58 @@ class QuantizedLinear(Packed):
 class QuantizedEmbedding(Packed, nn.Embedding):
     """`nn.Embedding` with a weight packed row by row. It is one, for all that only asks whether ids go in."""
 
-    def __init__(
-        self,
-        form: FileFormat,
-        num_embeddings: int,
-        embedding_dim: int,
-        *,
-        padding_idx: int | None = None,
-        dtype: torch.dtype,
-        packed: Tensor | None = None,
-    ) -> None:
-        Packed.__init__(self, form, (num_embeddings, embedding_dim), dtype, packed)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        # What nn.Embedding's own forward reads: the layer is a plain one while an adapter is merged into it.
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+    inner: ClassVar[type[nn.Embedding]] = nn.Embedding
+    """The class it stands for."""
+
+    def __init__(self, form: FileFormat, layer: nn.Embedding) -> None:
+        """
+        Args:
+            layer: the embedding it stands for, whose settings and buffers it takes; the bytes are still to come.
+        """
+        Packed.__init__(self, form, (layer.num_embeddings, layer.embedding_dim), layer.weight.dtype, None)
+        for name, value in layer.__dict__.items():
+            if not name.startswith("_") and name not in self.__dict__:
+                self.__dict__[name] = value
+        for name, buffer in layer.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.weight.index_select(0, input.reshape(-1))
         values = dequantise(self.form, rows, (rows.shape[0], self.embedding_dim), self.like.dtype)
-        return values.view(*input.shape, self.embedding_dim)
+        if self.inner is nn.Embedding:
+            return values.view(*input.shape, self.embedding_dim)
+        places = torch.arange(rows.shape[0], device=input.device).view(input.shape)
+        return self.look_up(places, values, padding_idx=None)
+
+    def look_up(self, ids: Tensor, table: Tensor, *, padding_idx: int | None) -> Tensor:
+        """What the class it stands for makes of these ids and this table."""
+        own, padding = self.__dict__, self.padding_idx
+        own["weight"], own["padding_idx"] = table, padding_idx
+        try:
+            return super(Packed, self).forward(ids)
+        finally:
+            own["padding_idx"] = padding
+            del own["weight"]
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.form.name}"
+
+
+class _Made(type):
+    """The type of classes that `embedding_class` makes, by which pickle knows how to make them again."""
+
+
+@functools.cache
+def embedding_class(inner: type[nn.Embedding]) -> type[QuantizedEmbedding]:
+    """The packed layer for embeddings of this class. One with a forward of its own (Gemma's scales what it looked up) keeps it: it is shown the
+    rows asked for as a table of their own, and their places in it."""
+    if inner is nn.Embedding:
+        return QuantizedEmbedding
+    names = {"inner": inner, "__module__": inner.__module__, "__qualname__": inner.__qualname__}
+    return _Made(inner.__name__, (QuantizedEmbedding, inner), names)  # type: ignore[return-value]
+
+
+copyreg.pickle(_Made, lambda cls: (embedding_class, (cls.inner,)))  # type: ignore[arg-type,attr-defined]
 
 
 def quantised(layer: nn.Linear, form: Quantiser) -> QuantizedLinear:

@@ -20,8 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ingraft.adapt.select import all_linear, base_modules
+from ingraft.adapt.weights import kind_of
 from ingraft.quant.formats import FILE_FORMATS, QUANTISERS
-from ingraft.quant.layers import Origin, Packed, QuantizedEmbedding, QuantizedLinear, sampled
+from ingraft.quant.layers import Origin, Packed, QuantizedLinear, embedding_class, sampled
 
 METHOD = "ingraft"
 
@@ -84,11 +85,7 @@ class BlockQuantizer(HfQuantizer):
             layer = model.get_submodule(path)
             self.dtypes[path] = layer.weight.dtype
             if isinstance(layer, nn.Embedding):
-                rows, width = layer.weight.shape
-                form = FILE_FORMATS[name]
-                made: Packed = QuantizedEmbedding(
-                    form, rows, width, padding_idx=layer.padding_idx, dtype=layer.weight.dtype
-                )
+                made: Packed = embedding_class(type(layer))(FILE_FORMATS[name], layer)
             else:
                 out, into = layer.weight.shape
                 if not isinstance(layer, nn.Linear):  # transformers' Conv1D
@@ -158,7 +155,16 @@ def _quantisable(model: Any, skip: Iterable[str]) -> list[str]:
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     left = {*skip, *tied}
-    return [path for path in all_linear(model, modules) if path not in left and not kept.intersection(path.split("."))]
+    left.update(path for path in modules if kept.intersection(path.split(".")))
+    return [path for path in all_linear(model, modules) if path not in left and can_be_packed(modules[path])]
+
+
+def can_be_packed(layer: nn.Module) -> bool:
+    """Whether a packed layer can stand for this one: it computes what its kind says, or looks rows up and does something with them."""
+    kind = kind_of(layer)
+    if isinstance(layer, nn.Embedding):
+        return layer.max_norm is None
+    return kind is not None and kind.name in ("linear", "conv1d-transposed") and kind.knows_forward(type(layer), layer)
 
 
 def _where(files: Iterable[str]) -> dict[str, str]:

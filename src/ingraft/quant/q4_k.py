@@ -23,14 +23,18 @@ class Q4_K(FileFormat):
         return [two_in_a_byte(codes).flatten(1), blocks_OBb[..., :4].flatten(1), blocks_OBb[..., 4:16].flatten(1)]
 
     def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
-        rows, codes, blocks = packed[start:stop], shape[1] // 2, shape[1] // 256
+        rows, codes = packed[start:stop], shape[1] // 2
         values_OI = two_codes(rows[:, :codes], UNSIGNED)
-        d_OB2 = halves(rows[:, codes : codes + 4 * blocks]).view(-1, blocks, 2)
-        s_OB8, m_OB8 = _six_bits(rows[:, codes + 4 * blocks :].reshape(-1, blocks, 12))
-        scale = (d_OB2[..., :1] * s_OB8).view(-1, 8 * blocks, 1)
-        offset = (d_OB2[..., 1:] * m_OB8).view(-1, 8 * blocks, 1)
+        scale, offset = scales_and_offsets(rows[:, codes:], shape[1] // 256)
         by_block(values_OI, 32).mul_(scale).sub_(offset)
         return values_OI
+
+
+def scales_and_offsets(rows: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """d s and dmin m for every 32 numbers, each (O, 8 blocks, 1), from rows of all d and dmin and then all twelve bytes."""
+    d_OB2 = halves(rows[:, : 4 * blocks]).view(-1, blocks, 2)
+    s_OB8, m_OB8 = _six_bits(rows[:, 4 * blocks :].reshape(-1, blocks, 12))
+    return (d_OB2[..., :1] * s_OB8).view(-1, 8 * blocks, 1), (d_OB2[..., 1:] * m_OB8).view(-1, 8 * blocks, 1)
 
 
 def _six_bits(packed_OB12: Tensor) -> tuple[Tensor, Tensor]:
