@@ -105,6 +105,7 @@ def test_ia3_on_the_keys_of_a_joint_projection_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------ torch's encoder
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("targets", [["linear1"], ["self_attn"], ["self_attn.out_proj"], ["norm2"]])
 def test_an_encoder_in_evaluation_does_not_pass_over_its_adapters(targets: list[str]) -> None:
     """Without gradients, with and without padding, torch's encoder computes past its children; adapted it gives what training mode gives."""
