@@ -118,6 +118,9 @@ def attach(
     # From here on nothing can fail.
     if not control.adapters:
         control.required_grad = {path: parameter.requires_grad for path, parameter in base_parameters(model).items()}
+        for module in base_modules(model).values():
+            if (kind := kind_of(module)) is not None:
+                kind.settle(module)
         model.__dict__[ATTRIBUTE] = control
         swap(model, models.root_mixin(model))
     for parameter in model.parameters():

@@ -109,7 +109,12 @@ class OwnEmbeddingKind(EmbeddingKind):
 
 
 class FourBitKind(PackedLinearKind):
-    """bitsandbytes' `Linear4bit`, nf4 or fp4."""
+    """bitsandbytes' `Linear4bit`, nf4 or fp4.
+
+    On processors with bfloat16 products it packs its weight anew at its first forward in evaluation mode, in an order whose product has no
+    gradient (version 0.50; gradients are then wrong without an error, also in later training). A layer of an adapted model keeps the order
+    it was made with.
+    """
 
     def claims(self, layer: nn.Module) -> bool:
         return class_named(layer, "bitsandbytes", "Linear4bit")
@@ -119,8 +124,16 @@ class FourBitKind(PackedLinearKind):
 
     def weight_of(self, layer: Any) -> Tensor:
         functional = importlib.import_module("bitsandbytes.functional")
+        self.settle(layer)
         weight = layer._parameters["weight"]
         return functional.dequantize_4bit(weight.data, weight.quant_state).view(self.shape_of(layer))
+
+    def settle(self, layer: Any) -> None:
+        weight = layer._parameters["weight"]
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            undo = importlib.import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = undo(weight.data, weight.quant_state)
 
 
 class EightBitKind(PackedLinearKind):

@@ -72,6 +72,10 @@ class Kind(ABC):
         weight = layer._parameters.get("weight")
         return () if weight is None else tuple(self.dense(weight).shape)
 
+    def settle(self, layer: Any) -> None:
+        """Called for every layer of a model that gets its first adapter: see that gradients will pass through it."""
+        del layer
+
     def dense_class_of(self, layer: Any) -> type[nn.Module] | None:
         """`dense_class`, as it is for this layer."""
         del layer
