@@ -211,7 +211,7 @@ def _mixtral() -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=3,
-        num_experts_per_tok=2,
+        num_experts_per_tok=3,  # which experts a token goes to is a step, and bfloat16 would step elsewhere
         max_position_embeddings=64,
         pad_token_id=0,
         bos_token_id=1,
