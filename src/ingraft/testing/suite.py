@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ingraft.testing.cases import Case, why_not
-from ingraft.testing.subjects import SUBJECTS, Subject
+from ingraft.testing.subjects import FAMILIES, SUBJECTS, Subject
 from ingraft.testing.table import METHODS, Row, row
 
 Reason = Callable[[Case], str | None]
@@ -167,6 +167,9 @@ def _study(each: Law, case: Case) -> str | None:
     everyday = case.subject.everyday
     if everyday is not None and case.method.name in METHODS and case.method.name not in everyday:
         return f"`pytest -m study` tries it: every day {case.subject.name} has one method of each family"
+    own = case.method.name in METHODS and case.method.name not in FAMILIES
+    if own and case.subject.transformers and case.subject.name != "llama" and case.method.sites == ("all-linear",):
+        return "`pytest -m study` tries it: a method on linear layers knows no models; its kinds of layer and a Llama are tried every day"
     if each.heavy and not each.everyday(case):
         return "heavy: `pytest -m study` tries it"
     return None
