@@ -139,7 +139,7 @@ def test_regression_8_every_pattern_that_means_nothing_is_named() -> None:
 PLAIN = [subject for subject in SUBJECTS.values() if not subject.transformers]
 
 
-@pytest.mark.parametrize("subject", PLAIN, ids=str)
+@pytest.mark.parametrize("subject", PLAIN, ids=lambda one: one.name)
 def test_regression_15_a_method_trains_something_at_every_place_or_is_refused(subject: Any) -> None:
     """The incumbent has a method that takes any kind of layer, trains nothing there, and says nothing."""
     for name in METHODS:
