@@ -60,6 +60,7 @@ def eight_bits(tmp_path: Any) -> nn.Module:
 
 
 def torchao_int8(tmp_path: Any) -> nn.Module:
+    # Not among the test tools: transformers imports it with every model, and it prints what it lacks. Tried with 0.18.
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
