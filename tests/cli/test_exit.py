@@ -117,7 +117,9 @@ def test_ctrl_c_while_importing(delay: float, tmp_path: Path) -> None:
         time.sleep(delay)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
-    assert child.returncode in (130, 2), errors  # 2: the machine was quick and the missing model was found first
+    # 2: the machine was quick and the missing model was found first. Interrupted inside an `exec` of text (dataclasses are made so), Python
+    # ends itself by the signal on its way out, whatever code was asked for; a shell reports that as 130 too.
+    assert child.returncode in (130, 2, -signal.SIGINT), errors
     assert "Traceback" not in errors
 
 

@@ -21,7 +21,7 @@ VERBS = {
     "merge": "Write an adapter into its base: a plain model folder, checked against the unmerged model.",
     "convert": "Rewrite an adapter of any mergeable method as a LoRA of a given rank.",
     "inspect": "Say what an adapter folder is: method, sites, parameters, base, metrics.",
-    "methods": "List the tuning methods: family, parameters for a given model, mergeable, paper.",
+    "methods": "List the tuning methods: equation, paper, what they train, where they act, whether they merge.",
     "models": "List the bases at hand without a hub.",
     "data": "Preview a data file as the model will see it: format, template, which tokens are learned.",
 }
