@@ -28,6 +28,9 @@ Reason = Callable[[Case], str | None]
 LATER = {14: "packs", 15: "two processes"}
 """Laws of the architecture that hold of parts still to be built."""
 
+OF_LAYERS = (*range(8), 21)
+"""Laws that hold of a method's maths on a kind of layer; the others are about who acts when, which does not depend on the kind."""
+
 HELD, REFUSED = "held", "refused"
 
 
@@ -170,6 +173,8 @@ def _study(each: Law, case: Case) -> str | None:
     own = case.method.name in METHODS and case.method.name not in FAMILIES
     if own and case.subject.transformers and case.subject.name != "llama" and case.method.sites == ("all-linear",):
         return "`pytest -m study` tries it: a method on linear layers knows no models; its kinds of layer and a Llama are tried every day"
+    if own and not case.subject.transformers and case.subject.name != "linear" and each.number not in OF_LAYERS:
+        return "`pytest -m study` tries it: it is a law of calls, not of layers, and is tried on linear layers and a Llama every day"
     if each.heavy and not each.everyday(case):
         return "heavy: `pytest -m study` tries it"
     return None

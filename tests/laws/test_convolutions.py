@@ -1,0 +1,14 @@
+"""Every law of every method on convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ingraft.testing import SUBJECTS, Check, parametrize_with_laws
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv2d-groups", "conv3d")
+
+
+@parametrize_with_laws(subjects=[SUBJECTS[name] for name in CONVOLUTIONS])
+def test_law(check: Check, try_law: Callable[[Check], None]) -> None:
+    try_law(check)
