@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 JOBS ?= auto
 
-.PHONY: help setup demo test lint format types pytest bench study study-methods study-laws docs clean
+.PHONY: help setup demo test lint format types pytest bench study study-methods study-laws study-scale bench-qlora docs clean
 
 help:
 	@echo "make demo    install, tune a real language model on real reviews, show accuracy before and after"
@@ -85,6 +85,15 @@ study-methods: $(VENV)/.test
 	@echo "== study: every method of the catalogue on $(MODEL), $(STEPS) steps each, one table"
 	@$(BIN)/python benchmarks/methods.py --data $(DATA) --model $(MODEL) --steps $(STEPS) --runs runs/methods-$(MODEL) \
 		--output docs/study-methods-$(MODEL).md
+
+study-scale: $(VENV)/.test
+	@echo "== study: QLoRA on a 1.1B and a 7B Llama of random nf4 blocks, peak memory and time"
+	@$(BIN)/python benchmarks/scale.py
+
+bench-qlora: $(VENV)/.test
+	@$(BIN)/python examples/demo/prepare.py
+	@echo "== bench: packed bases (nf4, int8, a GGUF's own blocks) against the dense one, and PEFT over bitsandbytes"
+	@$(BIN)/python benchmarks/qlora.py
 
 # Methods x laws x layer kinds x base precisions, nothing left out; prints the matrix.
 study-laws: $(VENV)/.test

@@ -43,8 +43,7 @@ class Q4_1(FileFormat):
         return [codes.flatten(1), blocks_OBb[..., :2].flatten(1), blocks_OBb[..., 2:4].flatten(1)]
 
     def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
-        rows, codes = packed[start:stop], shape[1] // 2
-        values_OI = two_codes(rows[:, :codes], UNSIGNED)
-        d, m = halves(rows[:, codes:]).chunk(2, dim=1)
-        by_block(values_OI, 32).mul_(d[..., None]).add_(m[..., None])
+        codes, d, m = packed[start:stop].split([shape[1] // 2, shape[1] // 16, shape[1] // 16], dim=1)
+        values_OI = two_codes(codes, UNSIGNED)
+        by_block(values_OI, 32).mul_(halves(d)[..., None]).add_(halves(m)[..., None])
         return values_OI
