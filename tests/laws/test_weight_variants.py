@@ -18,7 +18,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr-halved-llama": ("lokr", {"r": 1, "decompose_both": True, "decompose_factor": 8}),
     "lokr-lycoris-linear": ("lokr", {"r": 3, "init_weights": "lycoris", "decompose_factor": 3}),
     "lokr-cores-conv2d": ("lokr", {"r": 1, "alpha": 4, "use_effective_conv2d": True, "decompose_factor": 2}),
-    "lokr-cores-conv1d": ("lokr", {"r": 1, "alpha": 20, "use_effective_conv2d": True, "decompose_factor": 1}),
+    "lokr-cores-conv1d": ("lokr", {"r": 1, "alpha": 60, "use_effective_conv2d": True, "decompose_factor": 1}),
     "vera-unsaved-bert": ("vera", {"r": 5, "save_projection": False, "projection_prng_key": 8, "d_initial": 0.6}),
     "randlora-sparse-llama": ("randlora", {"r": 5, "randlora_alpha": 8, "sparse": True}),
     "randlora-very-sparse-linear": (

@@ -170,7 +170,7 @@ def _study(each: Law, case: Case) -> str | None:
     everyday = case.subject.everyday
     if everyday is not None and case.method.name in METHODS and case.method.name not in everyday:
         return f"`pytest -m study` tries it: every day {case.subject.name} has one method of each family"
-    own = case.method.name in METHODS and case.method.name not in FAMILIES
+    own = case.method.name in METHODS and case.method.name not in FAMILIES and case.row == row(case.method.name)
     if own and case.subject.transformers and case.subject.name != "llama" and case.method.sites == ("all-linear",):
         return "`pytest -m study` tries it: a method on linear layers knows no models; its kinds of layer and a Llama are tried every day"
     if own and not case.subject.transformers and case.subject.name != "linear" and each.number not in OF_LAYERS:
