@@ -204,14 +204,14 @@ class AdapterMethods(Mixin):
         AdapterMethods.train_adapter(self, fuse)
 
     def save_adapter_fusion(self: Any, save_directory: str | Path, adapter_names: Fuse | list[str]) -> None:
-        """Write one fusion to a folder; the adapters in it have files of their own."""
+        """Write one fusion to a folder, the adapters in it beside it."""
         fuse = adapter_names if isinstance(adapter_names, Fuse) else Fuse(*adapter_names)
         save(self, save_directory, _fusion(self, fuse), overwrite=True)
 
     def load_adapter_fusion(
         self: Any, adapter_fusion_name_or_path: str | Path, load_as: str | None = None, set_active: bool = False
     ) -> str:
-        """Load a fusion over adapters that are attached already; returns its name."""
+        """Load a fusion, and of the adapters in it those that are not attached yet; returns its name."""
         return AdapterMethods.load_adapter(self, adapter_fusion_name_or_path, load_as, set_active)
 
     def train_adapter(self: Any, adapter_setup: str | list[str] | Stack | Fuse) -> None:

@@ -261,21 +261,24 @@ def default_device() -> torch.device:
 
 @functools.cache
 def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where a product of a model's shape is at least 1.3 times as fast in it as in float32, else float32. Measured once."""
-    import torch
+    """bfloat16 where a product of a model's shape is at least 1.3 times as fast in it as in float32, else float32. Measured once.
 
-    def seconds(dtype: torch.dtype) -> float:
-        x, w = torch.ones(512, 576, dtype=dtype, device=device), torch.ones(1536, 576, dtype=dtype, device=device)
-        best = float("inf")
-        for _ in range(5):
-            began = time.perf_counter()
-            torch.nn.functional.linear(x, w).sum().item()
-            best = min(best, time.perf_counter() - began)
-        return best
+    The two are timed in turn and the best of each counts, so that work beside this one slows both or neither: a machine's answer must not
+    depend on what else it does, since the dtype decides a run's digits.
+    """
+    import torch
 
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    full, half = seconds(torch.float32), seconds(torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16)
+    pairs = [tuple(torch.ones(n, 576, dtype=dtype, device=device) for n in (512, 1536)) for dtype in dtypes]
+    best = [float("inf")] * len(dtypes)
+    for _ in range(25):
+        for i, (x, w) in enumerate(pairs):
+            began = time.perf_counter()
+            torch.nn.functional.linear(x, w).sum().item()
+            best[i] = min(best[i], time.perf_counter() - began)
+    full, half = best
     chosen = torch.bfloat16 if half * 1.3 < full else torch.float32
     log.info("dtype auto: bfloat16 runs %.1f times as fast as float32 here; using %s.", full / half, str(chosen)[6:])
     return chosen

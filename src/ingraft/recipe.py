@@ -79,6 +79,9 @@ class Recipe:
     data: DataRecipe = _key("the data, see the data.* keys")
     method: str = _key("tuning method, a name from `ingraft methods`", "lora")
     method_config: dict[str, Any] = _key("the method's own keys, for example method_config.r", factory=dict)
+    adapters: dict[str, str] = _key(
+        "trained adapters that the method acts over (fusion): a folder by the name it gets here", factory=dict
+    )
     init_adapter: str | None = _key("start from this adapter folder instead of a fresh adapter", None)
 
     learning_rate: Annotated[float, Gt(0)] | None = _key(
@@ -172,7 +175,7 @@ def as_recipe(
     parsed, problems, wrong = _parse(values)
     problems += [text for keys, text in _impossible(parsed) if not wrong.intersection(keys)]
     if check_method and not wrong.intersection(("method", "method_config")):
-        options, method_problems = _method_options(parsed.method, parsed.method_config)
+        options, method_problems = _method_options(parsed.method, parsed.method_config, tuple(parsed.adapters))
         problems += method_problems
         parsed = dataclasses.replace(parsed, method_config=options)
     if problems:
@@ -380,19 +383,39 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (key, "eval_steps"), f"{key}: needs evaluations during training; eval_steps is 0."
 
 
-def _method_options(method: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The method's options with its defaults filled in, or the problems with its name or its keys."""
+def _method_options(method: str, options: dict[str, Any], over: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+    """The method's options with its defaults filled in, or the problems with its name or its keys.
+
+    Args:
+        over: the names of the adapters the recipe brings, for a method that acts over others; such a method calls its option `adapters`.
+    """
     from ingraft.methods import registry
 
     if method not in registry.records():
         hint = nearest(method, registry.records())
         return options, [f"method: there is no method {method!r}{hint}; `ingraft methods` lists them."]
+    acts_over = registry.load(method).over
+    if over and acts_over is None:
+        others = [name for name in registry.records() if registry.load(name).over is not None]
+        return options, [
+            f"adapters: {method} acts on the base alone; leave adapters out ({', '.join(others)} uses them)."
+        ]
+    if over and not options.get("adapters"):
+        options = {**options, "adapters": list(over)}
     try:
         config = registry.make_config(method, options)
     except IngraftError as error:
         return options, [
             text if text.startswith("method_config") else f"method_config: {text}" for text in error.problems
         ]
+    if acts_over is not None:
+        named = acts_over(config)
+        if len(named) < 2 or set(named) != set(over):
+            said = ", ".join(named) or "none"
+            return options, [
+                f"adapters: {method} acts over two trained adapters or more, and needs the folder of each "
+                f"(--adapters.NAME FOLDER); it is to act over {said}, and there are folders for {', '.join(over) or 'none'}."
+            ]
     return plain(dataclasses.asdict(cast(Any, config))), []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,11 +165,12 @@ def test_the_names_of_a_fusion_run(tmp_path: Path) -> None:
         model.save_adapter(tmp_path / name, name)
     model.save_adapter_fusion(tmp_path / "f", fuse)
     other = hub.init(_base("bert"))
+    shutil.move(tmp_path / "f" / "adapters", tmp_path / "elsewhere")
     with pytest.raises(IngraftError, match="'p', and no adapter of that name is attached") as caught:
         other.load_adapter_fusion(tmp_path / "f")
     assert len(caught.value.problems) == 2
+    shutil.move(tmp_path / "elsewhere" / "q", tmp_path / "f" / "adapters" / "q")
     other.load_adapter(tmp_path / "p")
-    other.load_adapter(tmp_path / "q")
     other.load_adapter_fusion(tmp_path / "f", set_active=True)
     assert torch.equal(other(inputs)[0], tuned)
     other.set_active_adapters("p")

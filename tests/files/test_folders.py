@@ -18,7 +18,7 @@ from torch import nn
 
 import ingraft
 from ingraft import IngraftError, LoraConfig
-from ingraft.adapt.fingerprint import fingerprint
+from ingraft.adapt.files.fingerprint import fingerprint
 from ingraft.methods.registry import make_config, records
 from ingraft.testing.table import METHODS, row
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from ingraft import adapt, bases
 from ingraft.adapt.building import facts_of
-from ingraft.adapt.fingerprint import fingerprint
+from ingraft.adapt.files.fingerprint import fingerprint
 from ingraft.errors import IngraftError
 from ingraft.methods.lora import LoraConfig
 from ingraft.quant.formats import FILE_FORMATS, QUANTISERS

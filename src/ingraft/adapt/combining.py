@@ -30,9 +30,9 @@ from ingraft.adapt.arithmetic import ALIASES, WAYS, Mixing
 from ingraft.adapt.building import WHOLE_ROLE, parameters
 from ingraft.adapt.changes import change_of
 from ingraft.adapt.control import Adapter, child_name, part_of, require_control
+from ingraft.adapt.files.peft_format import names_for
 from ingraft.adapt.lifecycle import attach
 from ingraft.adapt.mixture import Place, Plan, SiteResult, even_ranks, fill_whole, low_at
-from ingraft.adapt.peft_format import names_for
 from ingraft.adapt.select import base_modules
 from ingraft.adapt.stacked import Stack
 from ingraft.errors import IngraftError, nearest

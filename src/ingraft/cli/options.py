@@ -4,7 +4,7 @@ A verb names the recipe keys it uses; their options, help and defaults are gener
 text and are checked with the whole recipe, where every problem is reported at once, instead of by click, which would stop at the first.
 
 Accepted spellings: `--learning-rate` and `--learning_rate`; `--data.max-length 512`; `--data FILE` for `--data.train FILE`;
-`--method-config.r 16` for any key of the method; `--packing`, `--packing true` and `--no-packing` for a yes-or-no key.
+`--method-config.r 16` for any key of the method, and so for every mapping of the recipe; `--packing`, `--packing true` and `--no-packing` for a yes-or-no key.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class VerbCommand(click.Command):
             skipping = False
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
-            if name.startswith("--method-config.") and "--method-config" in known:
-                key = word.partition("=")[0][len("--method-config.") :].replace("-", "_")
+            whole, dot, key = name.partition(".")
+            if dot and whole in known and known[whole].multiple:
                 text = value if equals else next(words, None)
                 if text is None:
                     raise click.UsageError(f"Option {word!r} requires a value.", ctx)
-                out += ["--method-config", f"{key}={text}"]
+                key = word.partition("=")[0][len(whole) + 1 :]
+                out += [whole, f"{key}={text}"]
                 continue
             positive = "--" + name.removeprefix("--no-")
             if (
@@ -130,13 +131,13 @@ def _option(key: str, kind: Any, item: Field[Any]) -> Callable[[Decorated], Deco
     flags = ["--" + key.replace("_", "-")]
     if key == "data.train":
         flags = ["--data", "--data.train"]
-    if key == "method_config":
+    if get_origin(kind) is dict:
         return click.option(
             *flags,
             name,
             multiple=True,
             metavar=".KEY VALUE",
-            help=f"{meaning}; write `--method-config.KEY VALUE`, as often as needed",
+            help=f"{meaning}; write `{flags[0]}.KEY VALUE`, as often as needed",
         )
     if kind is bool:
         shown = "on" if item.default else "off"
@@ -175,8 +176,8 @@ def given(arguments: dict[str, Any]) -> dict[str, Any]:
         if not name.startswith("recipe__") or value is None or value == ():
             continue
         key = name.removeprefix("recipe__").replace("__", ".")
-        if key == "method_config":
-            out[key] = _method_config(value)
+        if get_origin(kinds[key]) is dict:
+            out[key] = _mapping(key, value)
         else:
             out[key] = value if _is_text(kinds[key]) else scalar(value)
     return out
@@ -186,18 +187,21 @@ def _is_text(kind: Any) -> bool:
     return kind is str or get_origin(kind) is Literal or (str in get_args(kind) and float not in get_args(kind))
 
 
-def _method_config(entries: Iterable[str]) -> dict[str, Any]:
+def _mapping(option: str, entries: Iterable[str]) -> dict[str, Any]:
+    """What the entries of a recipe's mapping say: `KEY=VALUE`, or a YAML mapping."""
     from ingraft.recipe import scalar
 
+    flag = "--" + option.replace("_", "-")
     out: dict[str, Any] = {}
     for entry in entries:
         key, equals, text = entry.partition("=")
-        if equals and key.replace(".", "").isidentifier():
-            out[key] = scalar(text)
+        if equals and key.replace(".", "").replace("-", "_").isidentifier():
+            # A method's keys are Python names, which may be spelled with hyphens; an adapter's name is what it is.
+            out[key.replace("-", "_") if option == "method_config" else key] = scalar(text)
             continue
         mapping = scalar(entry)
         if not isinstance(mapping, dict):
-            raise click.UsageError(f"--method-config {entry!r} names no key; write `--method-config.r 16`.")
+            raise click.UsageError(f"{flag} {entry!r} names no key; write `{flag}.KEY VALUE`.")
         out.update({str(name): value for name, value in mapping.items()})
     return out
 

@@ -1,6 +1,6 @@
 """Where others keep a method's config and tensors, as data.
 
-Each method's record carries these; `adapt/peft_format.py` and `adapt/peft_tensors.py` interpret `PeftLayout`, `adapt/foreign.py` interprets
+Each method's record carries these; `adapt/files/peft_format.py` and `adapt/files/peft_tensors.py` interpret `PeftLayout`, `adapt/files/foreign.py` interprets
 `Foreign`. Nothing in the first is code but `otherwise`, which answers a question about one site.
 """
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ingraft.adapt import peft_format
 from ingraft.adapt.control import Adapter
-from ingraft.adapt.peft_tensors import layout_of
+from ingraft.adapt.files import peft_format
+from ingraft.adapt.files.peft_tensors import layout_of
 from ingraft.adapt.select import ALL_LINEAR, all_linear, base_modules, matches
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods.contract import MethodConfig

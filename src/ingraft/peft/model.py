@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ingraft.adapt import building, files, lifecycle, merging, summary
 from ingraft.adapt.combining import combine
 from ingraft.adapt.control import control_of, require_control
+from ingraft.adapt.files.peft_format import base_name, task_of
 from ingraft.adapt.hooks import after_step
-from ingraft.adapt.peft_format import base_name, task_of
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap
 from ingraft.adapt.virtual import lengths
 from ingraft.errors import IngraftError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.control import child_name, part_of, require_control
-from ingraft.adapt.peft_tensors import Entry, entries, layout_of
+from ingraft.adapt.files.peft_tensors import Entry, entries, layout_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Part
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import ingraft.adapt as adapt
 from ingraft.adapt.control import require_control
-from ingraft.adapt.peft_tensors import layout_of
+from ingraft.adapt.files.peft_tensors import layout_of
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.select import select
 from ingraft.adapt.stacked import matrices, own_tensors

@@ -19,7 +19,7 @@ import torch
 
 from ingraft import adapt, durable
 from ingraft.adapt.control import require_control
-from ingraft.adapt.files import CONFIG, WEIGHTS, serialised
+from ingraft.adapt.files import CONFIG, WEIGHTS, save_members, serialised
 from ingraft.adapt.files import load as load_adapter
 from ingraft.bases import check_base, load_base, load_tokenizer
 from ingraft.data import check_source, load, pad_id
@@ -167,6 +167,8 @@ def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...]) -> N
     if recipe.init_adapter is not None:
         load_adapter(model, recipe.init_adapter, name=ADAPTER, trainable=True)
         return
+    for name, folder in recipe.adapters.items():
+        load_adapter(model, folder, name=name)
     config = registry.make_config(recipe.method, recipe.method_config)
     if recipe.task == "classify" and not config.modules_to_save:
         head = head_modules(model)
@@ -286,6 +288,8 @@ def _check_places(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
     checks: list[Callable[[], None]] = [
         partial(check_base, recipe.model, recipe.quantization, recipe.task),
         *(partial(check_source, path) for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str)),
+        *(partial(_check_adapter, f"adapters.{name}", path) for name, path in recipe.adapters.items()),
+        *([partial(_check_adapter, "init_adapter", recipe.init_adapter)] if recipe.init_adapter else []),
         partial(_check_folder, Path(recipe.output_dir), resume, overwrite),
     ]
     problems: list[str] = []
@@ -296,6 +300,14 @@ def _check_places(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
             problems += error.problems
     if problems:
         raise IngraftError(*problems)
+
+
+def _check_adapter(key: str, folder: str) -> None:
+    """Refuse what holds no adapter, before anything is loaded."""
+    if not Path(folder).exists():
+        raise IngraftError(f"{key}: there is no {folder}.")
+    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
+        raise IngraftError(f"{key}: {folder} holds no adapter.")
 
 
 def _check_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
@@ -435,6 +447,7 @@ def _finish(run: Run, prepared: Prepared, session: Session) -> None:
     with durable.completion(run.folder, {**facts, "run": about}) as tmp:
         durable.write_file(tmp / CONFIG, config)
         durable.write_file(tmp / WEIGHTS, weights)
+        save_members(run.model, ADAPTER, tmp)
         durable.write_json(tmp / "metrics.json", run.metrics)
         log = journal.entries(session.journal.path)
         text = write_report(

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ingraft.adapt.building import expected_count
-from ingraft.adapt.foreign import Opened
-from ingraft.adapt.peft_format import names_for
+from ingraft.adapt.files.foreign import Opened
+from ingraft.adapt.files.peft_format import names_for
 from ingraft.adapt.roles import blocks
 from ingraft.adapt.select import base_modules, select
 from ingraft.errors import IngraftError

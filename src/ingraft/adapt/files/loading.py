@@ -1,14 +1,8 @@
-"""Adapter folders: `save` and `load`.
-
-A folder holds `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's format (`peft_format.py`) and `ingraft.json`, the
-manifest: digests of both files, the base's fingerprint, method, seed and versions. The same adapter gives the same bytes every time.
+"""`load`: an adapter from its folder.
 
 Loading trusts nothing. Everything a file says is compared with what the model needs before the model is touched: fields by name and type,
 tensors by name, shape, dtype and finiteness, the base by its fingerprint. A file from elsewhere (no manifest) gets the same checks but for
 digests and fingerprint. Only safetensors is read: the older `.bin` is a pickle, which runs code when it is opened. No socket is opened.
-
-Tensors are saved in the base's dtype unless asked otherwise: adapters compute in that dtype, so nothing is lost for use; float32 keeps what
-the optimiser sees.
 """
 
 from __future__ import annotations
@@ -16,212 +10,49 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import platform
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ingraft import durable
-from ingraft.adapt import foreign, peft_format
-from ingraft.adapt.building import base_parameters, expected_count, make_parts, parameters
-from ingraft.adapt.control import STEP, Adapter, child_name, part_of, require_control
-from ingraft.adapt.fingerprint import differences, fingerprint, main_dtype
-from ingraft.adapt.hooks import parts_of
-from ingraft.adapt.hub import is_hub
-from ingraft.adapt.peft_tensors import (
+from ingraft.adapt.building import base_parameters, expected_count, make_parts
+from ingraft.adapt.control import Adapter, control_of, require_control
+from ingraft.adapt.files import foreign, peft_format
+from ingraft.adapt.files.fingerprint import differences, fingerprint
+from ingraft.adapt.files.folders import (
+    COMMON,
+    CONFIG,
+    CONFIG_LIMIT,
+    DTYPES,
+    INDICES,
+    LARGEST_OPTION,
+    MEMBERS,
+    PICKLED,
+    WEIGHTS,
+    Header,
+)
+from ingraft.adapt.files.hub import is_hub
+from ingraft.adapt.files.peft_tensors import (
     PREFIX,
     SHARED_PREFIX,
     SOFT_PREFIX,
     Entry,
     entries,
-    layout_of,
     saved_tensors,
     uncovered,
 )
-from ingraft.adapt.reading import attach_read, free_name, load_foreign, load_hub
+from ingraft.adapt.files.reading import attach_read, free_name, load_foreign, load_hub
+from ingraft.adapt.lifecycle import activate, detach
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import MethodConfig, Part, PeftLayout
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
-RESUMABLE = "model.safetensors"
-CONFIG_LIMIT = 1 << 22
-LARGEST_OPTION = 1 << 16
-"""Up to here a size in a config needs no tensor to vouch for it."""
-
-COMMON = tuple(field.name for field in fields(MethodConfig))
-"""Options of every method: which modules. The config file tells them."""
-
-Header = Mapping[str, tuple[tuple[int, ...], str]]
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the dtypes an adapter's numbers may be stored in."""
-
-INDICES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
-"""The same for its indices."""
-
-
-# ------------------------------------------------------------------------------------------------------------------ save
-
-
-def save(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    name: str | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    extra: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Save one adapter to a folder, as one step: afterwards it is there whole, or nothing has changed.
-
-    Args:
-        name: which; may be left out if only one is attached, or one is called "default".
-        dtype: of the tensors; the base's by default (with which an adapter computes), `torch.float32` for the optimiser's values.
-        extra: JSON data to keep in the manifest, under `extra`.
-        overwrite: replace an adapter that is there. Other files in the folder stay.
-
-    Returns:
-        The folder.
-
-    Raises:
-        IngraftError: no such adapter, values that are not finite, a folder that is occupied, a disk that refuses.
-    """
-    folder = Path(folder)
-    name = _the_name(model, name)
-    config, weights, facts = serialised(model, name, dtype=dtype)
-    if ground := facts.get("stands_on"):
-        warnings.warn(
-            f"{folder}: {name} acts on the base with {', '.join(ground)} merged into it. Ingraft asks for that base when it loads the adapter; other "
-            "readers of the format do not.",
-            stacklevel=2,
-        )
-    if extra:
-        facts["extra"] = dict(extra)
-    others = folder.is_dir() and any(item.name not in (CONFIG, WEIGHTS, durable.MANIFEST) for item in folder.iterdir())
-    with ExitStack() as stack:
-        if overwrite and others:  # replacing the folder would take the other files with it
-            if (folder / durable.MANIFEST).exists():
-                durable.remove(folder / durable.MANIFEST)
-            staging = stack.enter_context(durable.completion(folder, facts, only=(CONFIG, WEIGHTS)))
-        else:
-            staging = stack.enter_context(durable.folder(folder, overwrite, facts))
-        durable.write_file(staging / CONFIG, config)
-        durable.write_file(staging / WEIGHTS, weights)
-    return folder
-
-
-def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None) -> tuple[bytes, bytes, dict[str, Any]]:
-    """One adapter as the bytes of its two files, and the facts for a manifest.
-
-    Raises:
-        IngraftError: no such adapter, or values that are not finite.
-    """
-    adapter = require_control(model).require(name)
-    own = main_dtype(base_parameters(model).values())
-    usual = dtype or (getattr(torch, own) if own is not None else torch.float32)
-    written, parts = _as_written(model, adapter)
-    layout = layout_of(model, written.method, written.config, adapter.sites)
-    tensors = {
-        entry.key: entry.take().to(_stored_in(entry, dtype, usual)).cpu().contiguous().clone()
-        for entry in _entries(model, written, layout, parts)
-    }
-    bad = [key for key, tensor in sorted(tensors.items()) if not torch.isfinite(tensor).all()]
-    if bad:
-        raise IngraftError(
-            *(
-                f"save: {key} of adapter {name!r} holds values that are not finite. The training diverged; nothing was saved."
-                for key in bad
-            )
-        )
-    config = durable.to_json(peft_format.write_config(model, written, layout))
-    facts: dict[str, Any] = {
-        "name": name,
-        "method": adapter.method.name,
-        "seed": adapter.seed,
-        "dtype": str(usual).removeprefix("torch."),
-        "sites": sorted(adapter.sites),
-        "parameters": sum(parameter.numel() for parameter in parameters(model, name).values()),
-        "base": fingerprint(model, adapter.saved_whole, as_merged=bool(adapter.ground)),
-        **({"stands_on": list(adapter.ground)} if adapter.ground else {}),
-        "versions": {package: _version(package) for package in ("ingraft", "torch", "transformers")}
-        | {"python": platform.python_version()},
-    }
-    if written.method is not adapter.method:
-        facts["options"] = {
-            key: peft_format.plain_value(value) for key, value in adapter.config.options().items() if key not in COMMON
-        }
-    return config, to_bytes(tensors, metadata={"format": "pt"}), facts
-
-
-def _stored_in(entry: Entry, asked: torch.dtype | None, usual: torch.dtype) -> torch.dtype:
-    if entry.indices and entry.used_in is not None:
-        return entry.used_in
-    return asked or entry.used_in or usual
-
-
-def save_resumable(model: nn.Module, folder: Path) -> None:
-    """Leave all adapters in float32, and the step that dropout has come to, under the name by which transformers' Trainer looks for a
-    checkpoint of the model."""
-    tensors = {
-        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items() if "adapter:" in key
-    }
-    tensors[STEP] = require_control(model).call.step.cpu()
-    durable.write_file(folder / RESUMABLE, to_bytes(tensors, metadata={"format": "pt"}))
-
-
-def _the_name(model: nn.Module, name: str | None) -> str:
-    attached = list(require_control(model).adapters)
-    if name is None and len(attached) > 1 and "default" not in attached:
-        raise IngraftError(f"save: several adapters are attached ({', '.join(attached)}); say which one by name.")
-    return name if name is not None else "default" if "default" in attached else attached[0]
-
-
-class _Values(Part):
-    """Tensors that stand for a part in a file."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.detach())
-
-
-def _as_written(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, Part]]:
-    """The adapter that the file is to hold, of the same function (`Method.compact`), and its parts."""
-    parts = {
-        path: part for path in adapter.sites if (part := part_of(model.get_submodule(path), adapter.name)) is not None
-    }
-    if adapter.method.compact is None:
-        return adapter, parts
-    config, tensors = adapter.method.compact(adapter.config, parts_of(model, adapter))
-    values = {path: _Values(own) for path, own in tensors.items()}
-    return replace(adapter, config=config, method=registry.load(config.method)), {**parts, **values}
-
-
-def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None, parts: Mapping[str, Part]) -> list[Entry]:
-    shared = model._modules.get(child_name(adapter.name))
-    return entries(model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-# ------------------------------------------------------------------------------------------------------------------ load
+from ingraft.methods.contract import MethodConfig, Part
 
 
 def load(
@@ -275,8 +106,6 @@ def load(
         where=str(folder / CONFIG),
         method=said if isinstance(said, str) else None,
     )
-    _check_size(model, config, header, folder / CONFIG)
-
     own = _reopened(config, kept, folder)
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
@@ -293,10 +122,37 @@ def load(
         if own is not config:
             _put_back(own, mine, config, parts, folder)
 
-    attach_read(model, own, name, seed, fill, trainable=trainable)
+    with ExitStack() as undo:
+        _load_members(model, own, folder, allow_base_mismatch, undo)
+        _check_size(model, config, header, folder / CONFIG)
+        attach_read(model, own, name, seed, fill, trainable=trainable)
+        undo.pop_all()
     adapter = require_control(model).adapters[name]
     adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
     return name
+
+
+def _load_members(
+    model: nn.Module, config: MethodConfig, folder: Path, allow_base_mismatch: bool, undo: ExitStack
+) -> None:
+    """Load, frozen, the adapters that this one acts over, where they lie in its folder and their names are free.
+
+    Args:
+        undo: is told how to take them off again.
+    """
+    over = registry.load(config.method).over
+    control = control_of(model)
+    attached = tuple(control.adapters) if control is not None else ()
+    here = [
+        member
+        for member in (() if over is None else over(config))
+        if member not in attached and (folder / MEMBERS / durable.check_name(member)).is_dir()
+    ]
+    if here and control is not None:
+        undo.callback(activate, model, *control.call.active)
+    for member in here:
+        load(model, folder / MEMBERS / member, member, allow_base_mismatch=allow_base_mismatch)
+        undo.callback(detach, model, member)
 
 
 def _hubs(folder: Path) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ingraft.adapt import foreign, hub
 from ingraft.adapt.building import parameters
 from ingraft.adapt.control import Adapter, control_of, require_control
+from ingraft.adapt.files import foreign, hub
 from ingraft.adapt.lifecycle import NAME, attach
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import MethodConfig, Part

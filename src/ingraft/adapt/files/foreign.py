@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ingraft.adapt.peft_format import names_for
+from ingraft.adapt.files.peft_format import names_for
 from ingraft.adapt.select import base_modules
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
