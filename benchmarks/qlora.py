@@ -9,11 +9,8 @@ dense base's.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sft
+import sides
 
 SIDES = ("none", "nf4", "int8", "keep", "peft-nf4")
 TOKENS = 20
@@ -28,34 +26,18 @@ TOKENS = 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Packed bases: bytes, time of a step and of a token, loss.")
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps a run (default: 30)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs a side (default: 3)")
-    parser.add_argument("--rows", type=Path, default=Path(".demo"), help="folder with train.jsonl and heldout.jsonl")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the result")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        print(json.dumps(run_side(options.side, options.rows, options.steps)))
-        return 0
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
-    for repeat in range(options.repeats):
-        for side in options.sides:
-            command = [
-                sys.executable,
-                __file__,
-                "--side",
-                side,
-                "--steps",
-                str(options.steps),
-                "--rows",
-                str(options.rows),
-            ]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"repeat {repeat + 1}: {side:8} {runs[side][-1]}", flush=True)
-    report(runs, options)
+    asked = sides.options("Packed bases: bytes, time of a step and of a token, loss.", SIDES)
+    runs = sides.measure(asked, run_side, __file__)
+    medians = sides.medians_of(runs)
+    dense = medians.get("none", next(iter(medians.values())))
+    lines = ["| base | linear layers, MB | all weights, MB | step, s | token, ms | loss |", "|---|---|---|---|---|---|"]
+    for side, one in medians.items():
+        ratio = {key: one[key] / dense[key] for key in one}
+        lines.append(
+            f"| {side} | {one['linear_bytes'] / 1e6:.1f} ({ratio['linear_bytes']:.2f}x) | {one['all_bytes'] / 1e6:.1f} ({ratio['all_bytes']:.2f}x) | "
+            f"{one['step_seconds']:.2f} ({ratio['step_seconds']:.2f}x) | {1e3 * one['decode_seconds']:.1f} ({ratio['decode_seconds']:.2f}x) | {one['loss']:.4f} |"
+        )
+    sides.write("qlora", asked, sft.SETTINGS, runs, lines)
     return 0
 
 
@@ -171,36 +153,6 @@ def bytes_of(model: Any) -> dict[str, float]:
     inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
     return {"linear_bytes": linear, "all_bytes": linear + rest}
-
-
-def report(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """Medians and their ratio to the dense base, as JSON and Markdown."""
-    from ingraft.train.machine import environment
-
-    medians = {
-        side: {key: statistics.median(one[key] for one in found) for key in found[0]} for side, found in runs.items()
-    }
-    dense = medians.get("none", next(iter(medians.values())))
-    date = datetime.date.today().isoformat()
-    options.output.mkdir(parents=True, exist_ok=True)
-    result = {
-        "date": date,
-        "steps": options.steps,
-        "settings": sft.SETTINGS,
-        "runs": runs,
-        "medians": medians,
-        **environment(),
-    }
-    (options.output / f"qlora-{date}.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = ["| base | linear layers, MB | all weights, MB | step, s | token, ms | loss |", "|---|---|---|---|---|---|"]
-    for side, one in medians.items():
-        ratio = {key: one[key] / dense[key] for key in one}
-        lines.append(
-            f"| {side} | {one['linear_bytes'] / 1e6:.1f} ({ratio['linear_bytes']:.2f}x) | {one['all_bytes'] / 1e6:.1f} ({ratio['all_bytes']:.2f}x) | "
-            f"{one['step_seconds']:.2f} ({ratio['step_seconds']:.2f}x) | {1e3 * one['decode_seconds']:.1f} ({ratio['decode_seconds']:.2f}x) | {one['loss']:.4f} |"
-        )
-    (options.output / f"qlora-{date}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

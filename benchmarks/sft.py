@@ -9,49 +9,30 @@ demo's reviews (`make demo` fetches them). Both sides are scored by the same cod
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import sides
+
 SETTINGS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "learning_rate": 5e-4, "batch": 8, "max_length": 160, "seed": 42}
 SIDES = ("ingraft", "peft")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Supervised tuning: Ingraft against PEFT + Trainer.")
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps a run (default: 30)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs a side (default: 3)")
-    parser.add_argument("--rows", type=Path, default=Path(".demo"), help="folder with train.jsonl and heldout.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the result")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        print(json.dumps(run_side(options.side, options.rows, options.steps)))
-        return 0
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for repeat in range(options.repeats):
-        for side in SIDES:
-            command = [
-                sys.executable,
-                __file__,
-                "--side",
-                side,
-                "--steps",
-                str(options.steps),
-                "--rows",
-                str(options.rows),
-            ]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"repeat {repeat + 1}: {side:8} {runs[side][-1]}", flush=True)
-    report(runs, options)
+    asked = sides.options("Supervised tuning: Ingraft against PEFT + Trainer.", SIDES)
+    runs = sides.measure(asked, run_side, __file__)
+    medians = sides.medians_of(runs)
+    lines = ["| measure | " + " | ".join(medians) + (" | ratio |" if len(medians) == 2 else " |")]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for key in next(iter(medians.values())):
+        found = [one[key] for one in medians.values()]
+        ratio = f" {found[0] / found[1]:.2f} |" if len(found) == 2 else ""
+        lines.append(f"| {key} | " + " | ".join(f"{value:.4g}" for value in found) + " |" + ratio)
+    sides.write("sft", asked, SETTINGS, runs, lines)
     return 0
 
 
@@ -163,33 +144,6 @@ def _peft(model: Any, tokenizer: Any, examples: list[Any], steps: int) -> tuple[
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])  # pyright: ignore[reportArgumentType] - a list of dicts is a data set to it
         trainer.train()
     return model, clock.seconds, counted["tokens"]
-
-
-def report(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """Medians, ratios, machine and versions, as JSON and as a Markdown table."""
-    from ingraft.train.machine import environment
-
-    medians = {
-        side: {key: statistics.median(run[key] for run in runs[side]) for key in runs[side][0]} for side in SIDES
-    }
-    ours, theirs = medians["ingraft"], medians["peft"]
-    ratios = {key: ours[key] / theirs[key] for key in ours}
-    date = datetime.date.today().isoformat()
-    result = {
-        "date": date,
-        "steps": options.steps,
-        "settings": SETTINGS,
-        "runs": runs,
-        "medians": medians,
-        "ratios": ratios,
-        **environment(),
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"sft-{date}.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = ["| measure | ingraft | peft + Trainer | ratio |", "|---|---|---|---|"]
-    lines += [f"| {key} | {ours[key]:.4g} | {theirs[key]:.4g} | {ratios[key]:.2f} |" for key in ours]
-    (options.output / f"sft-{date}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import (
 
 from ingraft import bases, dense_gguf, durable
 from ingraft.errors import IngraftError
+from tiny_gguf import write_gguf
 
 
 def tokenizer(pad: bool = True) -> PreTrainedTokenizerFast:
@@ -143,54 +144,7 @@ def test_the_catalogue_needs_no_torch() -> None:
 @pytest.fixture
 def gguf(tmp_path: Path) -> Path:
     """A Llama in a GGUF file, its matrices in 8-bit blocks."""
-    import numpy
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
-
-    path = tmp_path / "tiny.gguf"
-    out = GGUFWriter(str(path), "llama")
-    width, hidden, heads, layers = 64, 96, 4, 2
-    out.add_block_count(layers)
-    out.add_context_length(64)
-    out.add_embedding_length(width)
-    out.add_feed_forward_length(hidden)
-    out.add_head_count(heads)
-    out.add_head_count_kv(heads)
-    out.add_layer_norm_rms_eps(1e-6)
-    out.add_rope_freq_base(10000.0)
-    out.add_vocab_size(8)
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("default")
-    out.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "c", "d", "ab"])
-    out.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
-    out.add_token_merges(["a b"])
-    out.add_bos_token_id(1)
-    out.add_eos_token_id(2)
-    rng = numpy.random.default_rng(0)
-
-    def put(name: str, *shape: int) -> None:
-        values = rng.normal(size=shape).astype(numpy.float32)
-        if len(shape) == 1:
-            out.add_tensor(name, values)
-        else:
-            kind = GGMLQuantizationType.Q8_0
-            out.add_tensor(name, quants.quantize(values, kind), raw_dtype=kind)
-
-    put("token_embd.weight", 8, width)
-    put("output_norm.weight", width)
-    put("output.weight", 8, width)
-    for n in range(layers):
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            put(f"blk.{n}.{name}.weight", width, width)
-        put(f"blk.{n}.ffn_gate.weight", hidden, width)
-        put(f"blk.{n}.ffn_up.weight", hidden, width)
-        put(f"blk.{n}.ffn_down.weight", width, hidden)
-        put(f"blk.{n}.attn_norm.weight", width)
-        put(f"blk.{n}.ffn_norm.weight", width)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    return path
+    return write_gguf(tmp_path / "tiny.gguf", ["Q8_0"])
 
 
 def test_a_gguf_becomes_an_ordinary_model_once(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

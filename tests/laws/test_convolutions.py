@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ingraft.testing import SUBJECTS, Check, parametrize_with_laws
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv2d-groups", "conv3d")
+from ingraft.testing.subjects import CONVOLUTIONS
 
 
 @parametrize_with_laws(subjects=[SUBJECTS[name] for name in CONVOLUTIONS])

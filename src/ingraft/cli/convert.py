@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ingraft.cli.options import adapter_option, given, trust_option, verb
+from ingraft.cli.options import adapter_option, given, needed, trust_option, verb
 from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
 
@@ -45,16 +45,10 @@ def command(
 
     Prints what the rank leaves out at each site, and the largest difference between the logits of the two adapters on real text.
     """
-    from pathlib import Path
-
-    from ingraft.cli.sources import open_model, settle
+    from ingraft.cli.sources import free_folder, open_model, settle
 
     output = Output(as_json=as_json)
-    missing = [
-        f"{flag} is needed."
-        for flag, value in (("--adapter DIR", adapter), ("--output-dir DIR", output_dir))
-        if not value
-    ]
+    missing = needed(("--adapter DIR", adapter), ("--output-dir DIR", output_dir))
     if (rank is None) == (error is None):
         missing.append("--rank N or --error SHARE is needed, one of them.")
     if rank is not None and rank < 1:
@@ -63,11 +57,7 @@ def command(
         missing.append(f"--error must lie between 0 and 1, got {error}.")
     if missing or adapter is None or output_dir is None:
         raise IngraftError(*missing)
-    target = Path(output_dir)
-    if not overwrite_output_dir and target.exists() and (target.is_file() or any(target.iterdir())):
-        raise IngraftError(
-            f"--output-dir {output_dir}: exists and is not empty; choose another, or add --overwrite-output-dir."
-        )
+    target = free_folder(output_dir, overwrite_output_dir)
     recipe = settle(given(arguments), config=config, adapter=adapter, needs_data=False)
     opened = open_model(
         recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ingraft.cli.options import adapter_option, given, trust_option, verb
+from ingraft.cli.options import adapter_option, given, needed, trust_option, verb
 from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
 
@@ -61,23 +61,13 @@ def command(
 
     Prints the largest difference between the logits of the merged and the unmerged model on real text, and refuses to write above a bound.
     """
-    from pathlib import Path
-
-    from ingraft.cli.sources import open_model, settle
+    from ingraft.cli.sources import free_folder, open_model, settle
 
     output = Output(as_json=as_json)
-    missing = [
-        f"{flag} is needed."
-        for flag, value in (("--adapter DIR", adapter), ("--output-dir DIR", output_dir))
-        if not value
-    ]
+    missing = needed(("--adapter DIR", adapter), ("--output-dir DIR", output_dir))
     if missing or adapter is None or output_dir is None:
         raise IngraftError(*missing)
-    target = Path(output_dir)
-    if not overwrite_output_dir and target.exists() and (target.is_file() or any(target.iterdir())):
-        raise IngraftError(
-            f"--output-dir {output_dir}: exists and is not empty; choose another, or add --overwrite-output-dir."
-        )
+    target = free_folder(output_dir, overwrite_output_dir)
     recipe = settle(given(arguments), config=config, adapter=adapter, needs_data=False)
     opened = open_model(
         recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch

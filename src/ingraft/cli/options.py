@@ -241,3 +241,8 @@ def adapter_option(function: Decorated) -> Decorated:
     text = "load the adapter although it was trained on another base"
     function = click.option("--allow-base-mismatch", is_flag=True, help=text)(function)
     return click.option("--adapter", metavar="DIR", help="an adapter or run folder")(function)
+
+
+def needed(*options: tuple[str, str | None]) -> list[str]:
+    """A sentence for each of these options that was not given."""
+    return [f"{flag} is needed." for flag, value in options if not value]

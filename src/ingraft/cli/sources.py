@@ -116,6 +116,20 @@ def adapter_folder(adapter: str) -> Path:
     raise IngraftError(f"--adapter {adapter}: holds no adapter_config.json, so it is no adapter or run folder.")
 
 
+def free_folder(output_dir: str, overwrite: bool) -> Path:
+    """The folder of --output-dir, if it may be written.
+
+    Raises:
+        IngraftError: it is a file, or holds something that may not be replaced.
+    """
+    target = Path(output_dir)
+    if not overwrite and target.exists() and (target.is_file() or any(target.iterdir())):
+        raise IngraftError(
+            f"--output-dir {output_dir}: exists and is not empty; choose another, or add --overwrite-output-dir."
+        )
+    return target
+
+
 def open_model(
     recipe: Recipe,
     adapter: str | None,

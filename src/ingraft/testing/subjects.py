@@ -389,3 +389,6 @@ SUBJECTS: dict[str, Subject] = {
     )
 }
 """Layer kinds first, then models."""
+
+CONVOLUTIONS = tuple(name for name in SUBJECTS if name in ("conv1d", "conv3d") or name.startswith("conv2d"))
+"""The subjects that are convolutions."""

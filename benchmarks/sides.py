@@ -1,0 +1,74 @@
+"""What the side-by-side benchmarks share: sides run in fresh processes, in turn, several times; medians are written with hardware and versions."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Runs = dict[str, list[dict[str, float]]]
+Medians = dict[str, dict[str, float]]
+
+
+def options(description: str, sides: Sequence[str]) -> argparse.Namespace:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=30, help="optimiser steps a run (default: 30)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs a side (default: 3)")
+    parser.add_argument("--rows", type=Path, default=Path(".demo"), help="folder with train.jsonl and heldout.jsonl")
+    parser.add_argument("--sides", nargs="+", choices=sides, default=list(sides), help="which (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the result")
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(asked: argparse.Namespace, run_side: Callable[[str, Path, int], dict[str, float]], file: str) -> Runs:
+    """The figures of every run by side. In the process of one side: print its figures and end.
+
+    Args:
+        run_side: one run of a side in this process, from the rows' folder and the number of steps.
+        file: the benchmark's own.
+    """
+    if asked.side:
+        print(json.dumps(run_side(asked.side, asked.rows, asked.steps)))
+        sys.exit(0)
+    runs: Runs = {side: [] for side in asked.sides}
+    for repeat in range(asked.repeats):
+        for side in asked.sides:
+            words = [sys.executable, file, "--side", side, "--steps", str(asked.steps), "--rows", str(asked.rows)]
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"repeat {repeat + 1}: {side:8} {runs[side][-1]}", flush=True)
+    return runs
+
+
+def medians_of(runs: Runs) -> Medians:
+    """By side and figure."""
+    return {
+        side: {key: statistics.median(one[key] for one in found) for key in found[0]} for side, found in runs.items()
+    }
+
+
+def write(name: str, asked: argparse.Namespace, settings: Mapping[str, Any], runs: Runs, table: Sequence[str]) -> None:
+    """NAME-DATE.json with everything and NAME-DATE.md with the table, which is printed too."""
+    from ingraft.train.machine import environment
+
+    date = datetime.date.today().isoformat()
+    asked.output.mkdir(parents=True, exist_ok=True)
+    result = {
+        "date": date,
+        "steps": asked.steps,
+        "settings": dict(settings),
+        "runs": runs,
+        "medians": medians_of(runs),
+        **environment(),
+    }
+    (asked.output / f"{name}-{date}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (asked.output / f"{name}-{date}.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
