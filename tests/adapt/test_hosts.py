@@ -266,8 +266,7 @@ def test_recomputation_that_cannot_be_told_is_an_error() -> None:
 # ------------------------------------------------------------------------------------------------------------- smaller
 
 
-def test_the_seed_decides_the_start() -> None:
-    """Regression 23: two runs with one seed differed."""
+def test_regression_23_the_seed_decides_the_start() -> None:
     starts = []
     for seed in (3, 3, 4):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

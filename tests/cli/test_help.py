@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -33,17 +32,6 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_import_ingraft_imports_nothing_heavy() -> None:
     """`import ingraft` is free."""
     assert not modules_after("import ingraft") & (HEAVY | {"click"})
-
-
-def test_help_is_quick() -> None:
-    """`ingraft --help` within 300 ms: the best of five, because the machine may be busy."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ingraft.cli.main", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
-
-    assert min(once() for _ in range(5)) < 0.3
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

@@ -122,7 +122,7 @@ def test_a_bfloat16_base_gets_bfloat16_files_with_the_same_logits(
         assert torch.equal(tiny.output(model, batch), tiny.output(again, batch))
 
 
-def test_row_19_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_regression_19_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     script = (
         "import sys, torch, ingraft\n"
         "torch.manual_seed(0)\n"
@@ -137,7 +137,7 @@ def test_row_19_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
-def test_row_19_an_embedding_is_not_stored_whole(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_19_an_embedding_is_not_stored_whole(tmp_path: Path, tiny: SimpleNamespace) -> None:
     ingraft.save(attached(tiny, target_modules=["embed_tokens"]), tmp_path / "a")
     assert {key.rpartition(".")[2] for key in load_file(tmp_path / "a" / WEIGHTS)} == {
         "lora_embedding_A",
@@ -146,7 +146,7 @@ def test_row_19_an_embedding_is_not_stored_whole(tmp_path: Path, tiny: SimpleNam
 
 
 @pytest.mark.parametrize("name", ["mlp", "self_attn", "layers", "model", "weight", "lora_A", "0"])
-def test_row_1_an_adapter_named_like_a_module_saves_all_its_tensors(
+def test_regression_1_an_adapter_named_like_a_module_saves_all_its_tensors(
     name: str, tmp_path: Path, tiny: SimpleNamespace
 ) -> None:
     model = attached(tiny, name=name)
@@ -162,7 +162,7 @@ def test_row_1_an_adapter_named_like_a_module_saves_all_its_tensors(
     assert torch.equal(tiny.output(model, tiny.example("llama")), tiny.output(again, tiny.example("llama")))
 
 
-def test_row_30_save_and_load_open_no_socket(
+def test_regression_30_save_and_load_open_no_socket(
     tmp_path: Path, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -378,7 +378,7 @@ def test_what_a_config_cannot_mean_here_is_refused_by_name(
     assert not hasattr(model, "ingraft_control")
 
 
-def test_row_29_a_config_is_data_and_imports_nothing(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_29_a_config_is_data_and_imports_nothing(tmp_path: Path, tiny: SimpleNamespace) -> None:
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')\n")
     ingraft.save(attached(tiny), tmp_path / "a")
     edit_config(
@@ -400,7 +400,7 @@ def test_row_29_a_config_is_data_and_imports_nothing(tmp_path: Path, tiny: Simpl
 # ------------------------------------------------------------------------------------------------------------------ the base
 
 
-def test_row_7_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_7_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny: SimpleNamespace) -> None:
     ingraft.save(attached(tiny), tmp_path / "a")
     other = tiny.make("llama")
     with torch.no_grad():
@@ -411,7 +411,7 @@ def test_row_7_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny: 
     assert other.ingraft_control.adapters[name].facts["base_mismatch"] == ["the values of the weights (content)"]
 
 
-def test_row_7_other_settings_with_the_same_weights_are_refused(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_7_other_settings_with_the_same_weights_are_refused(tmp_path: Path, tiny: SimpleNamespace) -> None:
     ingraft.save(attached(tiny), tmp_path / "a")
     other = tiny.make("llama")
     other.config.rms_norm_eps = 0.1
@@ -420,7 +420,7 @@ def test_row_7_other_settings_with_the_same_weights_are_refused(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_row_7_a_base_with_fewer_layers_is_refused(sealed: bool, tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_7_a_base_with_fewer_layers_is_refused(sealed: bool, tmp_path: Path, tiny: SimpleNamespace) -> None:
     ingraft.save(attached(tiny), tmp_path / "a")
     if not sealed:
         unsealed(tmp_path / "a")
@@ -430,7 +430,7 @@ def test_row_7_a_base_with_fewer_layers_is_refused(sealed: bool, tmp_path: Path,
         ingraft.load(shorter, tmp_path / "a")
 
 
-def test_row_7_a_file_without_fingerprint_is_compared_by_name(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_7_a_file_without_fingerprint_is_compared_by_name(tmp_path: Path, tiny: SimpleNamespace) -> None:
     model = attached(tiny)
     model.config._name_or_path = "someone/small-llama"
     ingraft.save(model, tmp_path / "a")
@@ -486,7 +486,7 @@ def test_a_fresh_head_that_is_saved_whole_may_start_anywhere(tmp_path: Path, tin
                 ingraft.load(other, tmp_path / where)
 
 
-def test_row_8_names_that_match_nothing_are_reported_and_head_is_not_lm_head(tiny: SimpleNamespace) -> None:
+def test_regression_8_names_that_match_nothing_are_reported_and_head_is_not_lm_head(tiny: SimpleNamespace) -> None:
     model = tiny.make("llama")
     with pytest.raises(IngraftError, match=r"target_modules: 'v_prj' matches no module \(did you mean 'v_proj'"):
         ingraft.attach(model, LoraConfig(target_modules=("q_proj", "v_prj")))
@@ -497,7 +497,7 @@ def test_row_8_names_that_match_nothing_are_reported_and_head_is_not_lm_head(tin
     assert "lm_head" in model.ingraft_control.adapters["default"].sites
 
 
-def test_row_18_all_linear_leaves_the_head_of_a_plain_module_alone(tiny: SimpleNamespace) -> None:
+def test_regression_18_all_linear_leaves_the_head_of_a_plain_module_alone(tiny: SimpleNamespace) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     ingraft.attach(model, LoraConfig(r=2, target_modules="all-linear"))
     assert list(model.ingraft_control.adapters["default"].sites) == ["0", "2"]

@@ -233,7 +233,7 @@ def test_rows_have_adapters_by_name(tiny: SimpleNamespace) -> None:
         model(**batch, adapter_names=["nobody", "default"])
 
 
-def test_row_16_trainability_is_the_users(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_16_trainability_is_the_users(tmp_path: Path, tiny: SimpleNamespace) -> None:
     base = tiny.make("llama")
     base.model.embed_tokens.requires_grad_(False)
     was = [parameter.requires_grad for parameter in base.parameters()]
@@ -444,7 +444,7 @@ def test_auto_classes_load_base_and_adapter(tmp_path: Path, tiny: SimpleNamespac
     assert torch.allclose(tiny.output(theirs, batch), tiny.output(model, batch), atol=1e-5)
 
 
-def test_row_12_soft_prompts_train_further_after_loading(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_12_soft_prompts_train_further_after_loading(tmp_path: Path, tiny: SimpleNamespace) -> None:
     for config in (
         PromptTuningConfig(num_virtual_tokens=4),
         PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True),
@@ -532,14 +532,14 @@ def test_what_a_config_cannot_mean_is_refused(config: PeftConfig, words: str, ti
     assert type(model) is LlamaForCausalLM
 
 
-def test_row_8_names_that_match_nothing_are_not_silent(tiny: SimpleNamespace) -> None:
+def test_regression_8_names_that_match_nothing_are_not_silent(tiny: SimpleNamespace) -> None:
     with pytest.warns(UserWarning, match="'v_prj' matches no module.*v_proj"):
         get_peft_model(tiny.make("llama"), LoraConfig(target_modules=["q_proj", "v_prj"]))
     with pytest.raises(IngraftError, match="no usual choice"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig())
 
 
-def test_row_18_all_linear_leaves_a_plain_modules_head_alone() -> None:
+def test_regression_18_all_linear_leaves_a_plain_modules_head_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     assert list(model.ingraft_control.adapters["default"].sites) == ["0"]

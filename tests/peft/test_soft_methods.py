@@ -238,7 +238,7 @@ def test_a_prefix_in_some_of_the_blocks_is_kept_under_a_name_of_ours(tmp_path: P
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_row_12_soft_prompts_train_on_after_loading(method: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_12_soft_prompts_train_on_after_loading(method: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     """What was trained is loaded trainable, encoders included, and a step from there is the step without the break."""
     batch = told(method, tiny.example("llama"))
 
@@ -263,7 +263,9 @@ def test_row_12_soft_prompts_train_on_after_loading(method: str, tmp_path: Path,
         assert torch.equal(p, ingraft.parameters(model, "default")[key]), f"{key} moved elsewhere"
 
 
-def test_row_12_an_encoder_is_kept_and_the_incumbent_passes_over_it(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_regression_12_an_encoder_is_kept_and_the_incumbent_passes_over_it(
+    tmp_path: Path, tiny: SimpleNamespace
+) -> None:
     model = ours.get_peft_model(tiny.make("llama"), CONFIGS["p-tuning-lstm"](ours))
     model.save_pretrained(tmp_path)
     keys = set(load_file(tmp_path / "adapter_model.safetensors"))
@@ -277,7 +279,7 @@ def test_row_12_an_encoder_is_kept_and_the_incumbent_passes_over_it(tmp_path: Pa
 
 @pytest.mark.parametrize("method", ["prefix", "prefix-projection", "p-tuning", "llama-adapter"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_row_13_prefix_and_gradient_checkpointing_in_both_orders(
+def test_regression_13_prefix_and_gradient_checkpointing_in_both_orders(
     method: str, reentrant: bool, tiny: SimpleNamespace
 ) -> None:
     batch = tiny.example("llama")
