@@ -1,8 +1,9 @@
 """Every method of the catalogue with its default settings on one base and one data set, in one table.
 
-A method is trained by `ingraft.train` in a process of its own (so that its peak memory is its own), then its run folder is loaded into a
-fresh base and scored: the loss must be the training run's to the last digit, and its fall below the base's is given with the standard
-error of the paired difference over the rows. A run that is there already is scored, not trained again, so a study that was stopped goes on.
+A method is trained by `ingraft.train` in a process of its own, then its run folder is loaded into a fresh base and scored: the loss must be
+the training run's to the last digit, and its fall below the base's is given with the standard error of the paired difference over the rows.
+Seconds a step and peak memory come from a few steps of the same recipe, without evaluation, in a process of their own. What is done already
+is not done again, so a study that was stopped goes on.
 
     python benchmarks/methods.py --data FOLDER [--model smollm2] [--steps 60] [--rows 100] [--runs runs/methods] [--output docs/study-methods.md]
 
@@ -19,7 +20,9 @@ import platform
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,26 +43,38 @@ MEMBERS = ("even", "odd")
 MEMBER = "pfeiffer"
 
 
+TIMED = 8
+"""Steps that are timed; the first three are left out of the median, not of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds a step (median), and the process's peak memory in bytes."""
+
+    seconds: float
+    memory: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row of the table; losses in nats, memory in bytes."""
+    """One row of the table; losses in nats."""
 
     method: str
     rate: float
     parameters: int
     share: float
-    seconds: float
-    memory: int
     before: float
     after: float
     fall: float
     error: float
     reloads: bool
 
-    def __str__(self) -> str:
+    def told(self, cost: Cost | None) -> str:
+        """The row; what it costs where that was measured."""
         held = "yes" if self.fall > 2 * self.error and self.reloads else "**no**"
+        costs = "– | –" if cost is None else f"{cost.seconds:.2f} | {cost.memory / 2**30:.2f}"
         return (
-            f"| {self.method} | {self.rate:g} | {self.parameters:,} | {self.share:.3f} | {self.seconds:.2f} | {self.memory / 2**30:.2f} | "
+            f"| {self.method} | {self.rate:g} | {self.parameters:,} | {self.share:.3f} | {costs} | "
             f"{self.before:.4f} | {self.after:.4f} | {self.fall:.3f} ± {self.error:.3f} | {'yes' if self.reloads else '**no**'} | {held} |"
         )
 
@@ -77,7 +92,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the run folders lie")
     parser.add_argument("--methods", help="names with commas between (default: all)")
     parser.add_argument("--output", type=Path, help="page to write the table to")
+    parser.add_argument("--no-costs", action="store_true", help="leave seconds and memory for a later call")
     parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--cost", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if missing := [str(f) for name in ("train", "dev") if not (f := options.data / f"{name}.jsonl").is_file()]:
         print(
@@ -88,33 +105,50 @@ def main() -> int:
     if options.train:
         train_one(options.train, options)
         return 0
+    if options.cost:
+        print(json.dumps(asdict(cost_of(options.cost, options))))
+        return 0
     names = options.methods.split(",") if options.methods else list(records())
     evaluation = first_rows(options)
-    lines: list[Line] = []
+    lines: dict[str, Line] = {}
+    costs: dict[str, Cost] = {}
     failed: dict[str, str] = {}
     for name in names:
-        folder = options.runs / name
-        if not (folder / "ingraft.json").exists():
-            command = [sys.executable, __file__, *sys.argv[1:], "--train", name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-            if done.returncode:
-                failed[name] = (
-                    done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit code {done.returncode}"
-                )
-                print(f"{name}: failed: {failed[name]}", flush=True)
-                continue
         try:
-            lines.append(score(name, folder, evaluation, options))
+            if not (options.runs / name / "ingraft.json").exists():
+                _in_a_process("--train", name)
+            kept = options.runs / f"{name}.line.json"
+            if not kept.exists():
+                kept.write_text(json.dumps(asdict(score(name, options.runs / name, evaluation, options))))
+            lines[name] = Line(**json.loads(kept.read_text()))
+            print(lines[name].told(None), flush=True)
         except IngraftError as error:
             failed[name] = str(error)
             print(f"{name}: failed: {failed[name]}", flush=True)
-            continue
-        print(lines[-1], flush=True)
-    text = page(lines, failed, options)
+    for name in () if options.no_costs else lines:
+        kept = options.runs / f"{name}.cost.json"
+        if not kept.exists():
+            kept.write_text(_in_a_process("--cost", name))
+        costs[name] = Cost(**json.loads(kept.read_text()))
+    text = page(lines, costs, failed, options)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
     print(text)
     return 1 if failed else 0
+
+
+def _in_a_process(flag: str, name: str) -> str:
+    """This script with one more option; the last line it prints.
+
+    Raises:
+        IngraftError: it failed; with that line.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], flag, name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    last = (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if done.returncode:
+        raise IngraftError(last)
+    return last
 
 
 def first_rows(options: argparse.Namespace) -> Path:
@@ -126,10 +160,8 @@ def first_rows(options: argparse.Namespace) -> Path:
     return path
 
 
-def train_one(name: str, options: argparse.Namespace) -> None:
-    """One run with the method's own defaults."""
-    from ingraft.train.run import train
-
+def recipe_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The method's run: its own defaults, but for what it needs."""
     recipe: dict[str, Any] = {
         "model": options.model,
         "dtype": "bfloat16",
@@ -143,14 +175,39 @@ def train_one(name: str, options: argparse.Namespace) -> None:
         **SPECIAL.get(name, {}),
     }
     if load_method(name).over:
-        rows = (options.data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         recipe["adapters"] = {member: str(options.runs / f"{name}-{member}") for member in MEMBERS}
-        for i, (member, folder) in enumerate(recipe["adapters"].items()):
-            half = options.runs / f"{member}.jsonl"
-            half.write_text("".join(rows[i::2]), encoding="utf-8")
-            own = {"method": MEMBER, "max_steps": options.steps // 2, "output_dir": folder, "adapters": {}}
-            train(recipe | own | {"data": {"train": str(half), "eval": 0}}, overwrite_output_dir=True)
-    train(recipe)
+    return recipe
+
+
+def train_one(name: str, options: argparse.Namespace) -> None:
+    """One run, and before it those of its members."""
+    from ingraft.train.run import train
+
+    recipe = recipe_of(name, options)
+    rows = (options.data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for i, (member, folder) in enumerate(recipe.get("adapters", {}).items()):
+        half = options.runs / f"{member}.jsonl"
+        half.write_text("".join(rows[i :: len(MEMBERS)]), encoding="utf-8")
+        own = {"method": MEMBER, "max_steps": options.steps // 2, "output_dir": folder, "adapters": {}}
+        train(recipe | own | {"data": {"train": str(half), "eval": 0}}, overwrite_output_dir=True)
+    train(recipe, overwrite_output_dir=True)
+
+
+def cost_of(name: str, options: argparse.Namespace) -> Cost:
+    """A few steps of the run and nothing else."""
+    from ingraft.train.run import train
+
+    recipe = recipe_of(name, options)
+    with tempfile.TemporaryDirectory() as folder:
+        data = {"train": recipe["data"]["train"], "eval": 0}
+        train(
+            recipe | {"data": data, "max_steps": TIMED, "logging_steps": 1, "output_dir": f"{folder}/run"}, quiet=True
+        )
+        log = [json.loads(line) for line in (Path(folder) / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Cost(
+        seconds=statistics.median(line["step_seconds"] for line in log[3:] if "step_seconds" in line),
+        memory=max(line["peak_memory"] for line in log if "peak_memory" in line),
+    )
 
 
 def score(name: str, folder: Path, evaluation: Path, options: argparse.Namespace) -> Line:
@@ -172,14 +229,11 @@ def score(name: str, folder: Path, evaluation: Path, options: argparse.Namespace
     after = score_loss(base.model, data.train, pad, 8)
     mean, error = paired_difference(before, after)
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return Line(
         method=name,
         rate=records()[name].learning_rate,
         parameters=parameters,
         share=100 * parameters / size,
-        seconds=statistics.median(line["step_seconds"] for line in log if "step_seconds" in line),
-        memory=max(line["peak_memory"] for line in log if "peak_memory" in line),
         before=before.loss,
         after=after.loss,
         fall=-mean,
@@ -188,7 +242,9 @@ def score(name: str, folder: Path, evaluation: Path, options: argparse.Namespace
     )
 
 
-def page(lines: list[Line], failed: dict[str, str], options: argparse.Namespace) -> str:
+def page(
+    lines: Mapping[str, Line], costs: Mapping[str, Cost], failed: Mapping[str, str], options: argparse.Namespace
+) -> str:
     """The whole page."""
     import torch
     import transformers
@@ -202,13 +258,13 @@ def page(lines: list[Line], failed: dict[str, str], options: argparse.Namespace)
         f"learning rate, bfloat16; losses on the same {options.rows} rows, before and after; {machine}.*",
         "",
         HEAD,
-        *map(str, lines),
+        *(line.told(costs.get(name)) for name, line in lines.items()),
         "",
         *(f"- `{name}`: failed: {why}" for name, why in failed.items()),
         *(
-            f"- `{line.method}` acts over two adapters (`{MEMBER}`), each trained before it on every other row for half as many steps; the loss before is the bare base's."
-            for line in lines
-            if load_method(line.method).over
+            f"- `{name}` acts over two adapters (`{MEMBER}`), each trained before it on every other row for half as many steps; the loss before is the bare base's."
+            for name in lines
+            if load_method(name).over
         ),
     ]
     return "\n".join(text).rstrip() + "\n"
