@@ -86,9 +86,10 @@ def _nearest(blocks: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the eight-bit code: seven decades, with twice as many steps in each as in the one below."""
-    values = [0.0, 1.0]
+    parts = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        steps = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += [*steps, *(-step for step in steps)]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+        steps = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        parts += [steps, -steps]
+    # No Python numbers on the way: torch.compile traces this where no eager call has been before.
+    return torch.cat(parts).sort().values.to(device)

@@ -68,7 +68,7 @@ class Case:
     @property
     def config(self) -> MethodConfig:
         """The options on this subject; a plain module's layers are named unless the options name some already."""
-        config = self.row.elsewhere.get(self.subject.name, self.row.config)
+        config = self.row.elsewhere.get(self.subject.plain, self.row.config)
         if config.target_modules is not None or self.method.over is not None:
             return config
         if not (self.subject.targets or self.subject.outputs):

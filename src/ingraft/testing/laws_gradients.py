@@ -46,7 +46,9 @@ def only_the_adapter_gets_gradients(case: Case) -> None:
 
 def _without_gradient(case: Case, batch: dict[str, Tensor]) -> set[str]:
     """Modules whose own parameters get no gradient in the base either (a relative bias of a single token, say)."""
-    model = case.base().requires_grad_(True)
+    model = case.base()
+    adapt.make_dense(model)
+    model.requires_grad_(True)
     loss_of(output(model, batch)).backward()
     reached: dict[str, bool] = {}
     for key, p in model.named_parameters():
@@ -97,8 +99,8 @@ def _worth_compiling(case: Case) -> bool:
     """A graph of a model takes seconds, and hosts compile alike everywhere: every method once, every kind of host in a model once."""
     if case.subject.transformers:
         in_model = issubclass(case.part, AttentionPart | InputPart) or case.method.name in ("lora", "parallel")
-        return case.subject.name == "llama" and in_model
-    return case.subject.name == "linear" or case.method.name == "lora"
+        return case.subject.plain == "llama" and in_model
+    return case.subject.plain == "linear" or case.method.name == "lora"
 
 
 @law(11, heavy=True, everyday=_worth_compiling)
@@ -173,7 +175,7 @@ def dropout_compiles_to_one_graph(case: Case) -> None:
     for number, result in enumerate(outputs, start=1):
         adapt.dropout_step(model, number)
         close(result.detach(), run(model, batch), f"step {number}, compiled and not")
-    if case.subject.name != "embedding":  # a lookup drops nothing
+    if case.subject.plain != "embedding":  # a lookup drops nothing
         differs(outputs[0].detach(), outputs[1].detach(), "two steps", least=1e-3)
     torch._dynamo.reset()
 

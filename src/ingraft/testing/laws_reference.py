@@ -39,6 +39,8 @@ def _peft_cannot(case: Case) -> str | None:
         return "PEFT does not have it; see agrees_with_its_equation"
     if importlib.util.find_spec("peft") is None:
         return "the reference implementation is not installed (pip install peft)"
+    if case.subject.packed:
+        return "PEFT knows no packed layers of ours; tests/quant hold them to bitsandbytes', benchmarks/qlora.py sets runs side by side"
     if where == "conv2d-groups":
         return "PEFT has no grouped convolutions whose groups do not divide the rank; merged = active holds it to its equation"
     if where == "encoder":

@@ -38,7 +38,8 @@ class Subject:
         transformers: whether it is a transformers model.
         causal: whether it generates text.
         everyday: the methods that are tried on it every day, where others are tried with `-m study` only; None for all.
-        finish: what is done to the module once its weights are drawn (packing them).
+        packed: the format in which its weights are kept, as a quantised base's are; empty where they are dense.
+        twin: it is the dense twin of a packed one: the same numbers, unpacked.
     """
 
     name: str
@@ -51,12 +52,22 @@ class Subject:
     transformers: bool = False
     causal: bool = False
     everyday: tuple[str, ...] | None = None
-    finish: Callable[[nn.Module], nn.Module] | None = None
+    packed: str = ""
+    twin: bool = False
+
+    @property
+    def plain(self) -> str:
+        """Its name without the format."""
+        return self.name.removesuffix(f"-{self.packed.lower()}")
 
     def make_redrawn(self) -> nn.Module:
         """A new module with its weights drawn by `redrawn`."""
         model = redrawn(self.make())
-        return model if self.finish is None else self.finish(model)
+        if not self.packed:
+            return model
+        from ingraft.testing import packing
+
+        return (packing.unpacked if self.twin else packing.packed)(self.packed, model)
 
 
 # ------------------------------------------------------------------------------------------------------------------- modules
@@ -90,12 +101,12 @@ class Rescaled(nn.Embedding):
 class Embedded(nn.Module):
     """Two embeddings of the same ids, one with a forward of its own, and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.plain, self.rescaled, self.head = (
-            nn.Embedding(VOCABULARY, 16, padding_idx=0),
-            Rescaled(VOCABULARY, 16),
-            nn.Linear(16, 5),
+            nn.Embedding(VOCABULARY, width, padding_idx=0),
+            Rescaled(VOCABULARY, width),
+            nn.Linear(width, 5),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,13 +194,13 @@ def _quiet(make: Callable[[], nn.Module]) -> nn.Module:
         logging.set_verbosity(level)
 
 
-def _llama() -> nn.Module:
+def _llama(width: int = 16, inner: int = 24) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -386,9 +397,38 @@ SUBJECTS: dict[str, Subject] = {
             batch=lambda n: {"pixel_values": torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(7))},
             transformers=True,
         ),
+        *(
+            Subject(
+                name=f"linear-{form.lower()}",
+                # Wide enough for a block of 32, and nf4's blocks of 64 run across the first layer's rows.
+                make=lambda: Layers(nn.Linear(32, 64), nn.Linear(64, 64, bias=False), nn.LayerNorm(64)),
+                batch=_normal(3, 32),
+                targets=("first", "second"),
+                outputs=("second",),
+                packed=form,
+            )
+            for form in ("nf4", "int8", "Q8_0")
+        ),
+        Subject(
+            name="embedding-q8_0",
+            make=lambda: Embedded(32),
+            batch=lambda n: {"x": _ids(n)},
+            targets=("plain", "rescaled"),
+            packed="Q8_0",
+        ),
+        Subject(name="llama-nf4", make=_llama, batch=_text, transformers=True, causal=True, packed="nf4"),
+        Subject(
+            name="llama-q8_0",
+            make=lambda: _llama(32, 64),
+            batch=_text,
+            transformers=True,
+            causal=True,
+            packed="Q8_0",
+            everyday=FAMILIES,
+        ),
     )
 }
-"""Layer kinds first, then models."""
+"""Layer kinds first, then models, then both with packed weights."""
 
 CONVOLUTIONS = tuple(name for name in SUBJECTS if name in ("conv1d", "conv3d") or name.startswith("conv2d"))
 """The subjects that are convolutions."""

@@ -31,6 +31,9 @@ LATER = {14: "packs", 15: "two processes"}
 OF_LAYERS = (*range(8), 21)
 """Laws that hold of a method's maths on a kind of layer; the others are about who acts when, which does not depend on the kind."""
 
+OF_PACKED = 17
+"""The law that is about packed weights and nothing else."""
+
 HELD, REFUSED = "held", "refused"
 
 
@@ -170,6 +173,10 @@ def _study(each: Law, case: Case) -> str | None:
     everyday = case.subject.everyday
     if everyday is not None and case.method.name in METHODS and case.method.name not in everyday:
         return f"`pytest -m study` tries it: every day {case.subject.name} has one method of each family"
+    if case.subject.packed:
+        if each.number == OF_PACKED or case.method.name == "lora":
+            return None
+        return f"`pytest -m study` tries it: over packed weights every day has law {OF_PACKED}, and LoRA all laws"
     own = case.method.name in METHODS and case.method.name not in FAMILIES and case.row == row(case.method.name)
     if own and case.subject.transformers and case.subject.name != "llama" and case.method.sites == ("all-linear",):
         return "`pytest -m study` tries it: a method on linear layers knows no models; its kinds of layer and a Llama are tried every day"
