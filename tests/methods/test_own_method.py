@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.testing import SUBJECTS, check_method
+from ingraft.testing import SUBJECTS, Row, check_method
 
 FOLDER = Path(__file__).parents[2] / "examples" / "own_method"
 
@@ -22,7 +24,12 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The example's module, found through its entry point as an installed package's would be."""
     monkeypatch.syspath_prepend(str(FOLDER))
     entry = importlib.metadata.EntryPoint(name="gain", value="ingraft_gain:RECORD", group="ingraft.methods")
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if group == entry.group else [])
+    own, installed = importlib.metadata.EntryPoints([entry]), importlib.metadata.entry_points
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda **what: own if what == {"group": entry.group} else installed(**what),
+    )
     registry.records.cache_clear()
     registry.load.cache_clear()
     yield importlib.import_module("ingraft_gain")
@@ -31,9 +38,17 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_a_method_of_ones_own_inherits_the_lifecycle(gain: Any) -> None:
-    """Every law that is cheap, on a layer and on a model."""
-    subjects = [SUBJECTS["linear"], SUBJECTS["llama"]]
-    assert check_method(gain.GainConfig(), subjects=subjects, numbers=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 21)) > 20
+    """One class of under 40 lines, and every law holds of it: on a layer by itself, on packed blocks, in a model."""
+    assert len(inspect.getsource(gain.Gain).splitlines()) < 40
+    subjects = [SUBJECTS[name] for name in ("linear", "linear-nf4", "llama")]
+
+    def equation(values: Mapping[str, Tensor], base: nn.Module) -> None:
+        for key, g in values.items():
+            layer = base.get_submodule(key.rpartition(".")[0])
+            for parameter in layer.parameters():
+                parameter.mul_(1 + g.view(-1, *[1] * (parameter.dim() - 1)))
+
+    assert check_method(Row(config=gain.GainConfig(), equation=equation), subjects=subjects, study=True) > 100
 
 
 def test_its_options_are_checked_like_any(gain: Any) -> None:

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from ingraft.quant import blocks
 from ingraft.quant.blocks import dequantise
 from ingraft.quant.formats import FILE_FORMATS, FORMATS, QUANTISERS
+from ingraft.quant.layers import QuantizedLinear
 from ingraft.quant.nf4 import LEVELS
 
 NF4, INT8 = QUANTISERS["nf4"], QUANTISERS["int8"]
@@ -114,3 +115,22 @@ def test_sizes() -> None:
     assert bits["nf4"] == pytest.approx(4.127, abs=0.002)
     assert bits["int8"] == pytest.approx(8 + 32 / 576)
     assert (bits["Q4_0"], bits["Q4_1"], bits["Q8_0"]) == (4.5, 5.0, 8.5)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_layer_compiles_to_one_graph(name: str) -> None:
+    """Before any eager call has made the tables, and after one."""
+    torch.manual_seed(0)
+    form, shape = FORMATS[name], (8, 256)
+    packed = (
+        QUANTISERS[name].quantise(torch.randn(shape))
+        if name in QUANTISERS
+        else FILE_FORMATS[name].pack(torch.from_numpy(raw_blocks(name, *shape)))
+    )
+    blocks._TABLES.clear()
+    layer, x = QuantizedLinear(form, shape[1], shape[0], dtype=torch.float32, packed=packed), torch.randn(2, shape[1])
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+    torch._dynamo.reset()

@@ -13,9 +13,8 @@ Legend: O rows, I columns, N codes.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import ClassVar
 
 import torch
@@ -102,11 +101,27 @@ def two_codes(codes: Tensor, levels: tuple[float, ...]) -> Tensor:
     return found.view(torch.float32).view(*codes.shape[:-1], -1)
 
 
-@functools.cache
 def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """For every byte its two levels, side by side in one 64-bit number."""
-    table, byte = torch.tensor(levels, dtype=torch.float32), torch.arange(256)
-    return torch.stack([table[byte >> 4], table[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
+
+    def make() -> Tensor:
+        table, byte = torch.tensor(levels, dtype=torch.float32), torch.arange(256)
+        return torch.stack([table[byte >> 4], table[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
+
+    return kept((levels, device), make)
+
+
+_TABLES: dict[Hashable, Tensor] = {}
+
+
+def kept(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """A table that is made once. `functools.cache` would not do: torch.compile looks through it and says so with a warning."""
+    found = _TABLES.get(key)
+    if found is None:
+        found = make()
+        if not torch.compiler.is_compiling():
+            _TABLES[key] = found
+    return found
 
 
 def two_in_a_byte(codes: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ Packed: codes (two to a byte), then code8, then absmax2 and the mean in float32.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ingraft.quant.blocks import Quantiser, two_codes, two_in_a_byte
+from ingraft.quant.blocks import Quantiser, kept, two_codes, two_in_a_byte
 
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -83,13 +82,15 @@ def _nearest(blocks: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), absmax
 
 
-@functools.cache
 def _dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the eight-bit code: seven decades, with twice as many steps in each as in the one below."""
-    parts = [torch.tensor([0.0, 1.0])]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        steps = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        parts += [steps, -steps]
-    # No Python numbers on the way: torch.compile traces this where no eager call has been before.
-    return torch.cat(parts).sort().values.to(device)
+
+    def make() -> Tensor:
+        parts = [torch.tensor([0.0, 1.0])]
+        for decade in range(7):
+            edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+            steps = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+            parts += [steps, -steps]  # no Python numbers on the way, which torch.compile could not follow
+        return torch.cat(parts).sort().values.to(device)
+
+    return kept(("dynamic map", device), make)

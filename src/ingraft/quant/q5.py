@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ingraft.quant.blocks import FileFormat, by_block, halves, two_codes, two_in_a_byte
+from ingraft.quant.blocks import FileFormat, by_block, halves, kept, two_codes, two_in_a_byte
 from ingraft.quant.q4 import SIGNED, UNSIGNED, split_halves
 from ingraft.quant.q4_k import scales_and_offsets
 
@@ -24,12 +24,15 @@ def _fifth_bits(rows: Tensor, lowest: int) -> Tensor:
     return found.view(torch.int8).view(rows.shape[0], -1)
 
 
-@functools.cache
 def _eights(lowest: int, device: torch.device) -> Tensor:
     """For every byte its eight numbers, side by side in one 64-bit number."""
-    byte = torch.arange(256)
-    table = torch.stack([lowest + 16 * ((byte >> shift) & 1) for shift in range(8)], dim=1)
-    return table.to(torch.int8).view(torch.int64).reshape(-1).to(device)
+
+    def make() -> Tensor:
+        byte = torch.arange(256)
+        table = torch.stack([lowest + 16 * ((byte >> shift) & 1) for shift in range(8)], dim=1)
+        return table.to(torch.int8).view(torch.int64).reshape(-1).to(device)
+
+    return kept(("eights", lowest, device), make)
 
 
 def _eight_in_a_byte(bits: Tensor) -> Tensor:

@@ -8,12 +8,10 @@ the codes, 64 with the upper two, sixteen s, then d (float16). In memory two low
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from ingraft.quant.blocks import FileFormat, by_block, halves, two_codes, two_in_a_byte
+from ingraft.quant.blocks import FileFormat, by_block, halves, kept, two_codes, two_in_a_byte
 from ingraft.quant.q4 import UNSIGNED, split_halves
 
 
@@ -44,9 +42,12 @@ def _four_codes(high: Tensor) -> Tensor:
     return torch.view_as_real(found).view(torch.float32).reshape(high.shape[0], -1)
 
 
-@functools.cache
 def _fours(device: torch.device) -> Tensor:
     """For every byte its four numbers, side by side in one 128-bit number."""
-    byte = torch.arange(256)
-    table = torch.stack([16.0 * ((byte >> shift) & 3) - 32.0 for shift in (6, 4, 2, 0)], dim=1).float()
-    return torch.view_as_complex(table.view(torch.float64)).to(device)
+
+    def make() -> Tensor:
+        byte = torch.arange(256)
+        table = torch.stack([16.0 * ((byte >> shift) & 3) - 32.0 for shift in (6, 4, 2, 0)], dim=1).float()
+        return torch.view_as_complex(table.view(torch.float64)).to(device)
+
+    return kept(("fours", device), make)

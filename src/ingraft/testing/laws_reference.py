@@ -26,6 +26,7 @@ from ingraft.adapt.stacked import matrices, own_tensors
 from ingraft.methods.contract import AttentionPart, InputPart, OutputPart, ParameterPart
 from ingraft.testing.cases import Case, close, differs, gradients, loss_of, output, run
 from ingraft.testing.suite import law
+from ingraft.testing.table import METHODS
 
 
 def _in_peft(case: Case) -> bool:
@@ -144,6 +145,8 @@ def _real(y: Tensor, like: Tensor) -> Tensor:
 def _no_equation(case: Case) -> str | None:
     if _in_peft(case):
         return "PEFT is the reference; see agrees_with_peft"
+    if case.method.name not in METHODS and case.row.equation is None:
+        return "no reference was given: check_method(Row(config=..., equation=...)) takes one"
     if case.subject.name == "encoder" and issubclass(case.part, OutputPart):
         return "torch's encoder packs its rows in evaluation, where a hook on the base cannot do what the equation says"
     return None
@@ -155,7 +158,11 @@ def agrees_with_its_equation(case: Case) -> None:
     model, batch = case.adapted("a"), case.batch()
     base = case.base()
     expected_base = run(base, batch)
-    if case.method.name == "reft":
+    if case.row.equation is not None:
+        adapt.make_dense(base)
+        with torch.no_grad():
+            case.row.equation({key: value.detach() for key, value in adapt.parameters(model, "a").items()}, base)
+    elif case.method.name == "reft":
         _edits_by_hand(case, model, base, batch)
     elif case.method.name == "fusion":
         base = case.bare()
@@ -185,7 +192,7 @@ def _parameters_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
                 bias = module._parameters.get("bias")
                 module._parameters["bias"] = nn.Parameter(value.detach() if bias is None else bias + value)
             else:
-                assert issubclass(case.part, ParameterPart), f"write {case.method.name}'s equation here"
+                assert issubclass(case.part, ParameterPart), f"no equation is written for {case.method.name}"
                 old = module._parameters[leaf]
                 assert old is not None
                 old.copy_(value)  # in place: what is tied stays tied

@@ -6,9 +6,11 @@ A new method costs one entry in `_OPTIONS`. Which subjects it may be tried on fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor, nn
 
 from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig
@@ -24,6 +26,8 @@ class Row:
         dropout: the name of its dropout option, None if it has none.
         companions: adapters that one of this method acts on, by name; they are attached, and do not act by themselves, wherever the laws
             speak of the base.
+        equation: changes a bare base as the method's equation says, given the adapter's tensors by path: the reference of law 22 for a method
+            that the package does not know.
         inexact: why its backward is not the derivative of its forward, None if it is.
     """
 
@@ -32,6 +36,7 @@ class Row:
     dropout: str | None = None
     inexact: str | None = None
     companions: Mapping[str, MethodConfig] = field(default_factory=dict[str, MethodConfig])
+    equation: Callable[[Mapping[str, Tensor], nn.Module], None] | None = None
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
