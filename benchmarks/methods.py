@@ -38,9 +38,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What a method needs beyond its defaults."""
 
 MEMBERS = ("even", "odd")
-"""A method over adapters (`Method.over`) gets these: two of MEMBER, each trained on every other row for half as many steps."""
+"""A method over adapters (`Method.over`) gets these: two of `MEMBER`, each trained on every other row for half as many steps."""
 
-MEMBER = "pfeiffer"
+MEMBER = {"fusion": "pfeiffer", "routing": "lora"}
 
 
 TIMED = 8
@@ -188,7 +188,7 @@ def train_one(name: str, options: argparse.Namespace) -> None:
     for i, (member, folder) in enumerate(recipe.get("adapters", {}).items()):
         half = options.runs / f"{member}.jsonl"
         half.write_text("".join(rows[i :: len(MEMBERS)]), encoding="utf-8")
-        own = {"method": MEMBER, "max_steps": options.steps // 2, "output_dir": folder, "adapters": {}}
+        own = {"method": MEMBER[name], "max_steps": options.steps // 2, "output_dir": folder, "adapters": {}}
         train(recipe | own | {"data": {"train": str(half), "eval": 0}}, overwrite_output_dir=True)
     train(recipe, overwrite_output_dir=True)
 
@@ -262,7 +262,7 @@ def page(
         "",
         *(f"- `{name}`: failed: {why}" for name, why in failed.items()),
         *(
-            f"- `{name}` acts over two adapters (`{MEMBER}`), each trained before it on every other row for half as many steps; the loss before is the bare base's."
+            f"- `{name}` acts over two adapters (`{MEMBER[name]}`), each trained before it on every other row for half as many steps; the loss before is the bare base's."
             for name in lines
             if load_method(name).over
         ),

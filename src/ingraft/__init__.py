@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from ingraft.methods.randlora import RandLoraConfig as RandLoraConfig
     from ingraft.methods.reft import ReftConfig as ReftConfig
     from ingraft.methods.road import RoadConfig as RoadConfig
+    from ingraft.methods.routing import RoutingConfig as RoutingConfig
     from ingraft.methods.rslora import RsLoraConfig as RsLoraConfig
     from ingraft.methods.shira import ShiraConfig as ShiraConfig
     from ingraft.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

@@ -16,6 +16,7 @@ import transformers
 import ingraft.adapters as hub
 from ingraft import adapt
 from ingraft.errors import IngraftError
+from ingraft.methods.registry import make_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "adapterhub.json").read_text())["cases"]
@@ -210,9 +211,11 @@ def test_what_cannot_be_fused_is_refused() -> None:
     _members(model, "p", "q")
     model.add_adapter("h", config="houlsby")
     model.add_adapter("low", config="lora")
+    adapt.attach(model, make_config("oft", {"oft_block_size": 4}), "turned")
     for names, words in (
         (("p", "h"), "'h' and 'p' lie at different places"),
-        (("p", "low"), r"'low' \(lora\) is no adapter that adds"),
+        (("p", "low"), "'low' and 'p' lie at different places"),
+        (("p", "turned"), r"'turned' \(oft\) is no adapter that adds"),
         (("p",), "at least two"),
         (("p", "p"), "more than once"),
         (("p", "x"), "'x', and no adapter"),

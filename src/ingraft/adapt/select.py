@@ -21,7 +21,6 @@ from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods.contract import (
-    AddingPart,
     AttentionPart,
     InputPart,
     Method,
@@ -31,6 +30,7 @@ from ingraft.methods.contract import (
     ParameterPart,
     Part,
     WeightPart,
+    adds,
 )
 
 ALL_LINEAR = "all-linear"
@@ -195,8 +195,18 @@ def _of_others(model: nn.Module, method: Method, names: Sequence[str]) -> dict[s
         f"{method.name}: {adapter.name!r} ({adapter.method.name}) is no adapter that adds to what a block or projection returns; only such can be "
         "acted on."
         for adapter in adapters
-        if not issubclass(adapter.method.part, AddingPart)
+        if not adds(adapter.method.part)
     ]
+    for adapter in adapters:
+        if issubclass(adapter.method.part, WeightPart):
+            sites = [path for path in adapter.sites if path not in adapter.beside]
+            odd = [path for path in sites if not _is_linear(model.get_submodule(path))]
+            if odd:
+                more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+                problems.append(
+                    f"{method.name}: {adapter.name!r} ({adapter.method.name}) lies on {odd[0]}{more}; of adapters on weights only those of linear "
+                    "layers can be acted on."
+                )
     own = [{path: role for path, role in a.sites.items() if path not in a.beside} for a in adapters]
     problems += [
         f"{method.name}: {adapter.name!r} and {adapters[0].name!r} lie at different places; all must have the same target_modules."
@@ -210,14 +220,14 @@ def _of_others(model: nn.Module, method: Method, names: Sequence[str]) -> dict[s
     return own[0]
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return (kind := kind_of(module)) is not None and kind.name in ("linear", "conv1d-transposed")
+
+
 def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output head (and, on a classifier, the head that lies beside the base); attentions that keep theirs
     as tensors of their own, too."""
-    linear = [
-        path
-        for path, module in modules.items()
-        if matrices(module) or ((kind := kind_of(module)) and kind.name in ("linear", "conv1d-transposed"))
-    ]
+    linear = [path for path, module in modules.items() if matrices(module) or _is_linear(module)]
     head = models.output_head(model)
     linear = [path for path in linear if modules[path] is not head]
     prefix = getattr(model, "base_model_prefix", "")

@@ -14,7 +14,7 @@ from ingraft.adapt.rows import Call, dropout, row_keys
 from ingraft.adapt.swap import Forward
 from ingraft.adapt.weights import Kind
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AddingPart, ParameterPart, Part, Site, WeightPart
+from ingraft.methods.contract import ParameterPart, Part, Site, WeightPart, addition
 
 
 class LayerSite(Site):
@@ -71,10 +71,10 @@ class LayerSite(Site):
         changes: list[Tensor] = []
         for name in names:
             part = part_of(self._host, name)
-            assert isinstance(part, AddingPart), f"{self._state.path} has no part of {name} that adds something"
+            assert part is not None, f"{self._state.path} has no part of {name}"
             site = LayerSite(self._host, self._state, self._call, [], part, self._entries, self._size, self._base)
             with present(part):
-                changes.append(part.change(x, y, site))
+                changes.append(addition(part, x, y, site))
         return changes
 
     def prompt_mask(self, y: Tensor) -> Tensor:

@@ -25,103 +25,21 @@ Legend for suffixes: O out features, I in features, R rank, B rows, T positions,
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ingraft.errors import IngraftError
+from ingraft.methods.config import MethodConfig as MethodConfig
+from ingraft.methods.config import tuple_of_names as tuple_of_names
 from ingraft.methods.layout import Foreign as Foreign
 from ingraft.methods.layout import HubLayout as HubLayout
 from ingraft.methods.layout import PeftLayout as PeftLayout
 
 Composition = Literal["add", "chain"]
-
-
-def tuple_of_names(value: object) -> tuple[str, ...]:
-    """Normalise one name or a sequence of names to a tuple; a set is sorted so that files come out the same in every process."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, set | frozenset):
-        return tuple(sorted(value))
-    if isinstance(value, list | tuple):
-        return tuple(value)
-    raise IngraftError(f"Expected a name or a list of names, got {value!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """Hyperparameters common to every method. Subclasses add their own and check them in `problems`.
-
-    Attributes:
-        target_modules: which modules to adapt: "all-linear", a regular expression over full module names (a string), or names matched
-            exactly or as a dotted suffix (a list). None takes the method's own default.
-        exclude_modules: the same notation; what it matches is left alone.
-        layers_to_transform: only blocks with these indices (numbers in the module path); negative ones count from the end of their stack.
-        target_parameters: tensors of a module that applies them in code of its own (the stacked matrices of a mixture's experts), named exactly
-            or by a dotted suffix (`experts.gate_up_proj`); beside `target_modules`, of which [] means none. Weight methods alone.
-        modules_to_save: modules outside the method's sites that are trained in full beside it (a new classification head).
-        trainable_token_indices: tokens whose rows of the embedding (and of a head tied to it) are trained beside it; or, by name of the module,
-            of other embeddings and heads.
-    """
-
-    method: ClassVar[str] = ""
-    """The method's name in the registry."""
-
-    target_modules: str | tuple[str, ...] | None = None
-    exclude_modules: str | tuple[str, ...] | None = None
-    layers_to_transform: tuple[int, ...] | None = None
-    target_parameters: tuple[str, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
-    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple_of_names(value))
-        object.__setattr__(self, "modules_to_save", tuple_of_names(self.modules_to_save))
-        object.__setattr__(self, "target_parameters", tuple_of_names(self.target_parameters) or None)
-        tokens = self.trainable_token_indices or None
-        plain = (
-            {name: tuple(own) for name, own in tokens.items()}
-            if isinstance(tokens, Mapping)
-            else tokens and tuple(tokens)
-        )
-        object.__setattr__(self, "trainable_token_indices", plain)
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
-        if found := self.problems():
-            raise IngraftError(*found)
-
-    def problems(self) -> list[str]:
-        """Every reason why these values cannot work, each a sentence; an empty list if none. Cheap, and needs no model."""
-        return []
-
-    def at(self, path: str) -> Self:
-        """The options as they hold at one site, where they may differ from site to site (a rank by pattern)."""
-        del path
-        return self
-
-    def among(self, paths: Sequence[str]) -> Sequence[str]:
-        """Which of the sites found are adapted, in model order: all, unless an option says how many (the topmost blocks)."""
-        return paths
-
-    def idle(self, paths: Iterable[str]) -> list[str]:
-        """Options that name modules and mean none of these, each a sentence."""
-        del paths
-        return []
-
-    def options(self) -> dict[str, object]:
-        """The fields as plain data, in order of declaration."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 class Site(ABC):
@@ -298,7 +216,7 @@ class OutputPart(Part):
 class AddingPart(OutputPart):
     """An output part that adds something to what a block or projection returns. Abstract.
 
-    What it adds is asked for by itself, so that others can act on it (a fusion of several adapters, a weight for each).
+    What it adds is asked for by itself, so that others can act on it (`adds`).
     """
 
     @abstractmethod
@@ -307,6 +225,19 @@ class AddingPart(OutputPart):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return added(x, y, self.change(x, y, site), site)
+
+
+def adds(part: type[Part]) -> bool:
+    """Whether what parts of this class add can be asked for by itself (`addition`), so that methods over adapters can act on it."""
+    return issubclass(part, AddingPart) or (issubclass(part, ShortcutPart) and part.additive)
+
+
+def addition(part: Part, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """What a part adds to a module's output y, given its input x."""
+    if isinstance(part, AddingPart):
+        return part.change(x, y, site)
+    assert isinstance(part, ShortcutPart) and part.additive
+    return part.after(x, torch.zeros_like(y), site)
 
 
 def added(x: Tensor, y: Tensor, change: Tensor, site: Site) -> Tensor:

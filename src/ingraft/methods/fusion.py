@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ingraft.methods.contract import AddingPart, Method, MethodConfig, Site, SiteFacts, fresh, tuple_of_names
+from ingraft.methods.contract import AddingPart, Method, MethodConfig, Site, SiteFacts, fresh
+from ingraft.methods.over import OverConfig, members
 
 REGULARIZATION = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusionConfig(MethodConfig):
+class FusionConfig(OverConfig):
     """A fusion's hyperparameters; the modules are those of the adapters it fuses.
 
     Attributes:
-        adapters: names of the adapters to fuse, attached under these names; at least two.
         value: train V, which starts as the identity; false leaves it out.
         regularization: keep V near the identity by a penalty of 0.01 ||V - 1||^2.
         dropout: probability of dropping a score of the attention, in [0, 1).
@@ -40,21 +40,12 @@ class FusionConfig(MethodConfig):
 
     method: ClassVar[str] = "fusion"
 
-    adapters: tuple[str, ...] = ()
     value: bool = True
     regularization: bool = True
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "adapters", tuple_of_names(self.adapters))
-        super().__post_init__()
-
     def problems(self) -> list[str]:
-        found: list[str] = []
-        if len(set(self.adapters)) != len(self.adapters):
-            found.append(f"adapters: a name stands more than once in {', '.join(self.adapters)}.")
-        if self.target_modules is not None:
-            found.append("fusion: its modules are those of the adapters it fuses; leave target_modules out.")
+        found = super().problems()
         if not 0.0 <= self.dropout < 1.0:
             found.append(f"dropout must lie in [0, 1), got {self.dropout}.")
         return found
@@ -89,11 +80,6 @@ class Fusion(AddingPart):
         return mixed if self.value is None else F.linear(mixed, self.value.to(y.dtype))
 
 
-def fused(config: FusionConfig) -> tuple[str, ...]:
-    """The adapters that it acts on."""
-    return config.adapters
-
-
 def penalty(config: FusionConfig, parts: Mapping[str, Fusion]) -> Tensor:
     """How far the Vs are from the identity."""
     values = [part.value for part in parts.values() if part.value is not None and config.regularization]
@@ -119,5 +105,5 @@ METHOD = Method(
     identity_at_init=False,
     count=count,
     penalty=penalty,
-    over=fused,
+    over=members,
 )

@@ -104,8 +104,11 @@ class Case:
         for name, config in self.row.companions.items():
             if unfit_for_outputs(self.subject) is not None:
                 break
-            named = config if self.subject.targets is None else replace(config, target_modules=self.subject.outputs)
-            adapt.attach(model, named, name, seed=zlib.crc32(name.encode()))
+            if not self.subject.transformers:
+                config = replace(config, target_modules=self.subject.outputs)
+            elif self.subject.targets is not None and issubclass(registry.load(config.method).part, WeightPart):
+                config = replace(config, target_modules=self.subject.targets)
+            adapt.attach(model, config, name, seed=zlib.crc32(name.encode()))
             randomise(model, name)
             adapt.activate(model)
             adapt.trainable(model)
@@ -145,6 +148,9 @@ def why_not(case: Case) -> str | None:
         return reason
     if issubclass(part, InputPart) and subject.name == "vit":
         return "an image has no tokens to put a prompt in front of"
+    on_weights = any(issubclass(registry.load(one.method).part, WeightPart) for one in case.row.companions.values())
+    if on_weights and subject.name == "attention":
+        return "of adapters on weights only those of linear layers can be acted on"
     return _refusal(case)
 
 

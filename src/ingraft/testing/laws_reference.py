@@ -167,6 +167,9 @@ def agrees_with_its_equation(case: Case) -> None:
     elif case.method.name == "fusion":
         base = case.bare()
         _fusions_by_hand(case, model, base)
+    elif case.method.name == "routing":
+        base = case.bare()
+        _routes_by_hand(case, model, base)
     elif issubclass(case.part, OutputPart):
         _bottlenecks_by_hand(case, model, base)
     else:
@@ -252,6 +255,28 @@ def _fusions_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
             )
             changed = type(module).forward(module, args[0] + change) if role == "norm" else first + change
             return (changed, *y[1:]) if isinstance(y, tuple) else changed
+
+        base.get_submodule(path).register_forward_hook(replace)
+
+
+def _routes_by_hand(case: Case, model: nn.Module, base: nn.Module) -> None:
+    parts = {name: adapt.parameters(model, name) for name in ("a", *case.row.companions)}
+    options: Any = case.config
+    for path in require_control(model).require("a").sites:
+        of = {
+            name: {key.rpartition(".")[2]: p.detach() for key, p in found.items() if key.startswith(path + ".")}
+            for name, found in parts.items()
+        }
+
+        def replace(module: nn.Module, args: Any, y: Tensor, of: Any = of) -> Tensor:
+            del module
+            scores = (y @ of["a"]["gate"].T + of["a"]["gate_bias"]) / options.temperature
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            changes = [
+                config.lora_alpha / config.r * (args[0] @ of[name]["lora_A"].T) @ of[name]["lora_B"].T  # type: ignore[attr-defined]
+                for name, config in case.row.companions.items()
+            ]
+            return y + sum(weights[..., i, None] * c for i, c in enumerate(changes))
 
         base.get_submodule(path).register_forward_hook(replace)
 

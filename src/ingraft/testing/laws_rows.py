@@ -168,6 +168,10 @@ def _refuses_rows(case: Case) -> None:
     same(run(model, case.batch(2)), expected, "output after the refusal")
 
 
+VISIBLE = 1e-3
+"""A mask's effect, as a share of the output: a fusion drops scores of an attention, which moves little, and rounding moves 1e-6."""
+
+
 @law(13, refusal=shared_over_rows, refuses=_refuses_rows)
 def mixed_rows_are_each_row_alone(case: Case) -> None:
     """In a batch whose rows have different adapters, or none, or several, each row is what it is alone."""
@@ -240,9 +244,9 @@ def dropout_belongs_to_the_row(case: Case) -> None:
     adapt.dropout_step(model, 5, ids)
     at_five = run(model, batch)
     adapt.dropout_step(model, 6, ids)
-    differs(run(model, batch), at_five, "two steps")
+    differs(run(model, batch), at_five, "two steps", least=VISIBLE)
     adapt.dropout_step(model, 5, ids + 1)
-    differs(run(model, batch), at_five, "two identities of the rows")
+    differs(run(model, batch), at_five, "two identities of the rows", least=VISIBLE)
     model.eval()
     close(run(model, batch), run(case.adapted("a"), batch), "dropout in evaluation and no dropout")
 

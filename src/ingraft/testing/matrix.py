@@ -49,7 +49,7 @@ def lines(results: Iterable[tuple[str, int, str, str]]) -> list[str]:
         "",
         *_table(methods, [str(number) for number in numbers], by_law, later),
         "",
-        "The same checks, by method and what they were tried on: layer kinds, kinds of base, and families of models.",
+        "The same checks, by method and what they were tried on: layer kinds and models in float32 and bfloat16, then both over packed weights.",
         "",
         *_table(methods, subjects, places, {}),
         "",

@@ -77,6 +77,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "compacter": {"reduction_factor": 4.0, "phm_dim": 2},
     "reft": {"r": 3, "positions": "f2+l1"},
     "fusion": {"adapters": ["one", "two"]},
+    "routing": {"adapters": ["one", "two"], "temperature": 0.8},
     "prefix": {"num_virtual_tokens": 3},
     "prompt": {"num_virtual_tokens": 3},
     "p-tuning-v2": {"num_virtual_tokens": 3},
@@ -133,7 +134,11 @@ _COMPANIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "fusion": {
         "one": ("pfeiffer", {"reduction_factor": 4.0}),
         "two": ("pfeiffer", {"reduction_factor": 2.0, "non_linearity": "tanh"}),
-    }
+    },
+    "routing": {
+        "one": ("lora", {"r": 4, "lora_alpha": 12}),
+        "two": ("lora", {"r": 2}),
+    },
 }
 
 
