@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ingraft.adapt as adapt
-from ingraft.adapt.rows import Call, dropout, row_keys
+from ingraft.adapt.dropout import dropout, dropped_product
+from ingraft.adapt.rows import Call, row_keys
 from ingraft.methods.lora import LoraConfig
 
 ROWS, WIDTH = 64, 4096
@@ -126,3 +127,47 @@ def test_two_adapters_with_one_seed_share_masks_and_two_seeds_do_not() -> None:
         outputs.append(net.train()(x))
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_gradients_are_those_of_what_is_left() -> None:
+    """The product with A keeps x and makes the mask again: autograd's own gradients, in float64."""
+    x, A = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4, 7), (2, 7)))
+    keys = row_keys(Call(), 5, 3, None, torch.device("cpu"))
+    assert torch.autograd.gradcheck(lambda x, A: dropped_product(x, A, 0.3, keys), (x, A))
+    assert torch.autograd.gradcheck(lambda x: dropout(x, 0.3, keys), (x,))
+    torch.testing.assert_close(dropped_product(x, A, 0.3, keys), dropout(x, 0.3, keys) @ A.T)
+
+
+class Three(nn.Module):
+    """Three projections of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, out, bias=False) for out in (64, 32, 32))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_what_lora_keeps_for_backward(p: float) -> None:
+    """One input for all three, and three products with A; dropout keeps nothing more than a key for each row."""
+    r, B, T = 4, 2, 8
+    model = Three().bfloat16()
+    adapt.attach(model, LoraConfig(r=r, lora_dropout=p, target_modules=["q", "k", "v"]), seed=1)
+    model.train()
+    x = torch.randn(B, T, 64, dtype=torch.bfloat16, requires_grad=True)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    tokens, keys = 2 * B * T, 4 * B if p else 0
+    casts = 2 * r * (3 * 64 + 64 + 32 + 32)  # A and B in bfloat16
+    assert sum(kept.values()) == tokens * 64 + 3 * tokens * r + casts + 3 * keys

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ingraft.adapt.context import Context, Tokens
+from ingraft.adapt.dropout import mixed
 from ingraft.errors import IngraftError
 
 Names = tuple[str, ...]
@@ -165,27 +166,5 @@ def row_keys(call: Call, salt: int, size: int, entries: Tensor | None, device: t
         n = call.row_ids.shape[0]
         k = max(size // n, 1)
         index = call.row_ids.to(device)[torch.clamp(index // k, max=n - 1)] * k + index % k
-    key = _mix((index + salt * 0x632BE5).to(torch.int32))
-    return _mix(key + call.step.to(device=device, dtype=torch.int32) * -1640531527)
-
-
-def dropout(x: Tensor, p: float, keys_B: Tensor) -> Tensor:
-    """Zero entries with probability p and scale the rest by 1 / (1 - p), each row by its own key.
-
-    Args:
-        x: dimension 0 goes with `keys_B`; the position of an entry is its flat index within the row.
-    """
-    flat_BN = x.reshape(x.shape[0], -1)
-    position_N = torch.arange(flat_BN.shape[1], dtype=torch.int32, device=x.device)
-    bits_BN = _mix(keys_B[:, None] ^ (position_N * 0x3C6EF372)[None, :])
-    keep_BN = bits_BN >= int(p * 2**32) - 2**31  # the hash is uniform over all 2^32 signed values
-    return (flat_BN * keep_BN).reshape(x.shape) * (1.0 / (1.0 - p))
-
-
-def _mix(h: Tensor) -> Tensor:
-    """Two rounds of multiply and xorshift on int32, with wrap-around. Arithmetic shifts, so the sign bits are masked off."""
-    h = h ^ ((h >> 16) & 0xFFFF)
-    h = h * 0x21F0AAAD
-    h = h ^ ((h >> 15) & 0x1FFFF)
-    h = h * -749064809  # 0xd35a2d97 as int32
-    return h ^ ((h >> 15) & 0x1FFFF)
+    key = mixed((index + salt * 0x632BE5).to(torch.int32))
+    return mixed(key + call.step.to(device=device, dtype=torch.int32) * -1640531527)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ingraft.adapt.compose import composed, own_parameters
 from ingraft.adapt.context import Tokens, prompt_of, tasks_of
 from ingraft.adapt.control import HostState, part_of
+from ingraft.adapt.dropout import dropout, dropped_product
 from ingraft.adapt.offload import present
-from ingraft.adapt.rows import Call, dropout, row_keys
+from ingraft.adapt.rows import Call, row_keys
 from ingraft.adapt.swap import Forward
 from ingraft.adapt.weights import Kind
 from ingraft.errors import IngraftError
@@ -39,8 +40,12 @@ class LayerSite(Site):
         assert self._state.kind is not None, f"{self._state.path} is no layer of a known kind"
         return self._state.kind
 
-    def op(self, x: Tensor, matrix_KI: Tensor) -> Tensor:
-        return self._kind().op(self._host, x, matrix_KI)
+    def op(self, x: Tensor, matrix_KI: Tensor, dropout: float = 0.0) -> Tensor:
+        if not self.drops(x, dropout):
+            return self._kind().op(self._host, x, matrix_KI)
+        if self._kind().multiplies:
+            return dropped_product(x, matrix_KI, dropout, self._keys(x))
+        return self._kind().op(self._host, self.dropout(x, dropout), matrix_KI)
 
     def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
         return self._kind().mix(self._host, u, matrix_OK)
@@ -60,12 +65,15 @@ class LayerSite(Site):
     def inp(self, v_I: Tensor) -> Tensor:
         return self._kind().along_in(self._host, v_I)
 
+    def drops(self, x: Tensor, p: float) -> bool:
+        return p > 0.0 and self._part.training and x.is_floating_point()
+
     def dropout(self, x: Tensor, p: float) -> Tensor:
-        if p == 0.0 or not self._part.training:
-            return x
-        name = _name_of(self._host, self._part)
-        seed = self._state.control.adapters[name].seed
-        return dropout(x, p, row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device))
+        return dropout(x, p, self._keys(x)) if self.drops(x, p) else x
+
+    def _keys(self, x: Tensor) -> Tensor:
+        seed = self._state.control.adapters[_name_of(self._host, self._part)].seed
+        return row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device)
 
     def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
         changes: list[Tensor] = []

@@ -52,6 +52,8 @@ class Kind(ABC):
     matrix: ClassVar[bool] = True
     channel_dim: ClassVar[int] = -1
     """The dimension of the input and output that W's columns and rows run along."""
+    multiplies: ClassVar[bool] = False
+    """Whether `op` is the matrix product with the last dimension of its input."""
     dense_class: ClassVar[type[nn.Module] | None] = None
     """For a layer whose weight is kept in packed blocks: the class that computes the same with a dense weight."""
 
@@ -134,6 +136,7 @@ class Kind(ABC):
 
 class LinearKind(Kind):
     name = "linear"
+    multiplies = True
 
     def claims(self, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear)
@@ -146,6 +149,7 @@ class TransposedLinearKind(Kind):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (in, out)."""
 
     name = "conv1d-transposed"
+    multiplies = True
 
     def claims(self, layer: nn.Module) -> bool:
         return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__)

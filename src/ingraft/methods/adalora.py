@@ -109,7 +109,7 @@ class AdaLoRA(ShortcutPart):
         A_RI = self.lora_A.to(dtype) * (
             self.scale * self.lora_E.to(dtype)
         )  # on A's side: a grouped convolution has more channels
-        u_R = site.op(site.dropout(x, self.p) if x.is_floating_point() else x, A_RI)
+        u_R = site.op(x, A_RI, self.p)
         return y + site.mix(u_R, self.lora_B.to(dtype))
 
     def low_rank(self) -> Factors:

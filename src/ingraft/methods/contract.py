@@ -48,8 +48,12 @@ class Site(ABC):
     role: str
 
     @abstractmethod
-    def op(self, x: Tensor, matrix_KI: Tensor) -> Tensor:
-        """Apply a matrix the way this layer applies its own weight (product, convolution, lookup), without bias."""
+    def op(self, x: Tensor, matrix_KI: Tensor, dropout: float = 0.0) -> Tensor:
+        """Apply a matrix the way this layer applies its own weight (product, convolution, lookup), without bias.
+
+        Args:
+            dropout: of entries of x, as `dropout` does; a product keeps x for backward then, not what is left of it.
+        """
 
     @abstractmethod
     def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
@@ -70,6 +74,10 @@ class Site(ABC):
     @abstractmethod
     def inp(self, v_I: Tensor) -> Tensor:
         """Reshape a vector over input channels so that it broadcasts against the layer's input."""
+
+    @abstractmethod
+    def drops(self, x: Tensor, p: float) -> bool:
+        """Whether `dropout` does anything now: only while training, and never to tokens."""
 
     @abstractmethod
     def dropout(self, x: Tensor, p: float) -> Tensor:

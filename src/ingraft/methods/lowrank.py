@@ -47,11 +47,8 @@ class LowRank(ShortcutPart):
 
     def branch(self, x: Tensor, site: Site) -> Tensor:
         """s B A x, the way the layer applies its weight."""
-        if x.is_floating_point():
-            dtype, x = x.dtype, site.dropout(x, self.p)
-        else:
-            dtype = site.weight().dtype  # ids: an embedding
-        u_R = site.op(x, self.lora_A.to(dtype))
+        dtype = x.dtype if x.is_floating_point() else site.weight().dtype  # ids: an embedding
+        u_R = site.op(x, self.lora_A.to(dtype), self.p)
         return site.mix(u_R * self.scale, self.lora_B.to(dtype))
 
 

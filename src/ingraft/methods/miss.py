@@ -91,7 +91,7 @@ class MiSS(ShortcutPart):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         block_RM, (high, wide) = self.miss_block.to(y.dtype), self.shape
-        x = site.dropout(x, self.p) if x.is_floating_point() else x
+        x = site.dropout(x, self.p)
         if self.flat:  # the sum of the shards
             x_R = F.pad(x, (0, -wide % self.r)).unflatten(-1, (-1, self.r)).sum(-2)
             y_M = x_R @ block_RM

@@ -105,7 +105,7 @@ class RandLoRA(ShortcutPart):
         return (W.float() + (delta_LS if self.high else delta_LS.T)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        x = site.dropout(x, self.p) if x.is_floating_point() else x
+        x = site.dropout(x, self.p)
         diagonals, fixed_LQ = (self.randlora_lambda, self.randlora_gamma), self.fixed(y.dtype)
 
         def thin(x: Tensor, l_RN: Tensor, g_NS: Tensor) -> Tensor:

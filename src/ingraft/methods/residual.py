@@ -52,8 +52,7 @@ class Residual(LowRank):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         dtype = x.dtype if x.is_floating_point() else site.weight().dtype
-        dropped = site.dropout(x, self.p) if x.is_floating_point() else x
-        if dropped is not x:  # the start comes off what the base made of the whole input
+        if site.drops(x, self.p):  # the start comes off what the base made of the whole input
             u_R = site.op(x, self.start_A.to(dtype))
             return y + self.branch(x, site) - site.mix(u_R * self.scale, self.start_B.to(dtype))
         A, B = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], 1).to(dtype)

@@ -102,8 +102,7 @@ class VBLoRA(ShortcutPart):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         change = self._factors(y.dtype)
-        x = site.dropout(x, self.p) if x.is_floating_point() else x
-        return y + site.mix(site.op(x, change.A_RI.to(y.dtype)), change.B_OR.to(y.dtype))
+        return y + site.mix(site.op(x, change.A_RI.to(y.dtype), self.p), change.B_OR.to(y.dtype))
 
 
 def refuses(config: VBLoRAConfig, facts: SiteFacts) -> str | None:

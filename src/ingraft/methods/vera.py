@@ -99,9 +99,8 @@ class VeRA(ShortcutPart):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         A_RI, B_OR = self.pair(y.dtype)
-        x = site.dropout(x, self.p) if x.is_floating_point() else x
         d_R = self.vera_lambda_d.to(y.dtype).repeat(self.groups)  # every group of a convolution passes through A
-        return y + site.mix(site.op(x, A_RI) * site.out(d_R), B_OR) * site.out(self.vera_lambda_b.to(y.dtype))
+        return y + site.mix(site.op(x, A_RI, self.p) * site.out(d_R), B_OR) * site.out(self.vera_lambda_b.to(y.dtype))
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

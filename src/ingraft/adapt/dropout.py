@@ -1,0 +1,89 @@
+"""Dropout whose mask is a function of a row's key and an entry's place, so that it is made again in backward and never kept.
+
+A mask is a hash of 32 bits for every two entries, 16 bits for each: probabilities are met to one in 65,536. The product of what is left with a small
+matrix (a LoRA's A) keeps x, which other sites keep as well, and no tensor of x's size of its own.
+
+Legend: B rows, N entries of a row, I in, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dropout(x: Tensor, p: float, keys_B: Tensor) -> Tensor:
+    """Zero entries with probability p and scale the rest by 1 / (1 - p), each row by its own key.
+
+    Args:
+        x: dimension 0 goes with `keys_B`; the position of an entry is its flat index within the row.
+    """
+    return cast(Tensor, _Dropped.apply(x, p, keys_B))
+
+
+def dropped_product(x: Tensor, A_RI: Tensor, p: float, keys_B: Tensor) -> Tensor:
+    """A d(x), d as `dropout`: (B, ..., R)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, A_RI = x.to(dtype), A_RI.to(dtype)
+    return cast(Tensor, _Product.apply(x, A_RI, p, keys_B))
+
+
+def mixed(h: Tensor) -> Tensor:
+    """Two rounds of multiply and xorshift on int32, with wrap-around. Arithmetic shifts, so the sign bits are masked off."""
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * 0x21F0AAAD
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    h = h * -749064809  # 0xd35a2d97 as int32
+    return h ^ ((h >> 15) & 0x1FFFF)
+
+
+def _kept(x: Tensor, p: float, keys_B: Tensor) -> Tensor:
+    """Which entries of x stay: its shape, bool."""
+    n = x[0].numel() if len(x) else 0
+    pair_N = torch.arange((n + 1) // 2, dtype=torch.int32, device=x.device)
+    bits_BN = mixed(keys_B[:, None] ^ (pair_N * 0x3C6EF372)[None, :]).view(torch.int16)[:, :n]
+    return (bits_BN >= int(p * 2**16) - 2**15).view(x.shape)  # uniform over all 2^16 signed values
+
+
+def _dropped(x: Tensor, p: float, keep: Tensor) -> Tensor:
+    return torch.where(keep, x, 0.0) * (1.0 / (1.0 - p))
+
+
+class _Dropped(torch.autograd.Function):
+    """What is left; its gradient is what is left of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, keys_B: Tensor) -> Tensor:
+        ctx.save_for_backward(keys_B)
+        ctx.p = p
+        return _dropped(x, p, _kept(x, p, keys_B))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (keys_B,) = ctx.saved_tensors
+        return _dropped(grads[0], ctx.p, _kept(grads[0], ctx.p, keys_B)), None, None
+
+
+class _Product(torch.autograd.Function):
+    """A d(x), of which backward is left x and A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A_RI: Tensor, p: float, keys_B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A_RI, keys_B)
+        ctx.p = p
+        return F.linear(torch.where(_kept(x, p, keys_B), x, 0.0), A_RI) * (1.0 / (1.0 - p))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, A_RI, keys_B = ctx.saved_tensors
+        g, keep, right, left = grads[0] * (1.0 / (1.0 - ctx.p)), _kept(x, ctx.p, keys_B), None, None
+        if ctx.needs_input_grad[0]:
+            right = torch.where(keep, g @ A_RI, 0.0)
+        if ctx.needs_input_grad[1]:
+            left = g.reshape(-1, g.shape[-1]).T @ torch.where(keep, x, 0.0).reshape(-1, x.shape[-1])
+        return right, left, None, None
