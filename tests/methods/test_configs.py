@@ -7,10 +7,13 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
+from ingraft import LoraConfig, adapt
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import AttentionPart, InputPart, Method, OutputPart, ParameterPart, WeightPart
@@ -115,3 +118,50 @@ def test_counts_of_wide_models_need_no_memory() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(8192, 8192) for _ in range(1000)), nn.Linear(8192, 2))
     assert expected_count(model, LoraConfig(r=16)) == 1000 * 16 * 2 * 8192
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (LoraConfig, {"r": 2.5}, "r must be a whole number, got 2.5"),
+        (
+            LoraConfig,
+            {"r": "8", "lora_alpha": NAN},
+            "r must be a whole number.*\n*.*lora_alpha must be a finite number, got nan",
+        ),
+        (LoraConfig, {"rank_pattern": {"q_proj": 2.5}}, "rank_pattern must be a mapping, by name a whole number"),
+        (LoraConfig, {"layers_to_transform": "0"}, "layers_to_transform must be a list, each a whole number or null"),
+        (LoraConfig, {"target_modules": [3]}, "target_modules must be a text or a list, each a text or null"),
+        (LoraConfig, {"trainable_token_indices": "a"}, "trainable_token_indices must be"),
+    ],
+    ids=lambda value: (
+        value.__name__ if isinstance(value, type) else next(iter(value)) if isinstance(value, dict) else ""
+    ),
+)
+def test_values_of_another_type_are_refused_by_name(config: Any, options: dict[str, Any], words: str) -> None:
+    """All of them at once, before a model is there."""
+    with pytest.raises(IngraftError, match=words):
+        config(**options)
+
+
+def test_numbers_out_of_an_array_are_numbers() -> None:
+    config = LoraConfig(r=np.int64(4), lora_alpha=np.float32(8.0), layers_to_transform=range(2))  # type: ignore[arg-type]
+    assert (config.r, config.lora_alpha, config.layers_to_transform) == (4, 8.0, (0, 1))
+    assert type(config.r) is int
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("x", LoraConfig()), "the model is a str"),
+        ((nn.Linear(2, 2), {"r": 3}), "a method's config is wanted"),
+        ((nn.Linear(2, 2), LoraConfig(), None), "None is no name"),
+    ],
+    ids=["model", "config", "name"],
+)
+def test_attach_says_what_it_wants(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(IngraftError, match=words):
+        adapt.attach(*arguments)

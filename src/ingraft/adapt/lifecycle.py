@@ -77,8 +77,19 @@ def attach(
     Raises:
         IngraftError: every reason why the adapter cannot be attached. The model is then unchanged.
     """
+    problems: list[str] = []
+    # What a type checker would have said, for who has none.
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        problems.append(f"attach: the model is a {type(model).__name__}, no torch module.")
+    if not isinstance(config, MethodConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        problems.append(
+            f"attach: a method's config is wanted, such as LoraConfig(r=8), got {config!r}; "
+            "ingraft.methods.registry.make_config makes one from a name and a mapping."
+        )
+    if problems:
+        raise IngraftError(*problems)
     control = control_of(model) or Control()
-    if not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise IngraftError(
             f"{name!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit."
         )

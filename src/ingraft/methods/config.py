@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from ingraft.errors import IngraftError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def tuple_of_names(value: object) -> tuple[str, ...]:
@@ -50,23 +55,23 @@ class MethodConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value).__module__ == "numpy" and hasattr(value, "item"):  # a number out of an array
+                object.__setattr__(self, field.name, value.item())
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple_of_names(value))
         object.__setattr__(self, "modules_to_save", tuple_of_names(self.modules_to_save))
         object.__setattr__(self, "target_parameters", tuple_of_names(self.target_parameters) or None)
-        tokens = self.trainable_token_indices or None
-        plain = (
-            {name: tuple(own) for name, own in tokens.items()}
-            if isinstance(tokens, Mapping)
-            else tokens and tuple(tokens)
-        )
-        object.__setattr__(self, "trainable_token_indices", plain)
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
-        if found := self.problems():
+        tokens: Any = self.trainable_token_indices
+        if isinstance(tokens, Mapping):
+            tokens = {name: _tuple(own) for name, own in tokens.items()}
+        object.__setattr__(self, "trainable_token_indices", _tuple(tokens) or None)
+        object.__setattr__(self, "layers_to_transform", _tuple(self.layers_to_transform))
+        # What has the wrong type would make `problems` itself stumble.
+        if found := _wrong_types(self) or self.problems():
             raise IngraftError(*found)
 
     def problems(self) -> list[str]:
@@ -90,3 +95,55 @@ class MethodConfig:
     def options(self) -> dict[str, object]:
         """The fields as plain data, in order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def _tuple(value: Any) -> Any:
+    """A number or a list of numbers as a tuple; anything else as it is."""
+    return (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list | set | range) else value
+
+
+def _wrong_types(config: MethodConfig) -> list[str]:
+    """Values that are not of their field's type, or not finite, each a sentence."""
+    from pydantic import ValidationError
+
+    found: list[str] = []
+    for name, (kind, adapter) in _kinds(type(config)).items():
+        value = getattr(config, name)
+        try:
+            adapter.validate_python(value)
+        except ValidationError:
+            found.append(f"{name} must be {_in_words(kind)}, got {value!r}.")
+    return found
+
+
+@functools.cache
+def _kinds(cls: type[MethodConfig]) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    """Each field's type, and what checks it."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    hints = get_type_hints(cls)
+    return {f.name: (hints[f.name], TypeAdapter(hints[f.name], config=strict)) for f in dataclasses.fields(cls)}
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    types.NoneType: "null",
+}
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a reader of a recipe would say it."""
+    inside = get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_in_words(one) for one in inside)
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, inside))
+    if get_origin(kind) is tuple:
+        return f"a list, each {_in_words(inside[0])}"
+    if get_origin(kind) is not None and issubclass(get_origin(kind), Mapping):
+        return f"a mapping, by name {_in_words(inside[1])}"
+    return _WORDS.get(kind, str(getattr(kind, "__name__", kind)))
