@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import ingraft
 import peft
 from ingraft.adapt.files import CONFIG
+from ingraft.errors import IngraftError
 from ingraft.methods.registry import make_config
 from ingraft.testing.cases import loss_of
 
@@ -391,3 +393,22 @@ def test_adalora_by_the_incumbents_names(tmp_path: Path, tiny: SimpleNamespace) 
     assert sum(sizes) == 2 * len(sizes)
     batch = tiny.example("llama")
     assert float((tiny.output(again, batch) - tiny.output(model, batch)).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("start", ["loftq", "corda", "lora_ga"])
+def test_how_a_file_of_the_incumbents_started(start: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """LoftQ's is an ordinary LoRA by now; what changed the base's weights cannot be honoured, and says so."""
+    model, batch = tiny.make("llama"), tiny.example("llama")
+    ingraft.attach(model, make_config("lora", {"r": 3}), seed=1)
+    tiny.perturb(ingraft.parameters(model, "default").values())
+    ingraft.save(model, tmp_path / "a")
+    (tmp_path / "a" / "ingraft.json").unlink()
+    file = tmp_path / "a" / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start}))
+    other = tiny.make("llama")
+    if start == "loftq":
+        ingraft.load(other, tmp_path / "a")
+        assert torch.equal(tiny.output(other, batch), tiny.output(model, batch))
+    else:
+        with pytest.raises(IngraftError, match=r"changed the base's weights.*path_initial_model_for_weight_conversion"):
+            ingraft.load(other, tmp_path / "a")

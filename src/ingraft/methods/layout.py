@@ -33,6 +33,7 @@ class PeftLayout:
         written: their fields that we always write so, and do not read.
         ignored: their fields that say nothing about what a trained adapter computes.
         aliases: values of theirs that mean one of ours, by our field.
+        unreadable: values of their fields that cannot be honoured -> why, and what to do.
         role_fields: our field that lists sites by name -> the role of those sites.
         transposed_field: their field that is true where the adapted layers store (in, out).
         experts: our tensor name -> the dimension along which they set the tensors of stacked experts side by side before folding it away; empty
@@ -68,6 +69,7 @@ class PeftLayout:
     written: Mapping[str, object] = field(default_factory=dict[str, object])
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
+    unreadable: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
     transposed_field: str | None = None
     experts: Mapping[str, int] = field(default_factory=dict[str, int])

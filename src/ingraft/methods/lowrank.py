@@ -66,7 +66,15 @@ LORA_LAYOUT = PeftLayout(
         *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         "qalora_group_size",
     ),
-    aliases={"init_lora_weights": {"eva": True, "orthogonal": True}},
+    # A file holds what training made of the start. LoftQ's is the start over the base as nf4 has it, which one iteration leaves as it is.
+    aliases={"init_lora_weights": {"eva": True, "orthogonal": True, "loftq": True}},
+    unreadable={
+        "init_lora_weights": dict.fromkeys(
+            ("corda", "lora_ga", "mica"),
+            "that start changed the base's weights, which the file does not hold. Save it as an ordinary LoRA first: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+        )
+    },
     transposed_field="fan_in_fan_out",
     tokens="trainable_token_indices",
     experts={"lora_A": 0, "lora_B": -1},

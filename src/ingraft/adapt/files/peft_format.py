@@ -240,6 +240,11 @@ def read_config(
         for name in sorted({*layout.accepted, *layout.off} & set(raw))
         if not (raw[name] in layout.accepted[name] if name in layout.accepted else not raw[name])
     ]
+    problems += [
+        f"{where}: {name} = {raw[name]!r}: {layout.unreadable[name][raw[name]]}"
+        for name in sorted(layout.unreadable.keys() & raw)
+        if isinstance(raw[name], str) and raw[name] in layout.unreadable[name]
+    ]
     if problems:
         raise IngraftError(*problems)
     options: dict[str, Any] = {}
