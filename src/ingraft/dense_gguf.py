@@ -3,7 +3,8 @@
 transformers reads a GGUF by parsing its metadata in Python, three times over, and unpacking every block: 17 s for a model of 135M
 parameters whose safetensors load in half a second. So the file is converted once, in float32 (what the blocks say exactly, whatever the
 dtype asked for later), and kept in the cache folder under the digest of its content. Where nothing can be written, the conversion lives
-in a temporary folder for as long as the process.
+in a temporary folder for as long as the process. A file that is cut, damaged or lacks a tensor is refused: transformers would draw what is
+missing at random, and the cache would keep it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ingraft import durable
+from ingraft import durable, gguf_file
 from ingraft.errors import IngraftError
 
 log = logging.getLogger(__name__)
 
-_CONVERSION = 1
-"""Raised when this file writes other folders from the same GGUF."""
+_CONVERSION = 2
+"""Raised when this file writes other folders from the same GGUF, or refuses one that it converted. 1 kept random weights for missing ones."""
 
 
 def cache_folder() -> Path:
@@ -41,7 +42,8 @@ def dense_folder(gguf: Path) -> Path:
     """A folder with the model of `gguf` as float32 safetensors and its tokenizer, converted on the first call.
 
     Raises:
-        IngraftError: not a GGUF file, an architecture that transformers cannot read from one, or damaged.
+        IngraftError: not a whole GGUF file, an architecture that transformers cannot read from one, tensors that the architecture needs and the
+            file lacks, or damaged.
     """
     return _converted(gguf, "dense", _convert)
 
@@ -58,6 +60,7 @@ def _converted(gguf: Path, what: str, convert: Callable[[Path, Path], None]) -> 
             return target
     except IngraftError:
         pass  # absent or damaged: made again
+    gguf_file.check_values(gguf)  # once: the cache is named by the content
     log.info("%s: converting (%s), once.", gguf.name, what)
     try:
         with durable.folder(target, overwrite=True, facts=facts) as tmp:
@@ -102,18 +105,12 @@ def join_chunks(chunks: list[Path], name: str, sha256: str) -> Path:
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse a file that does not begin as a GGUF does.
+    """Refuse a file that is not a GGUF file, or not a whole one. Reads its header only.
 
     Raises:
         IngraftError: see above.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise IngraftError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if start != b"GGUF":
-        raise IngraftError(f"{path}: is not a GGUF file; it begins with {start!r}.")
+    gguf_file.check_whole(path)
 
 
 class _UnreadableError(IngraftError):
@@ -138,6 +135,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    loader: Any = AutoModelForCausalLM
     options = {}
     # From 5.20 or so, transformers keeps the blocks packed unless told otherwise; before, it knew no such choice.
     if config_class := getattr(transformers, "GgufConfig", None):
@@ -146,8 +144,23 @@ def _convert(gguf: Path, folder: Path) -> None:
     bars = contextlib.redirect_stderr(io.StringIO())  # tqdm's, which transformers' own switch does not reach
     with _explained(gguf):
         with bars:
-            model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32, **options)
+            model, info = loader.from_pretrained(
+                place,
+                gguf_file=name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with those that are missing
+                **options,
+            )
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+    # A head tied to the embedding is not among them.
+    missing = sorted({*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])})
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise _UnreadableError(
+            f"{gguf}: lacks weights that a {type(model).__name__} needs: {shown}. Its header may name another architecture or number of blocks than "
+            f"its tensors are of. {gguf_file.ADVICE}"
+        )
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
     model.save_pretrained(str(folder))
@@ -159,6 +172,11 @@ def _explained(gguf: Path) -> Iterator[None]:
     """What transformers raises about a file it cannot read, as a sentence for the user."""
     try:
         yield
-    except (ValueError, KeyError, OSError, ImportError, NotImplementedError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a parser trips over: nothing but transformers runs in here
         text = " ".join(str(error).split())
-        raise _UnreadableError(f"{gguf}: transformers cannot read this GGUF: {type(error).__name__}: {text}") from error
+        raise _UnreadableError(
+            f"{gguf}: transformers cannot read this GGUF: {type(error).__name__}: {text[:600]}. Either it does not know such models, or the file does "
+            "not hold what its header says; fetch it again and compare its size."
+        ) from error

@@ -169,7 +169,7 @@ def test_a_damaged_conversion_is_made_again(gguf: Path, tmp_path: Path, monkeypa
     (folder / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert dense_gguf.dense_folder(gguf) == folder
     durable.verify(folder)
-    stale = folder.with_name(folder.name.replace("-1-", "-0-"))
+    stale = folder.with_name(folder.name.replace(f"-{dense_gguf._CONVERSION}-", "-0-"))
     folder.rename(stale)
     assert dense_gguf.dense_folder(gguf) == folder
     assert not stale.exists()
@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_a_gguf_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INGRAFT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(IngraftError, match="cannot read this GGUF"):
+    with pytest.raises(IngraftError, match="version 0 of GGUF"):
         bases.load_base(str(tmp_path / "x.gguf"))
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 

@@ -242,7 +242,7 @@ def test_what_cannot_be_kept_is_refused_with_what_can(tmp_path: Path, llama: Pat
     ):
         assert words in text, words
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(IngraftError, match="cannot be read as a GGUF"):
+    with pytest.raises(IngraftError, match="version 0 of GGUF"):
         bases.load_base(str(tmp_path / "x.gguf"), quantization="keep")
     with pytest.raises(IngraftError, match="did you mean 'nf4'"):
         bases.load_base(str(llama), quantization="nf5")
