@@ -8,15 +8,19 @@ import re
 import sys
 from pathlib import Path
 
-from ingraft.adapt.capabilities import capabilities
+from ingraft.adapt.capabilities import OWN_CODE, Capabilities, capabilities
 from ingraft.methods import registry
-from ingraft.shapes import SHAPES, counts
+from ingraft.shapes import NEEDED, SHAPES, counts
 
 PAGE = Path(__file__).parent / "methods.md"
 HEAD = """# Methods
 
-*Written by `make docs` from the registry and the heads of the method files; change those. Parameters are those trained with default options on two well-known
-shapes. Rows: how a batch runs whose rows belong to different adapters - in one base call for all (`one`), or a base call for each adapter (`each`).*
+*Written by `make docs` from the registry and the heads of the method files, and by trying each method; change those. Parameters are those trained with default
+options on two well-known shapes; where those are refused, the options that are needed stand beside the number. Layers: the place in a transformer where a method
+acts, and the kinds of layer that take it with default options, tried at a width of 256 (`experts`: stacked matrices named in `target_parameters`). Quantised bases: `yes`, or only
+those whose weights were packed while loading, `nf4, int8`, and not a GGUF's own blocks, which hold the embedding too and have no original. Rows: how a batch
+runs whose rows belong to different adapters - in one base call for all (`one`), where it says so at some kinds of layer only, or a base call for each adapter
+(`each`). A change of weights always takes one for each where the layer's code is its own: in `multihead-attention`, `experts`, scaled embeddings.*
 
 """
 
@@ -44,7 +48,11 @@ def page() -> str:
 def _row(record: registry.MethodRecord) -> list[str]:
     """One line of the table."""
     can = capabilities(record.name)
-    counted = ["" if count is None else f"{count:,}" for count in counts(record.name).values()]
+    needed = " ".join(f"`{key}={value}`" for key, value in NEEDED.get(record.name, {}).items())
+    counted = [
+        "" if count is None else f"{count:,}" + (f" (with {needed}; refused without)" if needed else "")
+        for count in counts(record.name).values()
+    ]
     return [
         f"[`{record.name}`](#{record.name})",
         record.family,
@@ -53,16 +61,24 @@ def _row(record: registry.MethodRecord) -> list[str]:
         *counted,
         ", ".join(can.layers),
         "yes" if can.mergeable else "no",
-        "yes" if can.quantised else "no",
-        "one" if can.mixed_rows == "one base call" else "each",
+        "yes" if can.kept else "nf4, int8" if can.quantised else "no",
+        _rows(can),
         record.paper,
     ]
+
+
+def _rows(can: Capabilities) -> str:
+    """How a mixed batch runs; that own code needs a call for each, the page's head says once."""
+    if not can.one_call:
+        return "each"
+    elsewhere = [kind for kind in can.layers if kind not in (*can.one_call, *OWN_CODE)]
+    return "one" if not elsewhere else f"one at {', '.join(can.one_call)}"
 
 
 def section(record: registry.MethodRecord) -> str:
     """One method: what its file says at its head, its options with their defaults, a command."""
     config = registry.load(record.name).config
-    module = sys.modules[registry.load(record.name).part.__module__]
+    module = sys.modules[record.target.partition(":")[0]]
     meanings = _attributes([cls for cls in config.__mro__ if dataclasses.is_dataclass(cls)])
     lines = [f"## {record.name}", "", "```text", inspect.cleandoc(module.__doc__ or ""), "```", ""]
     lines += ["| option | default | meaning |", "|---|---|---|"]

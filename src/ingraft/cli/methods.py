@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 def command(name: str | None, model: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """List the tuning methods: equation, paper, what they train, where they act, whether they merge.
 
-    Parameters are counted for two well-known shapes, or for the base given with --model. With NAME, that method's options and their defaults.
+    Parameters are counted for two well-known shapes, or for the base given with --model. With NAME, that method alone, with its options and their defaults.
     """
     from ingraft.methods import registry
 
     output = Output(as_json=as_json)
-    if name is not None:
-        _show_one(name, output)
-        return
-    entries = [entry(record) for record in registry.records().values()]
+    known = registry.records().values() if name is None else [registry.record(name)]
+    entries = [entry(record) for record in known]
     if model is not None:
         counts = count_parameters(model, [one["name"] for one in entries], trust_remote_code=trust_remote_code)
         for one in entries:
             one["parameters"], one["refused"] = counts[one["name"]]
+    if name is not None:
+        _show_one(entries[0], output)
+        return
     output.result(entries)
     width = max(len(one["name"]) for one in entries)
     family = None
@@ -50,7 +51,7 @@ def command(name: str | None, model: str | None, trust_remote_code: bool, as_jso
 def entry(record: registry.MethodRecord) -> dict[str, Any]:
     """What the catalogue says of one method."""
     from ingraft.adapt.capabilities import capabilities
-    from ingraft.shapes import counts
+    from ingraft.shapes import NEEDED, counts
 
     can = capabilities(record.name)
     return {
@@ -59,10 +60,13 @@ def entry(record: registry.MethodRecord) -> dict[str, Any]:
         "summary": record.summary,
         "equation": record.equation,
         "shapes": counts(record.name),
+        "shapes_with": NEEDED.get(record.name, {}),
         "layers": can.layers,
         "mergeable": can.mergeable,
         "quantised": can.quantised,
+        "kept": can.kept,
         "mixed_rows": can.mixed_rows,
+        "one_call": can.one_call,
         "paper": record.paper,
     }
 
@@ -73,12 +77,19 @@ def _trains(one: dict[str, Any]) -> str:
     if "parameters" in one:
         return f"trains {one['parameters']:,} of this base"
     counted = [f"{count:,} of {shape}" for shape, count in one["shapes"].items() if count is not None]
-    return f"trains {' and '.join(counted)}" if counted else "what it trains depends on what is attached"
+    if not counted:
+        return "what it trains depends on what is attached"
+    needed = " ".join(
+        f"--method-config.{key.replace('_', '-')} {str(value).lower()}" for key, value in one["shapes_with"].items()
+    )
+    return f"trains {' and '.join(counted)}" + (f" with {needed}; default options are refused there" if needed else "")
 
 
 def _can(one: dict[str, Any]) -> str:
     merges = "merges" if one["mergeable"] else "does not merge"
-    quantised = "over quantised bases too" if one["quantised"] else "not over quantised weights"
+    quantised = "over quantised bases too" if one["quantised"] else "not over quantised bases"
+    if one["quantised"] and not one["kept"]:
+        quantised = "over nf4 and int8 bases too, not over a GGUF's own blocks"
     return f"on {', '.join(one['layers'])}; {merges}; {quantised}; mixed rows: {one['mixed_rows']}"
 
 
@@ -104,27 +115,25 @@ def count_parameters(
     return out
 
 
-def _show_one(name: str, output: Output) -> None:
+def _show_one(one: dict[str, Any], output: Output) -> None:
     from dataclasses import MISSING, fields
 
     from ingraft.methods import registry
 
-    record = registry.record(name)
-    config = registry.load(name).config
+    config = registry.load(one["name"]).config
     options = [
         {"key": field.name, "default": None if field.default is MISSING else field.default} for field in fields(config)
     ]
-    one = entry(record)
     output.result({**one, "options": options})
     output.facts(
         {
-            "name": record.name,
-            "family": record.family,
-            "what": record.summary,
-            "equation": record.equation,
+            "name": one["name"],
+            "family": one["family"],
+            "what": one["summary"],
+            "equation": one["equation"],
             "trains": _trains(one).removeprefix("trains "),
             "where": _can(one),
-            "paper": record.paper,
+            "paper": one["paper"],
         }
     )
     output.say("")

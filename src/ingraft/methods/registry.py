@@ -34,7 +34,7 @@ class MethodRecord:
         equation: in plain text.
         paper: authors, year, identifier.
         mergeable: whether it can be written into the base's weights.
-        learning_rate: peak rate that trains it well with AdamW, found on real data (docs/lab-notes.md); what a recipe that names none gets.
+        learning_rate: peak rate with AdamW that a recipe gets which names none: tried on real data, not searched; see docs/study-methods-smollm2.md.
     """
 
     name: str
