@@ -280,7 +280,7 @@ def rows(model: nn.Module, entries: Sequence[str | None | Sequence[str]]) -> Ite
     A batch that the model repeats (beams, several return sequences) counts each row's copies as that row.
 
     Raises:
-        IngraftError: for names that are not attached; in the forward, where a layer's input cannot be matched to the rows.
+        IngraftError: for names that are not attached; in the forward, where the batch or a layer's input cannot be matched to the rows.
     """
     control = require_control(model)
     per_row = rows_of(entries, tuple(control.adapters))

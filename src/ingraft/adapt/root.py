@@ -36,15 +36,36 @@ class SequentialRoot(Container, Root):
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of the batch, repeated ones counted; 0 if no input tells."""
-    inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
+    """Rows of the batch, repeated ones counted; 0 if no input tells. By name, one number for each entry is less sure to be a batch than more
+    (a position in a cache, a time that all rows share)."""
+    named = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    named.sort(key=lambda value: value.dim() < 2)
+    inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *named]
     return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim() > 0), 0)
+
+
+def _check_rows(model: nn.Module, control: Control, size: int) -> None:
+    """Refuse a batch that cannot be the rows that were named. Hosts ask only where rows differ, and none of them where no adapter acts.
+
+    Raises:
+        IngraftError: see above.
+    """
+    rows = control.call.rows
+    if rows is None or size % len(rows) == 0:
+        return
+    if any(getattr(module, "batch_first", True) is False for module in model.modules()):
+        return  # dimension 0 may be time
+    raise IngraftError(
+        f"rows: {len(rows)} rows were named, but the batch that the model was called with has {size} entries in dimension 0, which is no "
+        "multiple of it. Give one adapter per row of the batch, or use `activate` to let one adapter act on all of it."
+    )
 
 
 def around_model(model: nn.Module, run: Callable[[], Any], size: int = 0) -> Any:
     """Run one forward of the model, over a batch of this size, with its control made ready."""
     control = control_of(model)
     assert control is not None
+    _check_rows(model, control, size)
     if control.call.rows is not None and control.call.size != size:
         control.call = replace(control.call, size=size)
     acting = {name for group in control.call.groups for name in group.names}

@@ -18,7 +18,7 @@ Legend: B dimension 0 of a layer's input, n rows of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,8 +117,17 @@ def rows_of(entries: Sequence[str | None | Sequence[str]], known: Sequence[str])
     """Normalise what a user passes to `rows`: a name, several names, or None (the base) for each row.
 
     Raises:
-        IngraftError: naming every entry that is not an attached adapter.
+        IngraftError: naming every entry that is not an attached adapter, or cannot be one.
     """
+    if isinstance(entries, str | bytes) or not isinstance(entries, Iterable):
+        raise IngraftError(f"rows: got {entries!r}; give a list with an entry for each row of the batch.")
+    entries = tuple(entries)
+    if odd := [
+        f"rows: entry {index} is {entry!r}; an entry is a name, several names or None (the base alone)."
+        for index, entry in enumerate(entries)
+        if not _names_something(entry)
+    ]:
+        raise IngraftError(*odd)
     rows = tuple(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries)
     unknown = sorted({name for names in rows for name in names if name not in known})
     if unknown:
@@ -128,6 +137,13 @@ def rows_of(entries: Sequence[str | None | Sequence[str]], known: Sequence[str])
     if not rows:
         raise IngraftError("rows: the list of adapters per row is empty.")
     return rows
+
+
+def _names_something(entry: object) -> bool:
+    """Whether an entry of `rows` is a name, several names or None."""
+    if entry is None or isinstance(entry, str):
+        return True
+    return isinstance(entry, Iterable) and all(isinstance(name, str) for name in entry)
 
 
 def entries_of(rows: tuple[int, ...], size: int, n: int, where: str) -> Tensor:
