@@ -34,6 +34,9 @@ from ingraft.methods.registry import records
 SPECIAL: dict[str, dict[str, Any]] = {
     "bitfit": {"method_config": {"add_bias": True}},  # these bases have no biases
     "loftq": {"quantization": "nf4"},  # it starts from what quantising lost
+    "trainable-tokens": {
+        "method_config": {"token_indices": list(range(1000))}
+    },  # marks of the chat, bytes, the commonest pieces
 }
 """What a method needs beyond its defaults."""
 
