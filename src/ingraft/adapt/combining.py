@@ -142,8 +142,14 @@ def convert(
     Raises:
         IngraftError: the method cannot be merged, or neither or both of rank and error are given.
     """
-    adapters = _given(model, {adapter: 1.0})
-    problems = _problems(adapters, "svd", rank, None, "total", None)
+    adapters = _given(model, {adapter: 1.0}, "convert")
+    problems = [
+        f"convert: {a.name} ({a.method.name}) is not a change of weights, so no adapter of low rank can do the same."
+        for a in adapters
+        if not a.method.mergeable
+    ]
+    if rank is not None and rank < 1:
+        problems.append(f"convert: rank must be at least 1, got {rank}.")
     if (rank is None) == (error is None):
         problems.append("convert: give a rank, or an error between 0 and 1, and not both.")
     if error is not None and not 0 < error < 1:
@@ -151,17 +157,17 @@ def convert(
     if problems:
         raise IngraftError(*problems)
     plan = Plan(mixing=Mixing(way=WAYS["svd"]), weights={adapter: 1.0}, rank=rank, error=error, seed=adapters[0].seed)
-    return _of_changes(model, adapters, name or f"{adapter}-{registry.LOW_RANK}", plan)
+    return _of_changes(model, adapters, name or f"{adapter}-{registry.LOW_RANK}", plan, "convert")
 
 
-def _given(model: nn.Module, weights: Mapping[str, float]) -> list[Adapter]:
+def _given(model: nn.Module, weights: Mapping[str, float], verb: str = "combine") -> list[Adapter]:
     control = require_control(model)
     if not weights:
         raise IngraftError("combine: no adapter was given.")
     given = [control.require(name) for name in weights]
     if other := [adapter.name for adapter in given if adapter.ground != control.merged]:
         raise IngraftError(
-            f"combine: {', '.join(control.merged)} is merged into the base, which {', '.join(other)} does not stand on; call `unmerge` first."
+            f"{verb}: {', '.join(control.merged)} is merged into the base, which {', '.join(other)} does not stand on; call `unmerge` first."
         )
     return given
 
@@ -198,10 +204,12 @@ def _problems(
 # ------------------------------------------------------------------------------------------------------------- sums of changes
 
 
-def _of_changes(model: nn.Module, adapters: Sequence[Adapter], name: str, plan: Plan) -> Combination:
+def _of_changes(
+    model: nn.Module, adapters: Sequence[Adapter], name: str, plan: Plan, verb: str = "combine"
+) -> Combination:
     if tokens := [adapter.name for adapter in adapters if adapter.tokens]:
         raise IngraftError(
-            f"{tokens[0]} trains tokens beside its own sites, which no low-rank adapter can hold. Merge it."
+            f"{verb}: {tokens[0]} trains tokens beside its own sites, which no low-rank adapter can hold. Merge it."
         )
     modules = base_modules(model)
     paths = [path for path in modules if any(path in adapter.sites for adapter in adapters)]

@@ -15,7 +15,7 @@ from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
 
 
-@verb("model", "dtype", "data.max_length")
+@verb("model", "dtype", "quantization", "data.max_length")
 @adapter_option
 @trust_option
 @click.option("--rank", type=int, metavar="N", help="rank of the LoRA at every site")
