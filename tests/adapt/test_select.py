@@ -112,6 +112,68 @@ def test_layers_and_exclusion_narrow_the_choice() -> None:
     )
 
 
+def test_what_leaves_no_module_is_named() -> None:
+    """An option that narrows the choice to nothing says so, and where there was something."""
+    for options, words in (
+        ({"layers_to_transform": [9]}, "layers_to_transform: 9 is the index of no block of model.layers; they go from 0 to 1 ("),
+        ({"layers_to_transform": [-5]}, "layers_to_transform: -5 is the index of no block of model.layers; they go from 0 to 1 ("),
+        ({"layers_to_transform": [0, 9]}, "layers_to_transform: 9 is the index of no block"),
+        ({"exclude_modules": ["q_proj"]}, "leaves no module to adapt in LlamaForCausalLM: exclude_modules takes out all that were chosen"),
+    ):  # fmt: skip
+        error = error_of(SUBJECTS["llama"].make_redrawn(), LoraConfig(r=2, target_modules=["q_proj"], **options))  # type: ignore[arg-type]
+        assert words in str(error), str(error)
+    error = error_of(
+        Net(), LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["q_proj"], rank_pattern={"q_proj": 3})
+    )
+    assert len(error.problems) == 1 and "exclude_modules takes out all" in str(error)
+    deep = {"target_modules": ["layers.0.self_attn.q_proj"], "layers_to_transform": [1]}
+    error = error_of(SUBJECTS["llama"].make_redrawn(), LoraConfig(r=2, **deep))  # type: ignore[arg-type]
+    assert "layers_to_transform = 1 (they lie in blocks 0) takes out all that were chosen" in str(error)
+    error = error_of(Net(), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0]))
+    assert "layers_to_transform: 0 is the index of no block: none of the modules lies in one" in str(error)
+    model = SUBJECTS["llama"].make_redrawn()
+    with pytest.warns(UserWarning, match="9 is the index of no block"):
+        adapt.attach(model, LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[-1, 9]), strict=False)
+    assert sites(model) == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "whole", "named"),
+    [
+        (["q_proj", "v_proj"], ["q_proj"], "model.layers.0.self_attn.q_proj"),
+        (["q_proj"], ["layers.1.self_attn.q_proj"], "model.layers.1.self_attn.q_proj"),
+        (["q_proj", "up_proj"], ["mlp"], "model.layers.0.mlp.up_proj"),
+        (".*(q|v)_proj", ["q_proj"], "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_module_is_not_adapted_and_trained_in_full(targets: list[str] | str, whole: list[str], named: str) -> None:
+    """The incumbent drops the adapter there and says nothing."""
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=whole)  # type: ignore[arg-type]
+    error = error_of(SUBJECTS["llama"].make_redrawn(), config)
+    assert named in str(error) and "modules_to_save" in str(error) and "target_modules" in str(error)
+    model = SUBJECTS["llama"].make_redrawn()
+    if targets != ["q_proj"]:
+        with pytest.warns(UserWarning, match="modules_to_save"):
+            adapt.attach(model, config, strict=False)
+        assert named in require_control(model).adapters["default"].saved_whole
+
+
+def test_what_is_trained_in_full_is_left_out_of_a_wider_choice() -> None:
+    """A default, a role or a name that means more than a head's own layer steps back; so do those that train a module's own numbers."""
+    for targets in (None, "all-linear", ["all-linear"], ["attention-kv", "mlp-out"]):
+        model = SUBJECTS["llama"].make_redrawn()
+        adapt.attach(model, LoraConfig(r=2, target_modules=targets, modules_to_save=["layers.1.mlp.down_proj"]))  # type: ignore[arg-type]
+        own = require_control(model).adapters["default"]
+        assert own.saved_whole == ("model.layers.1.mlp.down_proj",) and "model.layers.0.mlp.down_proj" in own.sites
+    two = nn.ModuleDict({name: nn.ModuleDict({"dense": nn.Linear(4, 4)}) for name in ("body", "head")})
+    adapt.attach(two, LoraConfig(r=2, target_modules=["dense"], modules_to_save=["head"]))
+    assert require_control(two).adapters["default"].sites.keys() == {"body.dense", "head.dense"}
+    assert require_control(two).adapters["default"].saved_whole == ("head.dense",)
+    plain = Net()
+    adapt.attach(plain, FullConfig(target_modules=["norm", "q_proj"], modules_to_save=["norm"]))
+    assert require_control(plain).adapters["default"].saved_whole == ("norm",)
+
+
 def test_a_tied_weight_is_adapted_on_one_side_and_said() -> None:
     model = SUBJECTS["gpt2"].make_redrawn()
     with pytest.warns(UserWarning, match=r"shares its weight with transformer\.wte"):

@@ -15,6 +15,8 @@ from torch import nn
 
 from ingraft.adapt import models
 from ingraft.adapt.control import control_of
+from ingraft.adapt.narrow import blocks_of, kept, named_twice, of_layers
+from ingraft.adapt.narrow import matches as matches
 from ingraft.adapt.roles import ROLES, blocks, sites_of_role
 from ingraft.adapt.stacked import matrices, reads
 from ingraft.adapt.swap import original_class, replaced_forward
@@ -38,6 +40,9 @@ ALL_LINEAR = "all-linear"
 PLACES = ("biases", "norms", "parameters", "blocks", "tokens")
 """Names that may stand in `target_modules` beside module names and roles, for places that every model or most have."""
 
+GENERAL = (ALL_LINEAR, *PLACES, *ROLES)
+"""All that may stand there beside module names."""
+
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's own modules by path, parts of adapters left out."""
@@ -51,11 +56,6 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     walk(model, "")
     return found
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a listed name means this module: exactly, or as a dotted suffix."""
-    return path == pattern or path.endswith("." + pattern)
 
 
 def select(
@@ -78,21 +78,25 @@ def select(
     else:
         sites = _of_others(model, method, method.over(config))
     whole = _saved_whole(modules, config, unmatched)
+    emptied: list[str] = []
     if config.exclude_modules is not None:
         excluded = _by_pattern(modules, config.exclude_modules, "exclude_modules", unmatched)
-        sites = {path: role for path, role in sites.items() if path not in excluded}
-    if config.layers_to_transform is not None:
-        stacks = _stacks(modules)
-        sites = {path: role for path, role in sites.items() if _in_layers(path, config.layers_to_transform, stacks)}
-    sites = {path: role for path, role in sites.items() if path not in whole}
+        sites = kept(sites, sites.keys() - set(excluded), "exclude_modules", emptied)
+    if (layers := config.layers_to_transform) is not None:
+        said = f"layers_to_transform = {', '.join(map(str, layers))} (they lie in blocks {blocks_of(sites)})"
+        sites = kept(sites, of_layers(list(sites), modules, layers, unmatched), said, emptied)
+    if not issubclass(method.part, ParameterPart):  # such train the module's own numbers, and whole is all of them
+        unmatched += named_twice(config, sites, whole, GENERAL)
+    sites = kept(sites, sites.keys() - whole, "modules_to_save, which trains them in full,", emptied)
     sites = {path: sites[path] for path in config.among([path for path in modules if path in sites])}
-    unmatched += config.idle(
+    idle = config.idle(
         [
             option
             for path in sites
             for option in ([f"{path}.{name}" for name in chosen_parameters(config, path, modules[path])] or [path])
         ]
     )
+    unmatched += idle if sites or not emptied else []  # where nothing is left, what took it is the news
     for path in (*sites, *whole):
         problems += _host_problems(path, modules, method)
     problems += [
@@ -102,7 +106,8 @@ def select(
     dry = [problem for path in sites if (problem := _dropout_problem(path, modules, method, config))]
     unmatched += dry
     if not sites and not problems and not unmatched:
-        text = f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}."
+        why = f": {emptied[0]}." if emptied else "."
+        text = f"{method.name}: the selection leaves no module to adapt in {original_class(model).__name__}{why}"
         problems.append(f"{text} {method.hint}".strip() if config.target_modules is None else text)
     if strict or not sites:
         problems = unmatched + problems
@@ -126,7 +131,7 @@ def _targets(
     unmatched: list[str],
 ) -> dict[str, str]:
     wanted: str | Sequence[str] = method.sites if config.target_modules is None else config.target_modules
-    named = (wanted,) if isinstance(wanted, str) and wanted in (ALL_LINEAR, *PLACES, *ROLES) else wanted
+    named = (wanted,) if isinstance(wanted, str) and wanted in GENERAL else wanted
     found: dict[str, str] = {}
     if isinstance(named, str):
         return {path: method.role(config, path) for path in _by_pattern(modules, named, "target_modules", unmatched)}
@@ -342,27 +347,6 @@ def _owns_parameters(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation with parameters; a PReLU, which is shaped like one, is none."""
     return (kind := kind_of(module)) is not None and kind.name == "norm" and not isinstance(module, nn.PReLU)
-
-
-def _block_index(path: str) -> tuple[str, int] | None:
-    """The first number among a path's components, the index of its block, and what stands before it, the stack of blocks."""
-    parts = path.split(".")
-    return next(((".".join(parts[:n]), int(part)) for n, part in enumerate(parts) if part.isdigit()), None)
-
-
-def _stacks(modules: Iterable[str]) -> dict[str, int]:
-    """The number of blocks in every stack."""
-    found: dict[str, int] = {}
-    for path in modules:
-        if (at := _block_index(path)) is not None:
-            found[at[0]] = max(found.get(at[0], 0), at[1] + 1)
-    return found
-
-
-def _in_layers(path: str, layers: Sequence[int], stacks: dict[str, int]) -> bool:
-    """Whether a module lies in one of these blocks, or in none at all."""
-    at = _block_index(path)
-    return at is None or at[1] in layers or at[1] - stacks[at[0]] in layers
 
 
 def _has_bias(module: nn.Module) -> bool:

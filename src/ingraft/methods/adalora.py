@@ -16,7 +16,7 @@ Legend: O out, I in, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.adalora_layout import ADALORA_LAYOUT
-from ingraft.methods.allocation import TENSORS, compact, penalty, update
+from ingraft.methods.allocation import TENSORS, compact, penalty, schedule_problems, update
 from ingraft.methods.contract import Factors, Method, MethodConfig, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.ranked import above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class AdaLoraConfig(MethodConfig):
     """AdaLoRA's hyperparameters.
 
     Attributes:
-        init_r: rank of every layer at first. target_r: of a layer on average in the end.
+        init_r: rank of every layer at first. target_r: of a layer on average in the end, at most init_r.
         lora_alpha: the change is scaled by lora_alpha / init_r. lora_dropout: of the inputs of the branch.
         tinit, tfinal: steps before the budget falls, and after; None: a tenth and three tenths of all.
         deltaT: steps from one allocation to the next.
@@ -69,11 +70,17 @@ class AdaLoraConfig(MethodConfig):
             found.append(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
         if self.orth_reg_weight < 0:
             found.append(f"orth_reg_weight must not be negative, got {self.orth_reg_weight}.")
-        if self.total_step is not None and (self.tinit or 0) >= self.total_step - (self.tfinal or 0):
-            found.append(
-                f"tinit = {self.tinit} and tfinal = {self.tfinal} leave none of {self.total_step} steps to allocate in."
-            )
-        return found
+        return found + schedule_problems(self)
+
+    def idle(self, paths: Iterable[str]) -> list[str]:
+        known = tuple(paths)
+        return super().idle(known) + [
+            f"rank_pattern: {key!r} is none of the adapted modules; its keys are their whole paths."
+            for key in self.rank_pattern
+            if not any(
+                key == path or key.startswith(path + ".") for path in known
+            )  # a module may hold several matrices
+        ]
 
     def rank(self, path: str) -> int:
         """The rank of a site as it is now."""
@@ -118,10 +125,7 @@ class AdaLoRA(ShortcutPart):
 
 def refuses(config: AdaLoraConfig, facts: SiteFacts) -> str | None:
     """A rank above the layer's."""
-    most = min(facts.shape)
-    if facts.finished or config.init_r <= most:
-        return None
-    return f"{facts.path}: init_r = {config.init_r} is above the rank that a weight of {facts.shape[0]} x {facts.shape[1]} can have; at most {most}."
+    return above(facts, "init_r", config.init_r)
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

@@ -19,6 +19,40 @@ if TYPE_CHECKING:
 TENSORS = ("lora_A", "lora_B", "lora_E")
 
 
+def schedule(config: AdaLoraConfig, total: int) -> tuple[int, int]:
+    """The last step ahead of the budget's fall, and the step at which it ends."""
+    tinit = total // 10 if config.tinit is None else config.tinit
+    return tinit, total - (3 * total // 10 if config.tfinal is None else config.tfinal)
+
+
+def no_time(config: AdaLoraConfig, total: int) -> str | None:
+    """Why a training of this length cannot allocate, or None: with no step that notes gradients ahead of the end of the budget's fall, what is
+    dropped there would be a matter of the modules' order."""
+    tinit, end = schedule(config, total)
+    if end > max(tinit, 1):
+        return None
+    steps = "1 step" if total == 1 else f"{total} steps"
+    least = (
+        "Train for at least 2." if total < 2 else f"tinit + tfinal must be below {total}, and tfinal below {total - 1}"
+    )
+    more = "" if total < 2 else ". Lower them, or train longer."
+    return f"tinit = {tinit} and tfinal = {total - end} leave none of {steps} to allocate in. {least}{more}"
+
+
+def schedule_problems(config: AdaLoraConfig) -> list[str]:
+    """What is wrong with the budget and with when it falls, as far as the config alone tells."""
+    found: list[str] = []
+    if config.target_r > config.init_r:
+        found.append(
+            f"target_r = {config.target_r} is above init_r = {config.init_r}; the budget can only fall. Lower target_r, or raise init_r."
+        )
+    delays = {"tinit": config.tinit, "tfinal": config.tfinal}
+    found += [f"{n} must not be negative, got {v}." for n, v in delays.items() if v is not None and v < 0]
+    if not found and config.total_step is not None and (reason := no_time(config, config.total_step)) is not None:
+        found.append(reason)
+    return found
+
+
 def penalty(config: AdaLoraConfig, parts: Mapping[str, AdaLoRA]) -> Tensor:
     """How far P and Q are from orthonormal, on average."""
     squares = [m for part in parts.values() for m in (part.lora_A @ part.lora_A.mT, part.lora_B.mT @ part.lora_B)]
@@ -33,8 +67,9 @@ def update(config: AdaLoraConfig, parts: Mapping[str, AdaLoRA], moment: Moment) 
         raise IngraftError(
             "adalora: its budget falls along the whole training, so it must know how long that is: set total_step."
         )
-    tinit = total // 10 if config.tinit is None else config.tinit
-    end = total - (3 * total // 10 if config.tfinal is None else config.tfinal)
+    if (reason := no_time(config, total)) is not None:
+        raise IngraftError(f"adalora: {reason}")
+    tinit, end = schedule(config, total)
     first, last = sum(len(part.kept) for part in parts.values()), config.target_r * len(parts)
     if moment.step < end:
         for part in parts.values():

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pieces import divisors, used
+from ingraft.methods.ranked import above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class GraloraConfig(MethodConfig):
     """GraLoRA's hyperparameters.
 
     Attributes:
-        r: rank of a row of blocks; a block has r / gralora_k.
+        r: rank of a row of blocks; a block has r / gralora_k, at most its shorter side.
         gralora_k: the weight is cut into gralora_k x gralora_k blocks.
         alpha: the change is scaled by alpha / (r + hybrid_r).
         hybrid_r: rank of an ordinary LoRA beside the blocks; 0 for none.
@@ -97,10 +98,10 @@ class GraLoRA(ShortcutPart):
 
 
 def refuses(config: GraloraConfig, facts: SiteFacts) -> str | None:
-    """Blocks that do not make up the layer."""
+    """Blocks that do not make up the layer, and ranks above theirs or, beside them, the layer's."""
     high, wide = facts.shape
     if high % config.gralora_k == 0 and wide % config.gralora_k == 0:
-        return None
+        return above(facts, "r", config.r) or above(facts, "hybrid_r", config.hybrid_r)
     sizes = divisors(math.gcd(high, wide))
     return f"gralora: {facts.path}: gralora_k = {config.gralora_k} does not cut a weight of {high} x {wide} into blocks. Numbers that do: {sizes}."
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, SiteFacts, WeightPart, fresh
 from ingraft.methods.pieces import used
+from ingraft.methods.ranked import above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class HiraConfig(MethodConfig):
     """HiRA's hyperparameters.
 
     Attributes:
-        r: rank of the factor, at least 1.
+        r: rank of the factor, at least 1 and at most the weight's.
         init_weights: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / r; False: B random too (tests).
     """
 
@@ -65,6 +66,11 @@ class HiRA(WeightPart):
         return (W.float() * (1 + B_OR @ A_RI)).to(W.dtype), b
 
 
+def refuses(config: HiraConfig, facts: SiteFacts) -> str | None:
+    """A rank above the layer's."""
+    return above(facts, "r", config.r)
+
+
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """r (in + out)."""
     assert isinstance(config, HiraConfig)
@@ -78,6 +84,7 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
+    refuses=refuses,
     peft=PeftLayout(
         peft_type="HIRA",
         ignored=("hira_dropout", "rank_pattern"),  # PEFT itself passes over the pattern

@@ -13,7 +13,7 @@ Legend: O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +41,14 @@ class IA3Config(MethodConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "feedforward_modules", tuple_of_names(self.feedforward_modules))
         super().__post_init__()
+
+    def idle(self, paths: Iterable[str]) -> list[str]:
+        known = list(paths)
+        return super().idle(known) + [
+            f"feedforward_modules: {name!r} matches none of the adapted modules; name the ones to scale at their input as in target_modules."
+            for name in self.feedforward_modules
+            if not any(means(name, path) for path in known)
+        ]
 
 
 class IA3(ShortcutPart):
@@ -74,11 +82,14 @@ def on_input(facts: SiteFacts) -> bool:
     return facts.role == "mlp-out" and facts.kind in ("linear", "conv1d-transposed")
 
 
+def means(name: str, path: str) -> bool:
+    """Whether a listed name means this module."""
+    return path == name or path.endswith("." + name)
+
+
 def role(config: IA3Config, path: str) -> str:
     """Which modules named by the user are feed-forward ones."""
-    return (
-        "mlp-out" if any(path == name or path.endswith("." + name) for name in config.feedforward_modules) else "weight"
-    )
+    return "mlp-out" if any(means(name, path) for name in config.feedforward_modules) else "weight"
 
 
 def count(config: MethodConfig, facts: SiteFacts) -> int:

@@ -31,6 +31,8 @@ class PeftLayout:
         accepted: their fields with the values at which they change nothing; any other value is refused by name.
         off: their fields that must be empty (null, false, nothing in them), likewise.
         written: their fields that we always write so, and do not read.
+        changed_in: their fields that, where set, meant something else in files of versions before one (a version, or none, stands in each file):
+            that version, and what was otherwise, in words to end a warning.
         ignored: their fields that say nothing about what a trained adapter computes.
         aliases: values of theirs that mean one of ours, by our field.
         unreadable: values of their fields that cannot be honoured -> why, and what to do.
@@ -67,6 +69,7 @@ class PeftLayout:
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     off: tuple[str, ...] = ()
     written: Mapping[str, object] = field(default_factory=dict[str, object])
+    changed_in: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
     unreadable: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])

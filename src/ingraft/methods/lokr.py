@@ -2,8 +2,8 @@
 
     W' = W + s W1 (x) W2,    s = alpha / r,    out = a b, in = c d,    W1 (a, c) starts at zero, W2 (b, d)
 
-    W2 = A2 B2 of rank r where that is smaller; with `decompose_both` also W1 = A1 B1; convolutions: W2 holds the kernel, with
-    `use_effective_conv2d` as T x1 A2 x2 B2 with a core T (r, r, kernel)
+    W2 = A2 B2 of rank r where 2 r is below its longer side, else whole; with `decompose_both` also W1 = A1 B1; convolutions: W2 holds the
+    kernel, with `use_effective_conv2d` as T x1 A2 x2 B2 with a core T (r, r, kernel)
 
 Paper: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", ICLR 2024 (arXiv:2309.14859).
 Read against: Hugging Face PEFT's `lokr` (which factors are decomposed, sizes, initial values, scale).
@@ -28,12 +28,13 @@ from ingraft.methods.layout import Foreign, Modules
 from ingraft.methods.loha import core_kernel, product
 from ingraft.methods.lycoris import factors, lokr_options
 from ingraft.methods.pieces import kernel_of, used
-from ingraft.methods.ranked import RankedConfig
+from ingraft.methods.ranked import RankedConfig, thin_above
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoKrConfig(RankedConfig):
-    """LoKr's hyperparameters; see `RankedConfig` for r (the rank of W2 and of W1) and its patterns.
+    """LoKr's hyperparameters; see `RankedConfig` for r (the rank of W2 and of W1) and its patterns. A matrix whose longer side is at most 2 r is
+    trained whole, however large r is, as in PEFT; below that, r is a rank and at most its shorter side.
 
     Attributes:
         alpha: the change is scaled by alpha / r, whichever factors are decomposed.
@@ -136,6 +137,7 @@ METHOD = Method(
     sites=("all-linear",),
     identity_at_init=True,
     count=count,
+    refuses=thin_above,
     foreign=Foreign(names=frozenset(f"lokr_{name}" for name in NAMES), marks=frozenset(), read=read),
     peft=PeftLayout(
         peft_type="LOKR",

@@ -31,7 +31,7 @@ class MultitaskPromptConfig(MethodConfig):
     Attributes:
         num_virtual_tokens: P, at least 1.
         num_tasks: K, at least 1.
-        num_ranks: R, at least 1.
+        num_ranks: R, at least 1 and at most the smaller of P and D.
         prompt_init, prompt_init_ids: where the shared prompt starts, as in `prompt`.
     """
 
@@ -75,6 +75,17 @@ class MultitaskPrompt(InputPart):
         return prompt * (u[tasks_B] @ v[tasks_B])
 
 
+def refuses(config: MultitaskPromptConfig, facts: SiteFacts) -> str | None:
+    """More ranks than a matrix of the prompt's shape can have."""
+    P, D = config.num_virtual_tokens, facts.width
+    if facts.finished or config.num_ranks <= min(P, D):
+        return None
+    return (
+        f"multitask-prompt: num_ranks = {config.num_ranks} is above the rank that a prompt of {P} x {D} can have; it must be at most {min(P, D)}. "
+        "Lower num_ranks."
+    )
+
+
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """The shared prompt, and for each task two factors."""
     assert isinstance(config, MultitaskPromptConfig)
@@ -89,6 +100,7 @@ METHOD = Method(
     sites=("input",),
     identity_at_init=False,
     count=count,
+    refuses=refuses,
     peft=PeftLayout(
         peft_type="MULTITASK_PROMPT_TUNING",
         fields={"prompt_init": None, "prompt_init_ids": None},

@@ -33,10 +33,8 @@ class OFTConfig(MethodConfig):
         oft_block_size: size S of a block; it must divide the layer's inputs. 0 if `r` says how many blocks there are.
         r: number of blocks N, 0 if `oft_block_size` is given. Larger blocks train more.
         block_share: one block, used N times.
-        use_cayley_neumann: the series instead of the exact inverse: cheaper, a little less orthogonal.
-        num_cayley_neumann_terms: how many terms; at least 2.
-        coft: keep every Q_i within a distance of `eps` / sqrt(N) from zero.
-        eps: that distance.
+        use_cayley_neumann, num_cayley_neumann_terms: the series, of at least 2 terms, instead of the exact inverse: cheaper, a little less orthogonal.
+        coft, eps: keep every Q_i within a distance of eps / sqrt(N) from zero.
         init_weights: start as the identity; False starts at random (tests).
     """
 
@@ -53,8 +51,9 @@ class OFTConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         size, terms = self.oft_block_size, self.num_cayley_neumann_terms
+        one = f"give exactly one of oft_block_size and r, and 0 for the other; got oft_block_size = {size} and r = {self.r}."
         checks = (
-            (min(self.r, size) or max(self.r, size) < 1, f"one of oft_block_size and r is 0, got {size} and {self.r}."),
+            (min(self.r, size) != 0 or max(self.r, size) < 1, one),
             (size == 1, "oft_block_size must be at least 2: there is nothing to turn in one dimension."),
             (self.use_cayley_neumann and terms < 2, f"num_cayley_neumann_terms must be at least 2, got {terms}."),
             (self.eps <= 0, f"eps must be positive, got {self.eps}."),
@@ -140,7 +139,8 @@ METHOD = Method(
         peft_type="OFT",
         kinds=frozenset({"linear", "embedding", "conv2d"}),
         accepted={"bias": ("none",)},
-        written={"bias": "none", "peft_version": "0.18.0"},  # since which the series ends as it does here
+        written={"bias": "none", "peft_version": "0.18.0"},
+        changed_in={"use_cayley_neumann": ("0.18", "PEFT's series ended otherwise before")},
         ignored=("module_dropout",),
         transposed_field="fan_in_fan_out",
         tensors={"oft_R": "oft_R.weight"},

@@ -6,11 +6,12 @@ match, on a component's boundary (`down_proj`, `layers.1.mlp.down_proj`, `^model
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from ingraft.methods.contract import MethodConfig, SiteFacts
 
@@ -94,12 +95,45 @@ def of_pattern(pattern: Mapping[str, T], path: str, default: T) -> T:
 
 
 def rank_above(config: RankedConfig, facts: SiteFacts) -> str | None:
-    """Why this rank has no meaning for a layer of this shape, or None. An adapter from a file, which works, is not refused for waste."""
+    """Why this rank has no meaning for a layer of this shape, or None."""
+    most, name = min(facts.shape), facts.path.rpartition(".")[2]
+    return above(facts, "r", config.r, f"give this module a rank of its own: rank_pattern={{{name!r}: {most}}}")
+
+
+def above(
+    facts: SiteFacts, option: str, r: int, otherwise: str = "leave this module out of target_modules"
+) -> str | None:
+    """Why a rank has no meaning for a layer of this shape, or None. An adapter from a file, which works, is not refused for waste.
+
+    Args:
+        otherwise: what can be done beside lowering the option.
+    """
     most = min(facts.shape)
-    if facts.finished or config.r <= most:
+    if facts.finished or r <= most:
         return None
-    name = facts.path.rpartition(".")[2]
     return (
-        f"{facts.path}: r = {config.r} is above the rank that a weight of {facts.shape[0]} x {facts.shape[1]} can have; it must be at most {most}. "
-        f"Lower r, or give this module a rank of its own: rank_pattern={{{name!r}: {most}}}."
+        f"{facts.path}: {option} = {r} is above the rank that a weight of {facts.shape[0]} x {facts.shape[1]} can have; it must be at most {most}. "
+        f"Lower {option}, or {otherwise}."
     )
+
+
+class Shaped(Protocol):
+    """A config that tells the tensors at a site, with their shapes."""
+
+    @property
+    def r(self) -> int: ...
+
+    def shapes(self, facts: SiteFacts) -> dict[str, tuple[int, ...]]: ...
+
+
+def thin_above(config: Shaped, facts: SiteFacts) -> str | None:
+    """The same for the matrices that a change is put together from, where they are kept as two factors (`..._a` and `..._b`) of rank r."""
+    shapes = config.shapes(facts)
+    for name in [name.removesuffix("_a") for name in shapes if name.endswith("_a")]:
+        high, wide = (math.prod(shapes[name + side]) // config.r for side in ("_a", "_b"))
+        if not facts.finished and config.r > min(high, wide):
+            return (
+                f"{facts.path}: r = {config.r} is above the rank that {name}, {high} x {wide} here, can have; it must be at most {min(high, wide)}, or so "
+                f"large that {name} is trained whole. Change r, or give this module a rank of its own in rank_pattern."
+            )
+    return None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ingraft.methods.contract import Factors, Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pieces import divisors, used
+from ingraft.methods.ranked import above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class VBLoRAConfig(MethodConfig):
     """VB-LoRA's hyperparameters.
 
     Attributes:
-        r: rank of the change, at least 1.
+        r: rank of the change, at least 1 and at most the weight's.
         num_vectors: vectors in the bank.
         vector_length: their length; divides inputs and outputs of every layer.
         topk: how many vectors mix into a piece.
@@ -106,10 +107,10 @@ class VBLoRA(ShortcutPart):
 
 
 def refuses(config: VBLoRAConfig, facts: SiteFacts) -> str | None:
-    """Vectors that do not divide the layer."""
+    """Vectors that do not divide the layer, and a rank above its own."""
     high, wide = facts.shape
     if high % config.vector_length == 0 and wide % config.vector_length == 0:
-        return None
+        return above(facts, "r", config.r)
     sizes = divisors(math.gcd(high, wide))
     return f"vblora: {facts.path}: vector_length = {config.vector_length} does not divide a weight of {high} x {wide}. Lengths that do: {sizes}."
 

@@ -28,7 +28,8 @@ class VeraConfig(MethodConfig):
     """VeRA's hyperparameters.
 
     Attributes:
-        r: rank of the shared pair, at least 1; large, since it costs one number a layer.
+        r: rank of the shared pair, at least 1; large, since it costs one number a layer. It may exceed the layer's:
+            the pair is random, and each of its r directions has a trained number of its own in d.
         projection_prng_key: seed of the shared pair.
         save_projection: keep the pair in the file; otherwise it is drawn again from its key.
         vera_dropout: probability of dropping an input of the branch, in [0, 1).

@@ -247,6 +247,14 @@ def read_config(
     ]
     if problems:
         raise IngraftError(*problems)
+    version = str(raw.get("peft_version") or "")
+    for name, (since, words) in layout.changed_in.items():
+        if raw.get(name) and _release(version) < _release(since):
+            warnings.warn(
+                f"{where}: {name} = {raw[name]!r} with peft_version {version or 'below those that are written'}: {words} {since}, so the adapter computes "
+                "something slightly else here. Train it again, or trust it no further than you have measured.",
+                stacklevel=2,
+            )
     options: dict[str, Any] = {}
     for name, their in theirs.items():
         if their is not None and raw.get(their) is not None:
@@ -330,6 +338,11 @@ def _unknown(raw: Mapping[str, Any], known: Collection[str], *, ours: bool, wher
         warnings.warn(f"{where}: unknown fields are ignored, as PEFT does: {', '.join(names)}.", stacklevel=2)
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, to be compared; none of a text that is no version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("@")[0])[:2])
+
+
 def _make(method: Method, options: Mapping[str, Any], where: str) -> MethodConfig:
     try:
         return registry.make_config(method.name, options)
@@ -383,6 +396,9 @@ def _read_sites(
             for p in paths
             if (re.fullmatch(listed, p) if isinstance(listed, str) else any(p.endswith(name) for name in listed))
         ]
+        for name in () if isinstance(listed, str) else listed:
+            if not any(path.endswith(name) for path in special):
+                warnings.warn(f"{where}: {field}: {name!r} matches none of the adapted modules.", stacklevel=2)
         chosen = names_for(special, modules)
         found[field] = chosen
         names += chosen
