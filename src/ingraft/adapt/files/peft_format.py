@@ -251,7 +251,7 @@ def read_config(
     for name, (since, words) in layout.changed_in.items():
         if raw.get(name) and _release(version) < _release(since):
             warnings.warn(
-                f"{where}: {name} = {raw[name]!r} with peft_version {version or 'below those that are written'}: {words} {since}, so the adapter computes "
+                f"{where}: {name} = {raw[name]!r} and {f'peft_version {version}' if version else 'no peft_version'}: {words} {since}, so the adapter computes "
                 "something slightly else here. Train it again, or trust it no further than you have measured.",
                 stacklevel=2,
             )
