@@ -15,8 +15,13 @@ from torch import Tensor, nn
 import ingraft
 import peft
 from ingraft import adapt
+from ingraft.adapt.control import require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS
+from ingraft.adapt.hooks import parts_of
+from ingraft.methods.allocation import allocate
 from ingraft.methods.registry import make_config
+from ingraft.testing import SUBJECTS
+from ingraft.testing.cases import close, randomise, run
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 12
@@ -215,3 +220,35 @@ def test_the_penalty_is_counted_once_a_step(tiny: SimpleNamespace) -> None:
         model.train()
         shares += float(model(**part, num_items_in_batch=14).loss.detach()) - alone
     assert shares == pytest.approx(extra, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "attention"])
+@pytest.mark.parametrize("method", ["adalora", "pissa"])
+def test_what_is_written_as_another_adapter_is_so_for_stacked_matrices_too(
+    method: str, name: str, tmp_path: Path
+) -> None:
+    """A mixture's experts and an attention's projections: directions that were dropped are not in the file, a start is taken off."""
+    subject = SUBJECTS[name]
+    options = {"init_r": 4, "target_r": 2} if method == "adalora" else {"r": 3}
+    where = {"target_modules": list(subject.targets or ()), "target_parameters": list(subject.parameters) or None}
+    model, batch = subject.make_redrawn(), subject.batch(2)
+    adapt.attach(model, make_config(method, {**options, **where}), "a", seed=1)
+    randomise(model, "a")
+    if method == "adalora":
+        parts = parts_of(model, require_control(model).require("a"))
+        for part in parts.values():
+            part.importance_lora_E.normal_().abs_()  # type: ignore[operator, union-attr]
+            part.fluctuation_lora_E.fill_(1.0)  # type: ignore[operator, union-attr]
+        with torch.no_grad():
+            allocate(parts, 2 * len(parts))  # type: ignore[arg-type]
+    expected = run(model, batch)
+    adapt.save(model, tmp_path / "a", "a", dtype=torch.float32)
+    other = subject.make_redrawn()
+    adapt.load(other, tmp_path / "a")
+    close(run(other, batch), expected, "loaded and saved")
+    if method == "adalora":
+        ranks = {p.shape[0] for key, p in adapt.parameters(other, "a").items() if key.endswith("lora_E")}
+        assert sum(p.shape[0] for k, p in adapt.parameters(other, "a").items() if k.endswith("lora_E")) == 2 * len(
+            parts
+        )
+        assert len(ranks) > 1

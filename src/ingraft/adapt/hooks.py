@@ -19,21 +19,16 @@ from ingraft.adapt.building import parameters
 from ingraft.adapt.control import Adapter, Control, host_state, part_of, require_control
 from ingraft.adapt.lifecycle import disabled
 from ingraft.adapt.site import site_of
-from ingraft.adapt.stacked import Stack
+from ingraft.adapt.stacked import each_alone
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Moment, ObservingPart, Part
 
 
 def parts_of(model: nn.Module, adapter: Adapter) -> dict[str, Part]:
     """An adapter's own parts by path, those of modules trained in full left out."""
-    found: dict[str, Part] = {}
-    for path in adapter.sites:
-        part = part_of(model.get_submodule(path), adapter.name) if path not in adapter.beside else None
-        if isinstance(part, Stack):
-            found |= {f"{path}.{matrix.key}": inner for matrix, inner in part.parts()}
-        elif part is not None:
-            found[path] = part
-    return found
+    paths = [path for path in adapter.sites if path not in adapter.beside]
+    found = {path: part_of(model.get_submodule(path), adapter.name) for path in paths}
+    return each_alone({path: part for path, part in found.items() if part is not None})
 
 
 def rate(model: nn.Module, name: str, tensor: str) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import Composition, ParameterPart, WeightPart
+from ingraft.methods.contract import Composition, ParameterPart, Part, WeightPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,17 @@ class Stack(ParameterPart):
             if len(given) == len(pieces):
                 made[name] = torch.cat(given) if len(given) > 1 else given[0]
         return made
+
+
+def each_alone(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Parts by path, those of a module's matrices each by its own: `<path>.<matrix>`."""
+    found: dict[str, Part] = {}
+    for path, part in parts.items():
+        if isinstance(part, Stack):
+            found |= {f"{path}.{matrix.key}": inner for matrix, inner in part.parts()}
+        else:
+            found[path] = part
+    return found
 
 
 @dataclass(frozen=True, eq=False)

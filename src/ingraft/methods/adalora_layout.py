@@ -56,6 +56,7 @@ ADALORA_LAYOUT = replace(
     off=(*LORA_LAYOUT.off, "alpha_pattern", "lora_bias", "use_rslora"),
     ignored=(*LORA_LAYOUT.ignored, "r", "init_lora_weights"),
     aliases={},
+    experts={},
     tensors={name: name for name in ("lora_A", "lora_B", "lora_E")},
     embedding_tensors={},
     shapes={},

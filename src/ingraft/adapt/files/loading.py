@@ -50,6 +50,7 @@ from ingraft.adapt.files.peft_tensors import (
 )
 from ingraft.adapt.files.reading import attach_read, free_name, load_foreign, load_hub
 from ingraft.adapt.lifecycle import activate, detach
+from ingraft.adapt.stacked import each_alone
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig, Part
@@ -231,7 +232,8 @@ def _put_back(
     """Give a method its values back from the adapter of another method that it was written as."""
     method = registry.load(own.method)
     assert method.compact is not None and method.reopen is not None
-    mine = {path: part for path, part in parts.items() if path not in read or read[path] is not part}
+    mine = each_alone({path: part for path, part in parts.items() if path not in read or read[path] is not part})
+    read = each_alone(read)
     again, tensors = method.compact(own, mine)
     theirs = {path: {name: t.shape for name, t in saved_tensors(read[path])} for path in mine}
     if again != config or theirs != {path: {name: t.shape for name, t in own.items()} for path, own in tensors.items()}:

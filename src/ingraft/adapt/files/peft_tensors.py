@@ -135,8 +135,8 @@ def _experts(start: str, layout: PeftLayout, part: Stack) -> Iterator[Entry]:
     for matrix, inner in part.parts():
         groups.setdefault(matrix.parameter, []).append(inner)
     for depth, inners in enumerate(reversed(groups.values())):
-        for name, first in inners[0].named_parameters():
-            pieces = [dict(inner.named_parameters())[name] for inner in inners]
+        for name, first in saved_tensors(inners[0]):
+            pieces = [dict(saved_tensors(inner))[name] for inner in inners]
             key = start + "base_layer." * depth + layout.tensors.get(name, name)
             yield (
                 _plain(key, first, tuple(first.shape))

@@ -38,9 +38,10 @@ from ingraft.adapt.files.peft_tensors import (
     layout_of,
 )
 from ingraft.adapt.hooks import parts_of
+from ingraft.adapt.stacked import Stack
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import Part, PeftLayout
+from ingraft.methods.contract import Part, PeftLayout, WeightPart
 
 
 def save(
@@ -166,13 +167,16 @@ def _the_name(model: nn.Module, name: str | None) -> str:
     return name if name is not None else "default" if "default" in attached else attached[0]
 
 
-class _Values(Part):
+class _Values(WeightPart):
     """Tensors that stand for a part in a file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
+
+    def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError("these are for a file alone")
 
 
 def _as_written(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, Part]]:
@@ -183,7 +187,12 @@ def _as_written(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, 
     if adapter.method.compact is None:
         return adapter, parts
     config, tensors = adapter.method.compact(adapter.config, parts_of(model, adapter))
-    values = {path: _Values(own) for path, own in tensors.items()}
+    values: dict[str, Part] = {}
+    for path, part in parts.items():
+        if isinstance(part, Stack):
+            values[path] = Stack({m: _Values(tensors[f"{path}.{m.key}"]) for m in part.matrices})
+        elif path in tensors:
+            values[path] = _Values(tensors[path])
     return replace(adapter, config=config, method=registry.load(config.method)), {**parts, **values}
 
 
