@@ -42,7 +42,7 @@ def main() -> dict[str, float]:
             output_dir=folder,
             learning_rate=1e-2,
             per_device_train_batch_size=16,
-            num_train_epochs=12,
+            num_train_epochs=20,
             save_strategy="no",
             predict_with_generate=True,
             generation_max_length=3,

@@ -177,7 +177,7 @@ def test_names_without_the_bases_prefix_and_a_head_that_stays(tmp_path: Path, ti
         (BOTTLENECK | {"leave_out": [0]}, narrow(BOTH), r"leave_out = \[0\]"),
         (LORA | {"use_dora": True}, {}, "use_dora = True"),
         (LORA | {"r": "many"}, {}, "r = 'many'"),
-        (BOTTLENECK | {"non_linearity": []}, narrow(BOTH), "not well-formed"),
+        (BOTTLENECK | {"non_linearity": []}, narrow(BOTH), "non_linearity must be a text"),
         (BOTTLENECK | {"reduction_factor": 1e-9}, narrow(BOTH), "asks for"),
         ({"architecture": "prefix_tuning", "prefix_length": 3}, {}, "not read from its files"),
         (BOTTLENECK, narrow(BOTH[:2]), "holds nothing for"),

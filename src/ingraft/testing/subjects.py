@@ -401,7 +401,13 @@ SUBJECTS: dict[str, Subject] = {
             Subject(
                 name=f"linear-{form.lower()}",
                 # Wide enough for a block of 32, and nf4's blocks of 64 run across the first layer's rows.
-                make=lambda: Layers(nn.Linear(32, 64), nn.Linear(64, 64, bias=False), nn.LayerNorm(64)),
+                make=lambda: Layers(
+                    nn.Linear(32, 64),
+                    nn.Linear(64, 64, bias=False),
+                    nn.Sequential(
+                        nn.LayerNorm(64), nn.Linear(64, 5)
+                    ),  # the last linear layer is the head, and stays dense
+                ),
                 batch=_normal(3, 32),
                 targets=("first", "second"),
                 outputs=("second",),

@@ -315,6 +315,11 @@ def _identify(methods: list[Method], kind: str, raw: Mapping[str, Any], where: s
         known = sorted(
             {m.peft.peft_type for m in methods if m.peft is not None} | {own_type(m) for m in methods if m.peft is None}
         )
+        if kind.startswith(OWN):
+            raise IngraftError(
+                f"{where}: was written with the method {kind.removeprefix(OWN).lower().replace('_', '-')!r}, which is not here. Install the package that "
+                "brings it, or a newer Ingraft."
+            )
         raise IngraftError(
             f"{where}: peft_type {kind!r} is none that this version of Ingraft has{nearest(kind, known)}. It has {', '.join(known)}."
         )
