@@ -226,7 +226,7 @@ def score(name: str, folder: Path, evaluation: Path, options: argparse.Namespace
     data = load(str(evaluation), base.tokenizer)
     pad = pad_id(base.tokenizer)
     before = score_loss(base.model, data.train, pad, 8)
-    size = sum(p.numel() for p in base.model.parameters())
+    size = adapt.base_size(base.model)
     load_adapter(base.model, folder, name="a")
     parameters = sum(p.numel() for p in adapt.parameters(base.model, "a").values())
     after = score_loss(base.model, data.train, pad, 8)
@@ -264,6 +264,11 @@ def page(
         *(line.told(costs.get(name)) for name, line in lines.items()),
         "",
         *(f"- `{name}`: failed: {why}" for name, why in failed.items()),
+        *(
+            [f"- Not measured yet: {', '.join(left)}."]
+            if (left := [f"`{n}`" for n in records() if n not in {*lines, *failed}])
+            else []
+        ),
         *(
             f"- `{name}` acts over two adapters (`{MEMBER[name]}`), each trained before it on every other row for half as many steps; the loss before is the bare base's."
             for name in lines

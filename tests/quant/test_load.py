@@ -259,3 +259,13 @@ def test_a_quantised_base_is_not_trained_in_full(llama: Path) -> None:
     with pytest.raises(IngraftError, match=r"down_proj: kept in packed blocks"):
         adapt.attach(model, LoraConfig(target_modules=("q_proj",), modules_to_save=("layers.0.mlp.down_proj",)))
     assert torch.equal(model(X).logits, expected)
+
+
+def test_a_packed_base_has_as_many_parameters_as_a_dense_one(llama: Path) -> None:
+    """Bytes are not counted as numbers, before an adapter is attached and after."""
+    dense, packed = (bases.load_base(str(llama), dtype="float32", quantization=how).model for how in ("none", "nf4"))
+    count = sum(p.numel() for p in dense.parameters())
+    assert adapt.base_size(dense) == adapt.base_size(packed) == count
+    adapt.attach(packed, LoraConfig(r=2), seed=1)
+    own = sum(p.numel() for p in adapt.parameters(packed, "default").values())
+    assert adapt.base_size(packed) == count and adapt.status(packed).total == count + own

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ingraft.adapt.building import base_parameters, parameters
 from ingraft.adapt.control import Control, control_of
+from ingraft.adapt.select import base_modules
+from ingraft.adapt.weights import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +52,12 @@ def status(model: nn.Module) -> Status:
     """Adapters, which act, which are merged, and how many parameters train. Works on a bare model too."""
     control = control_of(model) or Control()
     base = {id(p): p for p in base_parameters(model).values()}
+    added: dict[int, Tensor] = {}
     adapters: list[AdapterStatus] = []
     trained: dict[int, Tensor] = {i: p for i, p in base.items() if p.requires_grad}
-    total = dict(base)
     for name, adapter in control.adapters.items():
         own = parameters(model, name)
-        total.update({id(p): p for p in own.values()})
+        added.update({id(p): p for p in own.values()})
         trained.update({id(p): p for p in own.values() if p.requires_grad})
         adapters.append(
             AdapterStatus(
@@ -70,5 +73,17 @@ def status(model: nn.Module) -> Status:
     return Status(
         adapters=tuple(adapters),
         trainable=sum(p.numel() for p in trained.values()),
-        total=sum(p.numel() for p in total.values()),
+        total=base_size(model) + sum(p.numel() for p in added.values()),
     )
+
+
+def base_size(model: nn.Module) -> int:
+    """How many numbers the base's parameters hold: tied ones once, a packed weight's as many as it unpacks to."""
+    sizes: dict[int, int] = {}
+    for module in base_modules(model).values():
+        kind = kind_of(module)
+        packed = kind is not None and kind.dense_class_of(module) is not None
+        for name, p in module._parameters.items():
+            if p is not None:
+                sizes[id(p)] = math.prod(kind.shape_of(module)) if packed and name == "weight" and kind else p.numel()
+    return sum(sizes.values())

@@ -458,7 +458,7 @@ def _finish(run: Run, prepared: Prepared, session: Session) -> None:
             data=prepared.data.report.lines(),
             about=about,
             trained=sum(p.numel() for p in learner.parameters.values()),
-            total=sum(p.numel() for p in set(adapt.base_parameters(run.model).values())),  # tied ones once
+            total=adapt.base_size(run.model),
         )
         durable.write_file(tmp / "report.html", text)
 
