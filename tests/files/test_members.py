@@ -77,3 +77,21 @@ def test_a_members_name_is_no_path(tiny: SimpleNamespace, tmp_path: Path) -> Non
     file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": ["one", "../../../a"]}))
     with pytest.raises(IngraftError, match="letters, digits"):
         ingraft.load(tiny.make("llama"), tmp_path / "a")
+
+
+def test_a_folder_called_adapters_that_is_not_ours_stays(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Saving over a folder, whoever's: a user's own `adapters/` is neither removed nor mixed with."""
+    mine = tmp_path / "a" / "adapters" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    model = fused(tiny)
+    ingraft.save(model, tmp_path / "a", "one", overwrite=True)
+    assert mine.read_text() == "mine"
+    with pytest.raises(IngraftError, match="is in the way"):
+        ingraft.save(model, tmp_path / "a", "both", overwrite=True)
+    assert mine.read_text() == "mine" and ingraft.load(tiny.make("llama"), tmp_path / "a") == "one"
+    ingraft.save(model, tmp_path / "b", "both")
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    ingraft.save(model, tmp_path / "b", "both", overwrite=True)
+    ingraft.save(model, tmp_path / "b", "one", overwrite=True)
+    assert not (tmp_path / "b" / "adapters").exists() and (tmp_path / "b" / "notes.txt").exists()

@@ -22,7 +22,7 @@ from ingraft.adapt.control import host_state
 from ingraft.adapt.stacked import Matrix, Stack, own_tensors
 from ingraft.adapt.weights import Kind
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import Factors, Part
+from ingraft.methods.contract import Factors, Part, WeightPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ def low_at(
     for weight, stack in stacks:
         own = {name: value.detach().float() for name, value in own_tensors(module).items()}
         for matrix, part in stack.parts():
+            assert isinstance(part, WeightPart)
             place = Place(path=path, matrix=matrix, takes_bias=matrix.bias is not None)
             W, b = matrix.weight(own), matrix.bias_of(own)
             found.setdefault(place, []).append((weight, change_of_matrix(part, W, b)))

@@ -100,10 +100,11 @@ class Stack(ParameterPart):
 
     copies = False
 
-    def __init__(self, parts: Mapping[Matrix, WeightPart]) -> None:
+    def __init__(self, parts: Mapping[Matrix, Part]) -> None:
         super().__init__()
         self.matrices = tuple(parts)
-        self.composition: Composition = next(iter(parts.values())).composition
+        first = next(iter(parts.values()))
+        self.composition: Composition = first.composition if isinstance(first, WeightPart) else "add"
         for matrix, part in parts.items():
             holder: nn.Module = self
             *above, leaf = matrix.key.split(".")
@@ -113,11 +114,11 @@ class Stack(ParameterPart):
                 holder = holder.get_submodule(name)
             holder.add_module(leaf, part)
 
-    def parts(self) -> Iterator[tuple[Matrix, WeightPart]]:
-        """Each matrix with its part, in the order of the module's parameters."""
+    def parts(self) -> Iterator[tuple[Matrix, Part]]:
+        """Each matrix with its part, in the order of the module's parameters: a weight part, or in a file what stands for one."""
         for matrix in self.matrices:
             part = self.get_submodule(matrix.key)
-            assert isinstance(part, WeightPart)
+            assert isinstance(part, Part)
             yield matrix, part
 
     def values(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,6 +127,7 @@ class Stack(ParameterPart):
         changed: dict[str, list[Tensor]] = {}
         moved: set[str] = set()
         for matrix, part in self.parts():
+            assert isinstance(part, WeightPart)
             W, b = matrix.weight(parameters), matrix.bias_of(parameters)
             W_new, b_new = part.weight(W, b)
             if W_new is not W:

@@ -85,7 +85,7 @@ class Site(ABC):
 
     @abstractmethod
     def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
-        """What the parts of these adapters (all `AddingPart`s) would add here. For methods that act on other adapters (`Method.over`)."""
+        """What the parts of these adapters (such that `adds`) would add here. For methods that act on other adapters (`Method.over`)."""
 
     @abstractmethod
     def prompt_mask(self, y: Tensor) -> Tensor:

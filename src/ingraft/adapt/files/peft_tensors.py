@@ -30,7 +30,6 @@ from ingraft.methods.contract import (
     Part,
     PeftLayout,
     RowsAtHand,
-    WeightPart,
 )
 
 PREFIX = "base_model.model."
@@ -131,7 +130,7 @@ def entries(
 def _experts(start: str, layout: PeftLayout, part: Stack) -> Iterator[Entry]:
     """The tensors of a module's matrices: those of one parameter side by side. The parameter's name is in no key; the wrappers of a module's
     parameters lie inside one another, the first one innermost."""
-    groups: dict[str, list[WeightPart]] = {}
+    groups: dict[str, list[Part]] = {}
     for matrix, inner in part.parts():
         groups.setdefault(matrix.parameter, []).append(inner)
     for depth, inners in enumerate(reversed(groups.values())):

@@ -41,7 +41,7 @@ from ingraft.adapt.hooks import parts_of
 from ingraft.adapt.stacked import Stack
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.methods.contract import Part, PeftLayout, WeightPart
+from ingraft.methods.contract import Part, PeftLayout
 
 
 def save(
@@ -78,13 +78,18 @@ def save(
         )
     if extra:
         facts["extra"] = dict(extra)
-    own = (CONFIG, WEIGHTS, MEMBERS, durable.MANIFEST)
-    others = folder.is_dir() and any(item.name not in own for item in folder.iterdir())
+    written = _written_members(folder)
+    ours = {CONFIG, WEIGHTS, durable.MANIFEST, *([MEMBERS] if written else [])}
+    others = folder.is_dir() and any(item.name not in ours for item in folder.iterdir())
+    if facts.get("members") and overwrite and not written and (folder / MEMBERS).exists():
+        raise IngraftError(
+            f"{folder / MEMBERS} is in the way of the adapters that {name!r} acts over; choose another folder."
+        )
     with ExitStack() as stack:
         if overwrite and others:  # replacing the folder would take the other files with it
             if (folder / durable.MANIFEST).exists():
                 durable.remove(folder / durable.MANIFEST)
-            if (folder / MEMBERS).exists():
+            if written:
                 durable.remove(folder / MEMBERS)
             staging = stack.enter_context(durable.completion(folder, facts, only=(CONFIG, WEIGHTS)))
         else:
@@ -93,6 +98,18 @@ def save(
         durable.write_file(staging / WEIGHTS, weights)
         save_members(model, name, staging, dtype=dtype)
     return folder
+
+
+def _written_members(folder: Path) -> bool:
+    """Whether `adapters/` in this folder is what an earlier save put there, and nothing else: only then may a save replace it."""
+    inside = {item.name for item in (folder / MEMBERS).iterdir()} if (folder / MEMBERS).is_dir() else set[str]()
+    if not inside or not (folder / durable.MANIFEST).is_file():
+        return False
+    try:
+        listed = durable.read_manifest(folder)["facts"].get("members") or []
+    except IngraftError:
+        return False
+    return inside <= set(listed)
 
 
 def save_members(model: nn.Module, name: str, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -134,6 +151,7 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
         "parameters": sum(parameter.numel() for parameter in parameters(model, name).values()),
         "base": fingerprint(model, adapter.saved_whole, as_merged=bool(adapter.ground)),
         **({"stands_on": list(adapter.ground)} if adapter.ground else {}),
+        **({"members": list(members)} if (members := require_control(model).acted_on_by(name)) else {}),
         "versions": {package: _version(package) for package in ("ingraft", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
@@ -167,16 +185,13 @@ def _the_name(model: nn.Module, name: str | None) -> str:
     return name if name is not None else "default" if "default" in attached else attached[0]
 
 
-class _Values(WeightPart):
+class _Values(Part):
     """Tensors that stand for a part in a file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
-
-    def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("these are for a file alone")
 
 
 def _as_written(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, Part]]:
