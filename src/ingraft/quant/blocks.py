@@ -5,14 +5,16 @@ files treat it like any weight, and putting it back after a merge is putting one
 
 Numbers are computed in float32, exactly as the format's own definition says, and rounded once to the dtype asked for: an adapter then sees the
 same base on every machine, whichever library quantised it. Computing in bfloat16 all the way would save a quarter of the time and give
-other numbers. Four-bit codes are looked up two at a time: a table of 256 pairs, read as one 64-bit number each, costs a third of shifting
-and masking, whose short strided runs torch does not vectorise.
+other numbers. Where codes are to be scaled as they are (all of GGUF's formats), a byte holds codes that lie far apart in their row: shifting
+and masking then write long runs, which torch vectorises, and take a third of looking codes up (`spread`). Where every code stands for a level of
+its own (nf4), codes are looked up two at a time: a table of 256 pairs, read as one 64-bit number each, costs a third of one look-up a code.
 
 Legend: O rows, I columns, N codes.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from typing import ClassVar
@@ -95,6 +97,29 @@ def pieces(shape: tuple[int, int], size: int = PIECE) -> Iterator[tuple[int, int
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
+def spread(packed_OP: Tensor, bits: int) -> Tensor:
+    """Codes of 1, 2 or 4 bits, uint8, from bytes that hold several: (O, P) becomes (O, 8 P / bits). Byte p holds in its lowest bits code p, in
+    the next ones code p + P, and so on."""
+    last = 8 - bits
+    parts = [(packed_OP >> shift) & (2**bits - 1) for shift in range(bits, last, bits)]
+    return torch.cat([packed_OP & (2**bits - 1), *parts, packed_OP >> last], dim=1)
+
+
+def gathered(codes_OI: Tensor, bits: int) -> Tensor:
+    """The inverse of `spread`."""
+    parts = codes_OI.chunk(8 // bits, dim=1)
+    return functools.reduce(torch.bitwise_or, (part << (bits * place) for place, part in enumerate(parts)))
+
+
+def scaled(codes_OI: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """scale * code + offset in float32, with one of each for so many codes of a row as go into it: scales (O, B) for codes (O, I), int8."""
+    values_OI = codes_OI.float()
+    blocks = values_OI.view(*scale.shape, -1).mul_(scale[..., None])
+    if offset is not None:
+        blocks.add_(offset[..., None])
+    return values_OI
+
+
 def two_codes(codes: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Bytes of two four-bit codes each, first code in the upper half, as float32 levels: (..., n) becomes (..., 2 n)."""
     found = torch.index_select(_pairs(levels, codes.device), 0, codes.reshape(-1).to(torch.int32))
@@ -132,8 +157,3 @@ def two_in_a_byte(codes: Tensor) -> Tensor:
 def halves(raw: Tensor) -> Tensor:
     """Bytes as the float16 numbers they are, in float32."""
     return raw.contiguous().view(torch.float16).float()
-
-
-def by_block(values_OI: Tensor, block: int) -> Tensor:
-    """A view with the numbers of a block along the last dimension."""
-    return values_OI.view(values_OI.shape[0], -1, block)

@@ -11,10 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingraft.quant.blocks import FileFormat, by_block, halves, two_codes, two_in_a_byte
-
-UNSIGNED = tuple(float(code) for code in range(16))
-SIGNED = tuple(float(code - 8) for code in range(16))
+from ingraft.quant.blocks import FileFormat, gathered, halves, scaled, spread
 
 
 def split_halves(raw: Tensor) -> Tensor:
@@ -26,24 +23,20 @@ class Q4_0(FileFormat):
     name, block, bytes = "Q4_0", 32, 18
 
     def regrouped(self, blocks_OBb: Tensor) -> list[Tensor]:
-        return [two_in_a_byte(split_halves(blocks_OBb[..., 2:])).flatten(1), blocks_OBb[..., :2].flatten(1)]
+        return [gathered(split_halves(blocks_OBb[..., 2:]).flatten(1), 4), blocks_OBb[..., :2].flatten(1)]
 
     def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
-        rows, codes = packed[start:stop], shape[1] // 2
-        values_OI = two_codes(rows[:, :codes], SIGNED)
-        by_block(values_OI, 32).mul_(halves(rows[:, codes:])[..., None])
-        return values_OI
+        codes, d = packed[start:stop].split([shape[1] // 2, shape[1] // 16], dim=1)
+        return scaled(spread(codes, 4).view(torch.int8).sub_(8), halves(d))
 
 
 class Q4_1(FileFormat):
     name, block, bytes = "Q4_1", 32, 20
 
     def regrouped(self, blocks_OBb: Tensor) -> list[Tensor]:
-        codes = two_in_a_byte(split_halves(blocks_OBb[..., 4:]))
-        return [codes.flatten(1), blocks_OBb[..., :2].flatten(1), blocks_OBb[..., 2:4].flatten(1)]
+        codes = split_halves(blocks_OBb[..., 4:]).flatten(1)
+        return [gathered(codes, 4), blocks_OBb[..., :2].flatten(1), blocks_OBb[..., 2:4].flatten(1)]
 
     def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
         codes, d, m = packed[start:stop].split([shape[1] // 2, shape[1] // 16, shape[1] // 16], dim=1)
-        values_OI = two_codes(codes, UNSIGNED)
-        by_block(values_OI, 32).mul_(halves(d)[..., None]).add_(halves(m)[..., None])
-        return values_OI
+        return scaled(spread(codes, 4), halves(d), halves(m))

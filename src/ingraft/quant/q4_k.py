@@ -11,30 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingraft.quant.blocks import FileFormat, by_block, halves, two_codes, two_in_a_byte
-from ingraft.quant.q4 import UNSIGNED, split_halves
+from ingraft.quant.blocks import FileFormat, gathered, halves, scaled, spread
+from ingraft.quant.q4 import split_halves
 
 
 class Q4_K(FileFormat):
     name, block, bytes = "Q4_K", 256, 144
 
     def regrouped(self, blocks_OBb: Tensor) -> list[Tensor]:
-        codes = split_halves(blocks_OBb[..., 16:].unflatten(-1, (4, 32)))
-        return [two_in_a_byte(codes).flatten(1), blocks_OBb[..., :4].flatten(1), blocks_OBb[..., 4:16].flatten(1)]
+        codes = split_halves(blocks_OBb[..., 16:].unflatten(-1, (4, 32))).flatten(1)
+        return [gathered(codes, 4), blocks_OBb[..., :4].flatten(1), blocks_OBb[..., 4:16].flatten(1)]
 
     def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
         rows, codes = packed[start:stop], shape[1] // 2
-        values_OI = two_codes(rows[:, :codes], UNSIGNED)
-        scale, offset = scales_and_offsets(rows[:, codes:], shape[1] // 256)
-        by_block(values_OI, 32).mul_(scale).sub_(offset)
-        return values_OI
+        return scaled(spread(rows[:, :codes], 4), *scales_and_offsets(rows[:, codes:], shape[1] // 256))
 
 
 def scales_and_offsets(rows: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """d s and dmin m for every 32 numbers, each (O, 8 blocks, 1), from rows of all d and dmin and then all twelve bytes."""
+    """d s and - dmin m for every 32 numbers, each (O, 8 blocks), from rows of all d and dmin and then all twelve bytes."""
     d_OB2 = halves(rows[:, : 4 * blocks]).view(-1, blocks, 2)
     s_OB8, m_OB8 = _six_bits(rows[:, 4 * blocks :].reshape(-1, blocks, 12))
-    return (d_OB2[..., :1] * s_OB8).view(-1, 8 * blocks, 1), (d_OB2[..., 1:] * m_OB8).view(-1, 8 * blocks, 1)
+    return (d_OB2[..., :1] * s_OB8).flatten(1), (d_OB2[..., 1:] * m_OB8).neg_().flatten(1)
 
 
 def _six_bits(packed_OB12: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingraft.quant.blocks import FileFormat, by_block, halves
+from ingraft.quant.blocks import FileFormat, halves, scaled
 
 
 class Q8_0(FileFormat):
@@ -21,6 +21,4 @@ class Q8_0(FileFormat):
 
     def values(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
         rows = packed[start:stop]
-        values_OI = rows[:, : shape[1]].view(torch.int8).to(torch.float32, memory_format=torch.contiguous_format)
-        by_block(values_OI, 32).mul_(halves(rows[:, shape[1] :])[..., None])
-        return values_OI
+        return scaled(rows[:, : shape[1]].view(torch.int8), halves(rows[:, shape[1] :]))
