@@ -1,7 +1,7 @@
 """What a packed base costs and gives: SmolLM2 dense, in nf4, in int8 and in its GGUF's own blocks, next to PEFT over bitsandbytes' nf4.
 
 Every side runs in processes of its own, interleaved. The rows are the demo's reviews (`make demo` fetches them); all sides are trained on the same
-ones and scored by the same code on the same held-out rows. Bytes are those of the weights; a step's and a token's time are set against the
+ones and scored by the same code on the same held-out rows, each repeat with another seed. Bytes are those of the weights; a step's and a token's time are set against the
 dense base's.
 
     python benchmarks/qlora.py [--steps 30] [--repeats 3] [--output benchmarks/results]
@@ -27,15 +27,19 @@ TOKENS = 20
 
 def main() -> int:
     asked = sides.options("Packed bases: bytes, time of a step and of a token, loss.", SIDES)
-    runs = sides.measure(asked, run_side, __file__)
+    runs = sides.measure(asked, run_side, __file__, sft.SETTINGS)
     medians = sides.medians_of(runs)
     dense = medians.get("none", next(iter(medians.values())))
-    lines = ["| base | linear layers, MB | all weights, MB | step, s | token, ms | loss |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| base | linear layers, MB | all weights, MB | step, s | token, ms | loss (mean ± SE over seeds) |",
+        "|---|---|---|---|---|---|",
+    ]
     for side, one in medians.items():
         ratio = {key: one[key] / dense[key] for key in one}
+        loss, error = sides.spread(runs, side, "loss")
         lines.append(
             f"| {side} | {one['linear_bytes'] / 1e6:.1f} ({ratio['linear_bytes']:.2f}x) | {one['all_bytes'] / 1e6:.1f} ({ratio['all_bytes']:.2f}x) | "
-            f"{one['step_seconds']:.2f} ({ratio['step_seconds']:.2f}x) | {1e3 * one['decode_seconds']:.1f} ({ratio['decode_seconds']:.2f}x) | {one['loss']:.4f} |"
+            f"{one['step_seconds']:.2f} ({ratio['step_seconds']:.2f}x) | {1e3 * one['decode_seconds']:.1f} ({ratio['decode_seconds']:.2f}x) | {loss:.4f} ± {error:.4f} |"
         )
     sides.write("qlora", asked, sft.SETTINGS, runs, lines)
     return 0

@@ -24,7 +24,7 @@ SIDES = ("ingraft", "peft")
 
 def main() -> int:
     asked = sides.options("Supervised tuning: Ingraft against PEFT + Trainer.", SIDES)
-    runs = sides.measure(asked, run_side, __file__)
+    runs = sides.measure(asked, run_side, __file__, SETTINGS)
     medians = sides.medians_of(runs)
     lines = ["| measure | " + " | ".join(medians) + (" | ratio |" if len(medians) == 2 else " |")]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
@@ -100,10 +100,11 @@ def _ingraft(rows: Path, steps: int) -> dict[str, float]:
 
 def _peft(model: Any, tokenizer: Any, examples: list[Any], steps: int) -> tuple[Any, float, int]:
     """PEFT's LoRA on every linear layer, trained by transformers' Trainer."""
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from peft import LoraConfig, get_peft_model
 
+    set_seed(SETTINGS["seed"])  # what PEFT draws comes before Trainer sets it
     config = LoraConfig(
         r=SETTINGS["r"], lora_alpha=SETTINGS["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -8,7 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,32 @@ def options(description: str, sides: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=sides, default=list(sides), help="which (default: all)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the result")
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    parser.add_argument("--repeat", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(asked: argparse.Namespace, run_side: Callable[[str, Path, int], dict[str, float]], file: str) -> Runs:
+def measure(
+    asked: argparse.Namespace,
+    run_side: Callable[[str, Path, int], dict[str, float]],
+    file: str,
+    settings: MutableMapping[str, Any],
+) -> Runs:
     """The figures of every run by side. In the process of one side: print its figures and end.
 
     Args:
         run_side: one run of a side in this process, from the rows' folder and the number of steps.
         file: the benchmark's own.
+        settings: what `run_side` reads; every repeat has a `seed` of its own, the same for all sides.
     """
     if asked.side:
+        settings["seed"] += asked.repeat
         print(json.dumps(run_side(asked.side, asked.rows, asked.steps)))
         sys.exit(0)
     runs: Runs = {side: [] for side in asked.sides}
     for repeat in range(asked.repeats):
         for side in asked.sides:
             words = [sys.executable, file, "--side", side, "--steps", str(asked.steps), "--rows", str(asked.rows)]
+            words += ["--repeat", str(repeat)]
             done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
             runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(f"repeat {repeat + 1}: {side:8} {runs[side][-1]}", flush=True)
@@ -53,6 +62,13 @@ def medians_of(runs: Runs) -> Medians:
     return {
         side: {key: statistics.median(one[key] for one in found) for key in found[0]} for side, found in runs.items()
     }
+
+
+def spread(runs: Runs, side: str, key: str) -> tuple[float, float]:
+    """Mean over the repeats and its standard error; zero for one repeat."""
+    found = [one[key] for one in runs[side]]
+    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+    return statistics.fmean(found), error
 
 
 def write(name: str, asked: argparse.Namespace, settings: Mapping[str, Any], runs: Runs, table: Sequence[str]) -> None:
