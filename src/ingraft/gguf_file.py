@@ -8,6 +8,7 @@ takes a tenth of a second where the format's own reader takes three, and the val
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +28,11 @@ ADVICE = "Fetch it again and compare its size with the one at its source."
 _STRING, _ARRAY = 8, 9
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value of metadata, by the number of its type; text and lists have lengths of their own."""
+
+_COUNTS = {4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
+"""How a whole number is read, by the same."""
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
 
 SCALES = {
     "Q4_0": (0, 2),
@@ -168,13 +174,15 @@ def _walk(path: Path, content: mmap.mmap) -> tuple[dict[str, Stored], int]:
                 "fetch it again and compare its size."
             )
         count, pairs = walk.numbers("<QQ")
-        alignment = 32
+        alignment, layers = 32, None
         for _ in range(pairs):
             key, (kind,) = walk.text(), walk.numbers("<I")
             place = walk.place
             walk.skip(kind)
             if key == b"general.alignment":
                 (alignment,) = struct.unpack_from("<I", content, place)
+            elif key.endswith(b".block_count") and kind in _COUNTS:
+                (layers,) = struct.unpack_from(_COUNTS[kind], content, place)
         tensors: dict[str, Stored] = {}
         for _ in range(count):
             name, (sizes,) = walk.text(), walk.numbers("<I")
@@ -190,6 +198,12 @@ def _walk(path: Path, content: mmap.mmap) -> tuple[dict[str, Stored], int]:
         raise IngraftError(f"{path}: its header is damaged: {error}. {ADVICE}") from error
     if not tensors:
         raise IngraftError(f"{path}: is a GGUF file without tensors, which is no model. {ADVICE}")
+    held = max((int(found[1]) + 1 for name in tensors if (found := _LAYER.match(name))), default=0)
+    if layers is not None and held > layers:
+        raise IngraftError(
+            f"{path}: does not hold what its header says: the header tells of {layers} layers and there are tensors of {held}. A model made "
+            f"of it would leave the others out. {ADVICE}"
+        )
     return tensors, end
 
 

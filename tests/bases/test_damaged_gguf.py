@@ -70,6 +70,15 @@ def test_a_block_too_many_is_refused(whole: Path, cache: Path, way: str) -> None
     assert nothing_kept(cache)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_too_few_is_refused(whole: Path, cache: Path, way: str) -> None:
+    """A header that claims one block over the tensors of two would give a model of half the layers, and no word of it."""
+    blocks(whole, 1)
+    with pytest.raises(IngraftError, match="the header tells of 1 layers and there are tensors of 2"):
+        bases.load_base(str(whole), dtype="float32", quantization=way)
+    assert nothing_kept(cache)
+
+
 def test_nothing_is_kept_where_no_cache_can_be_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,7 +159,8 @@ def load_kept(gguf: Path, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
     missing = sorted({*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])})
     if missing:
         raise IngraftError(
-            f"{name}: {gguf.name} lacks weights that a {model_class.__name__} needs: {', '.join(missing[:5])}."
+            f"{name}: {gguf.name} lacks weights that a {model_class.__name__} needs: {', '.join(missing[:5])}. Either the "
+            "file is not a whole model (fetch it again), or it says it is another model than it is."
         )
     for module in model.modules():
         if isinstance(module, Packed):
