@@ -6,7 +6,7 @@ files treat it like any weight, and putting it back after a merge is putting one
 Numbers are computed in float32, exactly as the format's own definition says, and rounded once to the dtype asked for: an adapter then sees the
 same base on every machine, whichever library quantised it. Computing in bfloat16 all the way would save a quarter of the time and give
 other numbers. Where codes are to be scaled as they are (all of GGUF's formats), a byte holds codes that lie far apart in their row: shifting
-and masking then write long runs, which torch vectorises, and take a third of looking codes up (`spread`). Where every code stands for a level of
+and masking then write long runs, which torch vectorises, in half the time of looking codes up (`spread`). Where every code stands for a level of
 its own (nf4), codes are looked up two at a time: a table of 256 pairs, read as one 64-bit number each, costs a third of one look-up a code.
 
 Legend: O rows, I columns, N codes.
