@@ -120,6 +120,33 @@ def test_regression_8_ranks_of_an_adalora_that_are_of_no_site_are_named() -> Non
     assert "rank_pattern: '7'" in text and "'0'" not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [
+        ("lora", "rank_pattern"),
+        ("lora", "alpha_pattern"),
+        ("loha", "alpha_pattern"),
+        ("c3a", "block_size_pattern"),
+        ("fourierft", "n_frequency_pattern"),
+    ],
+)
+def test_regression_8_patterns_of_no_site_are_named(method: str, pattern: str) -> None:
+    model = SUBJECTS["llama"].make_redrawn()
+    text = refused(model, method, target_modules=["q_proj"], **{pattern: {"q_prj": 4, "q_proj": 4}})
+    assert f"{pattern}: 'q_prj' matches none of the adapted modules" in text and "'q_proj'" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("lora", "rank_pattern"), ("c3a", "block_size_pattern"), ("fourierft", "n_frequency_pattern")],
+)
+def test_a_pattern_is_a_regular_expression_with_values_that_can_be(method: str, pattern: str) -> None:
+    with pytest.raises(IngraftError) as caught:
+        make_config(method, {pattern: {"q_proj": 0, "(": 4}})
+    assert f"{pattern}: 'q_proj' must be at least 1, got 0" in str(caught.value)
+    assert f"{pattern}: '(' is no regular expression" in str(caught.value)
+
+
 def test_regression_8_feed_forward_modules_that_are_no_targets_are_named() -> None:
     """Passed over, they would have the layer scaled at its outputs instead of its inputs."""
     model = SUBJECTS["llama"].make_redrawn()

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.pattern import PatternedConfig
 from ingraft.methods.pieces import divisors, recomputed, used
-from ingraft.methods.ranked import of_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3AConfig(MethodConfig):
+class C3AConfig(PatternedConfig):
     """C3A's hyperparameters.
 
     Attributes:
@@ -38,28 +38,20 @@ class C3AConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "c3a"
+    patterns: ClassVar[Mapping[str, str]] = {"block_size_pattern": "block_size"}
 
     block_size: int = 64
     block_size_pattern: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     init_weights: bool | str = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block_size_pattern", dict(self.block_size_pattern or {}))
-        super().__post_init__()
-
     def problems(self) -> list[str]:
-        sizes = {"block_size": self.block_size, **self.block_size_pattern}
-        found = [f"{name} must be at least 1, got {size}." for name, size in sizes.items() if size < 1]
+        found = super().problems() + self.below_one("block_size_pattern")
         if self.init_weights not in (True, False, "xavier_uniform", "kaiming_uniform", "gaussian"):
             found.append(
                 "init_weights must be true, false, 'xavier_uniform', 'kaiming_uniform' or 'gaussian', "
                 f"got {self.init_weights!r}."
             )
         return found
-
-    def at(self, path: str) -> Self:
-        size = of_pattern(self.block_size_pattern, path, self.block_size)
-        return replace(self, block_size=size, block_size_pattern={})
 
 
 class C3A(ShortcutPart):

@@ -13,19 +13,19 @@ Legend: O out, I in, N places, K = O // 2 + 1 and J = I // 2 + 1 frequencies of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.pattern import PatternedConfig
 from ingraft.methods.pieces import recomputed, used
-from ingraft.methods.ranked import of_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFTConfig(MethodConfig):
+class FourierFTConfig(PatternedConfig):
     """FourierFT's hyperparameters.
 
     Attributes:
@@ -37,6 +37,7 @@ class FourierFTConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "fourierft"
+    patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
     n_frequency: int = 1000
     n_frequency_pattern: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
@@ -44,17 +45,8 @@ class FourierFTConfig(MethodConfig):
     random_loc_seed: int = 777
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "n_frequency_pattern", dict(self.n_frequency_pattern or {}))
-        super().__post_init__()
-
     def problems(self) -> list[str]:
-        numbers = {"n_frequency": self.n_frequency, **self.n_frequency_pattern}
-        return [f"{name} must be at least 1, got {n}." for name, n in numbers.items() if n < 1]
-
-    def at(self, path: str) -> Self:
-        n = of_pattern(self.n_frequency_pattern, path, self.n_frequency)
-        return replace(self, n_frequency=n, n_frequency_pattern={})
+        return super().problems() + self.below_one("n_frequency_pattern")
 
 
 class FourierFT(ShortcutPart):

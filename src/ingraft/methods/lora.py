@@ -40,7 +40,7 @@ class LoraConfig(RankedConfig):
     """
 
     method: ClassVar[str] = "lora"
-    alpha_field: ClassVar[str] = "lora_alpha"
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     starts: ClassVar[str] = "true|false|gaussian"
     """What `init_lora_weights` may be, as a regular expression."""
 

@@ -1,25 +1,19 @@
-"""What methods with a rank share: the rank and the scale by pattern, and the refusal of a rank that no layer could have.
-
-`rank_pattern` and `alpha_pattern` mean what they mean in Hugging Face PEFT: keys are regular expressions that the end of a module's path has to
-match, on a component's boundary (`down_proj`, `layers.1.mlp.down_proj`, `^model.layers.0.self_attn.q_proj`); the first that does counts.
-"""
+"""What methods with a rank share: the rank and the scale by pattern, and the refusal of a rank that no layer could have."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
-from ingraft.methods.contract import MethodConfig, SiteFacts
-
-T = TypeVar("T")
+from ingraft.methods.contract import SiteFacts
+from ingraft.methods.pattern import PatternedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedConfig(MethodConfig):
+class RankedConfig(PatternedConfig):
     """A rank, which may differ from site to site.
 
     Attributes:
@@ -28,50 +22,14 @@ class RankedConfig(MethodConfig):
         alpha_pattern: the same for the numerator of the scale.
     """
 
-    alpha_field: ClassVar[str] = "alpha"
-    """The option that `alpha_pattern` replaces."""
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
     r: int = 8
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float], hash=False)
 
-    def __post_init__(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        super().__post_init__()
-
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.r < 1:
-            found.append(f"r must be at least 1, got {self.r}.")
-        found += [
-            f"rank_pattern: the rank of {key!r} must be at least 1, got {r}."
-            for key, r in self.rank_pattern.items()
-            if r < 1
-        ]
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                try:
-                    re.compile(key)
-                except re.error as error:
-                    found.append(f"{name}: {key!r} is no regular expression: {error}.")
-        return found
-
-    def at(self, path: str) -> Self:
-        if not (self.rank_pattern or self.alpha_pattern):
-            return self
-        alpha: Any = of_pattern(self.alpha_pattern, path, getattr(self, self.alpha_field))
-        own = {"r": of_pattern(self.rank_pattern, path, self.r), self.alpha_field: alpha}
-        return replace(self, **own, rank_pattern={}, alpha_pattern={})
-
-    def idle(self, paths: Iterable[str]) -> list[str]:
-        known = list(paths)
-        return super().idle(known) + [
-            f"{name}: {key!r} matches none of the adapted modules."
-            for name in ("rank_pattern", "alpha_pattern")
-            for key in getattr(self, name)
-            if not any(pattern_matches(key, path) for path in known)
-        ]
+        return super().problems() + self.below_one("rank_pattern")
 
 
 def by_site(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha_field: str) -> dict[str, Any]:
@@ -82,16 +40,6 @@ def by_site(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha_field: 
         options[name] = usual
         options[pattern] = {f"^{path}": value for path, value in values.items() if value != usual}
     return options
-
-
-def pattern_matches(key: str, path: str) -> bool:
-    """Whether a pattern's key means this module: the end of its path, from the beginning of a component."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def of_pattern(pattern: Mapping[str, T], path: str, default: T) -> T:
-    """What a pattern says of a module; the default where it says nothing."""
-    return next((value for key, value in pattern.items() if pattern_matches(key, path)), default)
 
 
 def rank_above(config: RankedConfig, facts: SiteFacts) -> str | None:
