@@ -128,9 +128,8 @@ def refuses(config: AdaLoraConfig, facts: SiteFacts) -> str | None:
     return above(facts, "init_r", config.init_r)
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: AdaLoraConfig, facts: SiteFacts) -> int:
     """r (in + out + 1)."""
-    assert isinstance(config, AdaLoraConfig)
     return config.rank(facts.path) * (sum(facts.shape) + 1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import SiteFacts
+from ingraft.methods.contract import MethodConfig, SiteFacts
 from ingraft.methods.lowrank import LORA_LAYOUT
 
 _MASK = ".lora_E"
@@ -39,7 +39,7 @@ def decode(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def otherwise(facts: SiteFacts) -> str | None:
+def otherwise(_: MethodConfig, facts: SiteFacts) -> str | None:
     """Grouped convolutions, and those with padding of their own."""
     if getattr(facts.module, "groups", 1) > 1:
         return "PEFT's ADALORA gives a grouped convolution the matrix of an ungrouped one"

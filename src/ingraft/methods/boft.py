@@ -111,9 +111,8 @@ def refuses(config: BOFTConfig, facts: SiteFacts) -> str | None:
     return f"boft: {facts.path}: {given} with {config.boft_n_butterfly_factor} factors cannot make up the {width} dimensions that are turned. Block sizes that do: {fitting}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: BOFTConfig, facts: SiteFacts) -> int:
     """A block for every factor and place, and a factor for every output."""
-    assert isinstance(config, BOFTConfig)
     number, size = config.blocks(facts)
     return config.boft_n_butterfly_factor * number * size**2 + facts.shape[0]
 

@@ -100,8 +100,7 @@ class Bottleneck(AddingPart):
         return self.scaling * F.linear(inner_K, self.up.to(h.dtype), self.up_bias.to(h.dtype))
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: BottleneckConfig, facts: SiteFacts) -> int:
     """Two matrices and their biases."""
-    assert isinstance(config, BottleneckConfig)
     inner = config.inner(facts.width)
     return 2 * inner * facts.width + inner + facts.width

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.contract import Method, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pattern import PatternedConfig
 from ingraft.methods.pieces import divisors, recomputed, used
 
@@ -100,9 +100,8 @@ def refuses(config: C3AConfig, facts: SiteFacts) -> str | None:
     return f"c3a: {facts.path}: block_size = {config.block_size} does not divide a weight of {high} x {wide}. Sizes that do: {sizes}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: C3AConfig, facts: SiteFacts) -> int:
     """out in / block_size."""
-    assert isinstance(config, C3AConfig)
     return facts.shape[0] * facts.shape[1] // config.block_size
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.methods.bottleneck import ACTIVATIONS, NarrowConfig
-from ingraft.methods.contract import AddingPart, Method, MethodConfig, Site, SiteFacts, fresh
+from ingraft.methods.contract import AddingPart, Method, Site, SiteFacts, fresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +126,8 @@ def refuses(config: CompacterConfig, facts: SiteFacts) -> str | None:
     return f"compacter: phm_dim={config.phm_dim} must divide the width {facts.width} of {facts.path}; choose another phm_dim."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: CompacterConfig, facts: SiteFacts) -> int:
     """Two matrices and their biases; a shared rule is counted by itself."""
-    assert isinstance(config, CompacterConfig)
     both = facts.width + config.inner(facts.width)
     own_rules = 0 if config.shared_phm_rule or not config.learn_phm else 2 * config.phm_dim**3
     return 2 * config.phm_rank * both + both + own_rules

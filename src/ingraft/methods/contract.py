@@ -403,7 +403,7 @@ class Method:
     part: type[Part]
     sites: tuple[str, ...]
     identity_at_init: bool
-    count: Callable[[MethodConfig, SiteFacts], int]
+    count: Callable[[Any, SiteFacts], int]
     peft: PeftLayout | None = None
     foreign: Foreign | None = None
     hub: HubLayout | None = None

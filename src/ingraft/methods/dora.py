@@ -64,7 +64,7 @@ class DoRA(LowRank):
         return site.out(factor_O) * (y + self.branch(x, site))
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: DoraConfig, facts: SiteFacts) -> int:
     """LoRA's r (in + out), and a magnitude for every output."""
     return count_lora(config, facts) + facts.shape[0]
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.contract import Method, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pattern import PatternedConfig
 from ingraft.methods.pieces import recomputed, used
 
@@ -110,10 +110,8 @@ def refuses(config: FourierFTConfig, facts: SiteFacts) -> str | None:
     return f"fourierft: {facts.path}: n_frequency = {config.n_frequency}, but the layer has {size} frequencies. Lower it, or name this module in n_frequency_pattern."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: FourierFTConfig, _: SiteFacts) -> int:
     """n_frequency."""
-    del facts
-    assert isinstance(config, FourierFTConfig)
     return config.n_frequency
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ingraft.methods.contract import AddingPart, Method, MethodConfig, Site, SiteFacts, fresh
+from ingraft.methods.contract import AddingPart, Method, Site, SiteFacts, fresh
 from ingraft.methods.over import OverConfig, members
 
 REGULARIZATION = 0.01
@@ -91,9 +91,8 @@ def penalty(config: FusionConfig, parts: Mapping[str, Fusion]) -> Tensor:
     )
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: FusionConfig, facts: SiteFacts) -> int:
     """Q and K with biases, and V."""
-    assert isinstance(config, FusionConfig)
     return (3 if config.value else 2) * facts.width**2 + 2 * facts.width
 
 

@@ -106,9 +106,8 @@ def refuses(config: GraloraConfig, facts: SiteFacts) -> str | None:
     return f"gralora: {facts.path}: gralora_k = {config.gralora_k} does not cut a weight of {high} x {wide} into blocks. Numbers that do: {sizes}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: GraloraConfig, facts: SiteFacts) -> int:
     """(r + hybrid_r) (in + out)."""
-    assert isinstance(config, GraloraConfig)
     return (config.r + config.hybrid_r) * (facts.shape[0] + facts.shape[1])
 
 

@@ -71,9 +71,8 @@ def refuses(config: HiraConfig, facts: SiteFacts) -> str | None:
     return above(facts, "r", config.r)
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: HiraConfig, facts: SiteFacts) -> int:
     """r (in + out)."""
-    assert isinstance(config, HiraConfig)
     return config.r * (facts.shape[0] + facts.shape[1])
 
 

@@ -77,9 +77,8 @@ def refuses(config: HRAConfig, facts: SiteFacts) -> str | None:
     return f"hra: {facts.path}: r = {config.r} is more than the {width} dimensions that are reflected. Take at most {width}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: HRAConfig, facts: SiteFacts) -> int:
     """A vector for every reflection."""
-    assert isinstance(config, HRAConfig)
     return config.r * turned_width(facts)
 
 

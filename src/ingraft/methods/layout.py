@@ -49,7 +49,8 @@ class PeftLayout:
         encode, decode: values of their fields from all that are about to be written, and of ours from all that were read, where no rule above
             does (a rank that they keep as a mask).
         tokens: their field for tokens trained beside the method, where it has one.
-        otherwise: what they compute otherwise at a site (a kernel that is not square), in words to follow its path; None where they agree.
+        otherwise: what they compute otherwise at a site (a kernel that is not square) with the options that hold there, in words to follow its
+            path; None where they agree.
 
     Tensors:
         tensors: our tensor name -> their suffix behind the module path.
@@ -82,7 +83,7 @@ class PeftLayout:
     site_count: str | None = None
     only: Mapping[str, object] = field(default_factory=dict[str, object])
     tokens: str | None = None
-    otherwise: Callable[[SiteFacts], str | None] | None = None
+    otherwise: Callable[[Any, SiteFacts], str | None] | None = None
     encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -77,9 +77,8 @@ class GatedTokens(GatedPart):
         return self.opening
 
 
-def refuses(config: MethodConfig, facts: SiteFacts) -> str | None:
+def refuses(_: MethodConfig, facts: SiteFacts) -> str | None:
     """An attention whose projections are not known cannot make keys of the learned tokens."""
-    del config
     if facts.projects:
         return None
     return (
@@ -88,13 +87,12 @@ def refuses(config: MethodConfig, facts: SiteFacts) -> str | None:
     )
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: LlamaAdapterConfig, facts: SiteFacts) -> int:
     """P tokens and a gate."""
-    assert isinstance(config, LlamaAdapterConfig)
     return config.adapter_len * facts.width + 1
 
 
-def otherwise(facts: SiteFacts) -> str | None:
+def otherwise(_: MethodConfig, facts: SiteFacts) -> str | None:
     """PEFT has it for a few models, and not for all of them as the equation says."""
     kind = str(getattr(getattr(facts.module, "config", None), "model_type", ""))
     return (

@@ -110,9 +110,8 @@ def core_kernel(effective: bool, facts: SiteFacts) -> tuple[int, ...]:
     return kernel if effective and math.prod(kernel) > 1 else ()
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: LoHaConfig, facts: SiteFacts) -> int:
     """2 r (out + in); with cores of k positions 2 (r (out + in / k) + r^2 k)."""
-    assert isinstance(config, LoHaConfig)
     k = math.prod(kernel) if (kernel := core_kernel(config.use_effective_conv2d, facts)) else 1
     return 2 * (config.r * (facts.shape[0] + facts.shape[1] // k) + (config.r**2 * k if kernel else 0))
 

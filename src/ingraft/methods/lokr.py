@@ -33,8 +33,7 @@ from ingraft.methods.ranked import RankedConfig, thin_above
 
 @dataclass(frozen=True, kw_only=True)
 class LoKrConfig(RankedConfig):
-    """LoKr's hyperparameters; see `RankedConfig` for r (the rank of W2 and of W1) and its patterns. A matrix whose longer side is at most 2 r is
-    trained whole, however large r is, as in PEFT; below that, r is a rank and at most its shorter side.
+    """LoKr's hyperparameters; see `RankedConfig` for r (the rank of W2 and of W1 where they have one, at most their shorter side) and its patterns.
 
     Attributes:
         alpha: the change is scaled by alpha / r, whichever factors are decomposed.
@@ -55,8 +54,8 @@ class LoKrConfig(RankedConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.decompose_factor < 1 and self.decompose_factor != -1:
-            found.append(f"decompose_factor must be at least 1, or -1 for near-square, got {self.decompose_factor}.")
+        if (size := self.decompose_factor) < 1 and size != -1:
+            found.append(f"decompose_factor must be at least 1, or -1 for near-square, got {size}.")
         if self.init_weights not in (True, False, "lycoris"):
             found.append(f"init_weights must be true, false or 'lycoris', got {self.init_weights!r}.")
         return found
@@ -76,9 +75,6 @@ class LoKrConfig(RankedConfig):
         return {**first, "lokr_w2_a": (b, r), "lokr_w2_b": (r, d * math.prod(kernel))}
 
 
-NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-
-
 class LoKr(ShortcutPart):
     """See the file's header."""
 
@@ -89,25 +85,21 @@ class LoKr(ShortcutPart):
         super().__init__()
         self.scale = config.alpha / config.r
         for name, shape in config.shapes(facts).items():
-            self.register_parameter(name, parameter := fresh(*shape, like=facts.W))
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b")}.get(config.init_weights, ())
-        for name in zero:
-            if name in self._parameters:
-                nn.init.zeros_(self.get_parameter(name))
+            setattr(self, name, nn.init.kaiming_uniform_(fresh(*shape, like=facts.W), a=math.sqrt(5)))
+        zero = {True: {"lokr_w1", "lokr_w1_a"}, "lycoris": {"lokr_w2", "lokr_w2_b"}}.get(config.init_weights, set())
+        for name in zero & self._parameters.keys():
+            nn.init.zeros_(self.get_parameter(name))
 
     def halves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s W1 (A, C) and W2 (B, D) in float32, from their factors as they are used in this dtype."""
-
         own = {name: used(p, dtype) for name, p in self.named_parameters()}
-
-        def whole(name: str) -> Tensor:
-            full = own.get(f"lokr_w{name}")
-            if full is not None:
-                return full.flatten(1)
-            return product(own.get(f"lokr_t{name}"), own[f"lokr_w{name}_a"], own[f"lokr_w{name}_b"])
-
-        return self.scale * whole("1"), whole("2")
+        w1_AC, w2_BD = (
+            product(own.get(f"lokr_t{n}"), own[f"lokr_w{n}_a"], own[f"lokr_w{n}_b"])
+            if whole is None
+            else whole.flatten(1)
+            for n, whole in ((n, own.get(f"lokr_w{n}")) for n in (1, 2))
+        )
+        return self.scale * w1_AC, w2_BD
 
     def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return (W.float() + torch.kron(*self.halves(W.dtype))).to(W.dtype), b
@@ -118,10 +110,15 @@ class LoKr(ShortcutPart):
         return y + (w1_AC @ u_CB).flatten(-2)
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: LoKrConfig, facts: SiteFacts) -> int:
     """a c + r (b + d), or b d where that is not larger than half of it; with decompose_both r (a + c) where that is smaller."""
-    assert isinstance(config, LoKrConfig)
     return sum(math.prod(shape) for shape in config.shapes(facts).values())
+
+
+def otherwise(config: LoKrConfig, facts: SiteFacts) -> str | None:
+    """A whole W2 over the kernel of a Conv1d: LyCORIS' product, and ours, leaves the kernel to W2."""
+    other = facts.kind == "conv1d" and "lokr_w2" in config.shapes(facts)
+    return "PEFT's LOKR multiplies W1 with the kernel's dimension" if other else None
 
 
 def read(modules: Modules) -> tuple[MethodConfig, Modules]:
@@ -138,11 +135,16 @@ METHOD = Method(
     identity_at_init=True,
     count=count,
     refuses=thin_above,
-    foreign=Foreign(names=frozenset(f"lokr_{name}" for name in NAMES), marks=frozenset(), read=read),
+    foreign=Foreign(
+        names=frozenset(f"lokr_{n}" for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        marks=frozenset(),
+        read=read,
+    ),
     peft=PeftLayout(
         peft_type="LOKR",
         kinds=frozenset({"linear", "conv1d", "conv2d"}),
         ignored=("rank_dropout", "module_dropout", "rank_dropout_scale"),
         shapes={"lokr_t2": {"conv1d": (0, 0, 0, 1)}},
+        otherwise=otherwise,
     ),
 )

@@ -97,9 +97,8 @@ def refuses(config: LoraConfig, facts: SiteFacts) -> str | None:
     return rank_above(config, facts)
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: LoraConfig, facts: SiteFacts) -> int:
     """r (in + out), and out once more for a bias."""
-    assert isinstance(config, LoraConfig)
     return config.r * sum(facts.shape) + config.lora_bias * facts.shape[0]
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ingraft.methods.as_lora import as_lora
-from ingraft.methods.contract import Factors, Method, MethodConfig, Site, SiteFacts
+from ingraft.methods.contract import Factors, Method, Site, SiteFacts
 from ingraft.methods.lora import LoraConfig
 from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
 from ingraft.methods.ranked import rank_above
@@ -58,9 +58,8 @@ class LoRAFA(LowRank):
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A, scale=self.scale)
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: LoraFAConfig, facts: SiteFacts) -> int:
     """r out."""
-    assert isinstance(config, LoraFAConfig)
     return config.r * facts.shape[0]
 
 

@@ -113,9 +113,8 @@ def refuses(config: MissConfig, facts: SiteFacts) -> str | None:
     return None
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: MissConfig, facts: SiteFacts) -> int:
     """r out; r mini_r for "mini"; r out for "bat"."""
-    assert isinstance(config, MissConfig)
     return math.prod(config.shape(facts))
 
 

@@ -86,9 +86,8 @@ def refuses(config: MultitaskPromptConfig, facts: SiteFacts) -> str | None:
     )
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: MultitaskPromptConfig, facts: SiteFacts) -> int:
     """The shared prompt, and for each task two factors."""
-    assert isinstance(config, MultitaskPromptConfig)
     P, D = config.num_virtual_tokens, facts.width
     return P * D + config.num_tasks * config.num_ranks * (P + D)
 

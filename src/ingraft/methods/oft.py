@@ -106,14 +106,13 @@ def refuses(config: OFTConfig, facts: SiteFacts) -> str | None:
     return words if number * size != width or size < 2 else None
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: OFTConfig, facts: SiteFacts) -> int:
     """S (S - 1) / 2 for every block, or for the one that is shared."""
-    assert isinstance(config, OFTConfig)
     number, size = config.blocks(facts)
     return (1 if config.block_share else number) * (size * (size - 1) // 2)
 
 
-def otherwise(facts: SiteFacts) -> str | None:
+def otherwise(_: MethodConfig, facts: SiteFacts) -> str | None:
     """A convolution for which PEFT computes something else."""
     words = "PEFT turns overlapping patches of the picture and adds them up, where the kernel is turned here"
     return words if isinstance(facts.module, nn.Conv2d) and facts.module.kernel_size != (1, 1) else None

@@ -107,9 +107,8 @@ def shared(config: PTuningConfig, sites: tuple[SiteFacts, ...]) -> nn.Module | N
     return Encoder(config, sites[0].width) if config.encoder_reparameterization_type is not None else None
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: PTuningConfig, facts: SiteFacts) -> int:
     """P embeddings, if no encoder makes them (its parameters are counted by `shared`)."""
-    assert isinstance(config, PTuningConfig)
     return config.num_virtual_tokens * facts.width if config.encoder_reparameterization_type is None else 0
 
 

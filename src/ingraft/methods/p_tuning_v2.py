@@ -56,9 +56,8 @@ class DeepPrompt(AttentionPart):
         return self.key, self.value
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: PTuningV2Config, facts: SiteFacts) -> int:
     """Keys and values of one site."""
-    assert isinstance(config, PTuningV2Config)
     return 2 * config.num_virtual_tokens * facts.heads * facts.head_width
 
 

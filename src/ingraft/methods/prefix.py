@@ -109,9 +109,8 @@ def shared(config: PrefixTuningConfig, sites: tuple[SiteFacts, ...]) -> nn.Modul
     return Encoder(config, sites) if config.prefix_projection else None
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: PrefixTuningConfig, facts: SiteFacts) -> int:
     """Keys and values of one site (the encoder's parameters are counted by `shared`)."""
-    assert isinstance(config, PrefixTuningConfig)
     return 0 if config.prefix_projection else 2 * config.num_virtual_tokens * facts.heads * facts.head_width
 
 

@@ -98,9 +98,8 @@ def embeddings_to_start_from(facts: SiteFacts, length: int, start: str, ids: tup
     return facts.tokens(picked).float().clone()
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: PromptTuningConfig, facts: SiteFacts) -> int:
     """P embeddings."""
-    assert isinstance(config, PromptTuningConfig)
     return config.num_virtual_tokens * facts.width
 
 

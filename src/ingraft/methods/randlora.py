@@ -124,9 +124,8 @@ def refuses(config: RandLoraConfig, facts: SiteFacts) -> str | None:
     return f"randlora: {facts.path}: r = {config.r} is above the rank of a {facts.shape[0]} x {facts.shape[1]} weight; at most {min(facts.shape)}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: RandLoraConfig, facts: SiteFacts) -> int:
     """n (r + min(out, in)) with n = min(out, in) / r terms, rounded up."""
-    assert isinstance(config, RandLoraConfig)
     return -(-min(facts.shape) // config.r) * (config.r + min(facts.shape))
 
 

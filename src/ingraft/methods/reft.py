@@ -112,9 +112,8 @@ def refuses(config: ReftConfig, facts: SiteFacts) -> str | None:
     return None
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: ReftConfig, facts: SiteFacts) -> int:
     """R, W and b."""
-    assert isinstance(config, ReftConfig)
     return config.r * (2 * facts.width + 1)
 
 

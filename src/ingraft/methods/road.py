@@ -103,9 +103,8 @@ def refuses(config: RoadConfig, facts: SiteFacts) -> str | None:
     return f"road: {facts.path}: group_size = {config.group_size} does not divide the {outputs} outputs. Sizes that do: {divisors(outputs, of=2)}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: RoadConfig, facts: SiteFacts) -> int:
     """Angles and lengths."""
-    assert isinstance(config, RoadConfig)
     return SIZES[config.variant] * facts.shape[0]
 
 

@@ -14,7 +14,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ingraft.methods.contract import ShortcutPart, Site, SiteFacts
+from ingraft.methods.contract import MethodConfig, ShortcutPart, Site, SiteFacts
 
 
 def turned_width(facts: SiteFacts) -> int:
@@ -61,7 +61,7 @@ def blockwise(x: Tensor, change_NSS: Tensor) -> Tensor:
     return x + torch.einsum("...ns,nst->...nt", blocks, change_NSS.to(x.dtype)).reshape(x.shape)
 
 
-def uneven_kernel(facts: SiteFacts) -> str | None:
+def uneven_kernel(_: MethodConfig, facts: SiteFacts) -> str | None:
     """Why PEFT computes something else by a convolution whose call it rebuilds: from one number for both dimensions, without groups."""
     layer: object = facts.module
     if not isinstance(layer, nn.Conv2d):

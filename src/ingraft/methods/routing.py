@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ingraft.methods.contract import AddingPart, Method, MethodConfig, Site, SiteFacts, fresh
+from ingraft.methods.contract import AddingPart, Method, Site, SiteFacts, fresh
 from ingraft.methods.over import OverConfig, members
 
 
@@ -62,9 +62,8 @@ class Router(AddingPart):
         return (p_BTN[..., None, :] @ c_BTNW).squeeze(-2)
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: RoutingConfig, facts: SiteFacts) -> int:
     """G and g."""
-    assert isinstance(config, RoutingConfig)
     return len(config.adapters) * (facts.width + 1)
 
 

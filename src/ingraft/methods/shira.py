@@ -82,9 +82,8 @@ def refuses(config: ShiraConfig, facts: SiteFacts) -> str | None:
     )
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: ShiraConfig, facts: SiteFacts) -> int:
     """r (out + in)."""
-    assert isinstance(config, ShiraConfig)
     return config.r * (facts.shape[0] + facts.shape[1])
 
 

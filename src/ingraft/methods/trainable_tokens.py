@@ -81,14 +81,13 @@ def refuses(config: TrainableTokensConfig, facts: SiteFacts) -> str | None:
     return f"trainable-tokens: {facts.path} has {size} rows and none for {', '.join(map(str, beyond[:5]))}. Add tokens first (ingraft.add_tokens)."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: TrainableTokensConfig, facts: SiteFacts) -> int:
     """A row for every token; nothing where the weight is another site's, tied."""
-    assert isinstance(config, TrainableTokensConfig)
     own = facts.parameters.get("weight")
     return 0 if own is None else len(config.token_indices) * own.shape[1]
 
 
-def otherwise(facts: SiteFacts) -> str | None:
+def otherwise(_: MethodConfig, facts: SiteFacts) -> str | None:
     """A head that keeps its bias here."""
     return "PEFT leaves the bias of a head out" if facts.kind == "linear" and facts.b is not None else None
 

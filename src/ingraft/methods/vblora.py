@@ -115,9 +115,8 @@ def refuses(config: VBLoRAConfig, facts: SiteFacts) -> str | None:
     return f"vblora: {facts.path}: vector_length = {config.vector_length} does not divide a weight of {high} x {wide}. Lengths that do: {sizes}."
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: VBLoRAConfig, facts: SiteFacts) -> int:
     """r num_vectors (in + out) / vector_length; the bank beside it, once."""
-    assert isinstance(config, VBLoRAConfig)
     return config.r * config.num_vectors * (sum(facts.shape) // config.vector_length)
 
 

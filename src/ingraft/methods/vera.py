@@ -104,9 +104,8 @@ class VeRA(ShortcutPart):
         return y + site.mix(site.op(x, A_RI, self.p) * site.out(d_R), B_OR) * site.out(self.vera_lambda_b.to(y.dtype))
 
 
-def count(config: MethodConfig, facts: SiteFacts) -> int:
+def count(config: VeraConfig, facts: SiteFacts) -> int:
     """out + r."""
-    assert isinstance(config, VeraConfig)
     return facts.shape[0] + config.r
 
 

@@ -115,7 +115,7 @@ def load(
             adapter = replace(adapter, config=config, method=registry.load(config.method))
             parts, shared = make_parts(model, adapter, finished=True)
             parts |= {path: mine[path] for path in adapter.beside}
-        if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.sites)):
+        if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.config, adapter.sites)):
             raise IngraftError(f"{folder}: {reason}, so the file cannot be read as it is meant.")
         wanted = entries(model, adapter.method, adapter.sites, parts, shared, layout)
         kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))

@@ -68,7 +68,7 @@ def layout_of(model: nn.Module, method: Method, config: MethodConfig, sites: Map
     layout = method.peft
     if layout is None or any(getattr(config, option) != value for option, value in layout.only.items()):
         return None
-    return None if uncovered(layout, model, method, sites) else layout
+    return None if uncovered(layout, model, method, config, sites) else layout
 
 
 def entries(
@@ -268,13 +268,16 @@ def _keeps(layout: PeftLayout, model: nn.Module, sites: Mapping[str, str], path:
     return bool(layout.experts) and len(matrices(module)) == 1 and whole <= set(sites)
 
 
-def uncovered_tokens(model: nn.Module, paths: Sequence[str]) -> str | None:
+def _uncovered_tokens(model: nn.Module, config: MethodConfig, paths: Sequence[str]) -> str | None:
     """Where PEFT means something else by tokens trained beside a method."""
     tokens = registry.load(registry.TOKENS)
-    return uncovered(tokens.peft, model, tokens, dict.fromkeys(paths, "weight")) if tokens.peft is not None else None
+    sites = dict.fromkeys(paths, "weight")
+    return None if tokens.peft is None else uncovered(tokens.peft, model, tokens, config, sites)
 
 
-def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mapping[str, str]) -> str | None:
+def uncovered(
+    layout: PeftLayout, model: nn.Module, method: Method, config: MethodConfig, sites: Mapping[str, str]
+) -> str | None:
     """Where PEFT means something else by this method, in words; None if nowhere."""
     if (
         layout.stacked
@@ -292,7 +295,7 @@ def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mappi
     beside = [path for path, role in sites.items() if role == TOKENS_ROLE]
     if beside and layout.tokens is None:
         return f"{method.name} beside trained tokens: PEFT has no such thing"
-    if beside and (reason := uncovered_tokens(model, beside)):
+    if beside and (reason := _uncovered_tokens(model, config, beside)):
         return reason
     for path, role in sites.items():
         module = model.get_submodule(path)
@@ -304,7 +307,7 @@ def uncovered(layout: PeftLayout, model: nn.Module, method: Method, sites: Mappi
         if known:
             continue
         if layout.otherwise is not None:
-            reason = layout.otherwise(facts_of(model, path, module, role, values=False))
+            reason = layout.otherwise(config.at(path), facts_of(model, path, module, role, values=False))
             if reason is not None:
                 return f"{path}: {reason}"
         kind = kind_of(module)
