@@ -1,8 +1,9 @@
 """What a packed base costs and gives: SmolLM2 dense, in nf4, in int8 and in its GGUF's own blocks, next to PEFT over bitsandbytes' nf4.
 
 Every side runs in processes of its own, interleaved. The rows are the demo's reviews (`make demo` fetches them); all sides are trained on the same
-ones and scored by the same code on the same held-out rows, each repeat with another seed. Bytes are those of the weights; a step's and a token's time are set against the
-dense base's.
+ones and scored by the same code on the same held-out rows, each repeat with another seed. PEFT's side takes them in the order in which ours
+does, so that the losses differ by what the sides compute and by what they draw at the start. Bytes are those of the weights; a step's and a
+token's time are set against the dense base's.
 
     python benchmarks/qlora.py [--steps 30] [--repeats 3] [--output benchmarks/results]
 """
@@ -49,6 +50,7 @@ def run_side(side: str, rows: Path, steps: int) -> dict[str, float]:
     """One run in this process."""
     from ingraft.bases import load_base
     from ingraft.data import load, pad_id
+    from ingraft.data.batching import batches
     from ingraft.evaluate.loss import score_loss
 
     files: dict[str, Any] = {"eval": str(rows / "heldout.jsonl"), "max_length": sft.SETTINGS["max_length"]}
@@ -57,7 +59,9 @@ def run_side(side: str, rows: Path, steps: int) -> dict[str, float]:
         found = {"decode_seconds": decode(model), **bytes_of(model)}
         _in_order_made(model)
         data = load(str(rows / "train.jsonl"), tokenizer, **files)
-        model, seconds, _ = sft._peft(model, tokenizer, data.train, steps)
+        order = batches(data.train, sft.SETTINGS["batch"], sft.SETTINGS["seed"], 0)
+        rows_in_order = [data.train[i] for batch in order for i in batch]
+        model, seconds, _ = sft._peft(model, tokenizer, rows_in_order, steps, in_order=True)
     else:
         base = load_base("smollm2", "bfloat16", quantization=side)
         found = {"decode_seconds": decode(base.model), **bytes_of(base.model)}

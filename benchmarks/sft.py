@@ -98,8 +98,14 @@ def _ingraft(rows: Path, steps: int) -> dict[str, float]:
     return {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory": peak, "loss": loss}
 
 
-def _peft(model: Any, tokenizer: Any, examples: list[Any], steps: int) -> tuple[Any, float, int]:
-    """PEFT's LoRA on every linear layer, trained by transformers' Trainer."""
+def _peft(
+    model: Any, tokenizer: Any, examples: list[Any], steps: int, *, in_order: bool = False
+) -> tuple[Any, float, int]:
+    """PEFT's LoRA on every linear layer, trained by transformers' Trainer.
+
+    Args:
+        in_order: take the examples as they come; otherwise Trainer shuffles them.
+    """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from peft import LoraConfig, get_peft_model
@@ -141,6 +147,7 @@ def _peft(model: Any, tokenizer: Any, examples: list[Any], steps: int) -> tuple[
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
+            train_sampling_strategy="sequential" if in_order else "random",
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])  # pyright: ignore[reportArgumentType] - a list of dicts is a data set to it
         trainer.train()
