@@ -112,7 +112,7 @@ def gathered(codes_OI: Tensor, bits: int) -> Tensor:
 
 
 def scaled(codes_OI: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """scale * code + offset in float32, with one of each for so many codes of a row as go into it: scales (O, B) for codes (O, I), int8."""
+    """scale * code + offset in float32, with one of each for so many codes of a row as go into it: scales (O, B) for codes (O, I)."""
     values_OI = codes_OI.float()
     blocks = values_OI.view(*scale.shape, -1).mul_(scale[..., None])
     if offset is not None:

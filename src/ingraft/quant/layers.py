@@ -27,7 +27,7 @@ PIECE = 2**20
 """Numbers of a weight unpacked at once in a forward pass. On SmolLM2's head a quarter of a million took 18 ms, a million 12, four million 25."""
 
 FEW = 4
-"""For so many rows, as when text is generated, the product is float32's: rounding the weight would take longer than it saves."""
+"""For so many rows, as when text is generated, the product is float32's on a CPU: rounding the weight would take longer than it saves. Not tried elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def quantised(layer: nn.Linear, form: Quantiser) -> QuantizedLinear:
 
 def _product(x: Tensor, packed: Tensor, form: Format, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, W unpacked piece by piece."""
-    if x.numel() <= FEW * shape[1] and x.dtype != torch.float32:
+    if x.device.type == "cpu" and x.numel() <= FEW * shape[1] and x.dtype != torch.float32:
         wide = None if bias is None else bias.float()
         return _product(x.float(), packed, form, shape, wide).to(x.dtype)
     if shape[0] * shape[1] <= PIECE:
