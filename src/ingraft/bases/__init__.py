@@ -3,6 +3,7 @@
 from ingraft.bases.catalogue import BASES, BaseRecord, installed
 from ingraft.bases.dtypes import as_dtype, default_device, fast_dtype
 from ingraft.bases.loading import QUANTIZATIONS, Base, check_base, load_base, load_tokenizer
+from ingraft.bases.places import places, reserve
 
 __all__ = [
     "BASES",
@@ -16,4 +17,6 @@ __all__ = [
     "installed",
     "load_base",
     "load_tokenizer",
+    "places",
+    "reserve",
 ]

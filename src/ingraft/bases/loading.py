@@ -19,6 +19,7 @@ from ingraft.bases import dense_gguf
 from ingraft.bases.dtypes import as_dtype, default_device
 from ingraft.bases.hush import quiet
 from ingraft.bases.naming import find, gguf_of
+from ingraft.bases.places import places
 from ingraft.errors import IngraftError, nearest
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def check_base(name: str, quantization: str = "none", task: str | None = None) -
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, quantization: str = "none") -> PreTrainedTokenizerBase:
-    """Only the tokenizer of a base, with a padding token.
+    """Only the tokenizer of a base, with a padding token; it declares no more tokens than the base has places for.
 
     Args:
         quantization: as the base is going to be loaded; with "keep" its weights are not unpacked for the tokenizer's sake.
@@ -213,9 +214,12 @@ def _load_model(
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a config that cannot be read is told of with the model
+        found = places(AutoConfig.from_pretrained(source, **options))
+        tokenizer.model_max_length = min(tokenizer.model_max_length, found)
     if tokenizer.pad_token is None:  # GPT-2 and others were never batched; any token will do, padding is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -49,7 +49,14 @@ class Talk:
 @click.option("--allow-base-mismatch", is_flag=True, help="load adapters although they were trained on another base")
 @click.option("--prompt", metavar="TEXT", help="answer this and leave")
 @click.option("--system", metavar="TEXT", help="a system message in front of the conversation")
-@click.option("--max-new-tokens", default=256, show_default=True, metavar="INTEGER", help="longest answer, in tokens")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="INTEGER",
+    help="longest answer, in tokens",
+)
 @click.option(
     "--temperature",
     default=0.0,
@@ -129,11 +136,10 @@ def _converse(talk: Talk, opening: list[dict[str, str]]) -> None:
         words = line.split(maxsplit=1)
         if not words:
             continue
-        if not line.startswith("/"):
-            _answer(talk, line)
-            continue
         try:
             match words:
+                case _ if not line.startswith("/"):
+                    _answer(talk, line)
                 case ["/quit" | "/exit"]:
                     return
                 case ["/reset"]:
@@ -198,12 +204,17 @@ def _use(talk: Talk, name: str | None) -> None:
 
 
 def _answer(talk: Talk, question: str) -> None:
-    """Generate the answer to a turn, printing it as it comes, and keep both."""
+    """Generate the answer to a turn, printing it as it comes, and keep both.
+
+    Raises:
+        IngraftError: the base has no place left for an answer; the conversation is then as it was.
+    """
     import torch
     from transformers import TextStreamer
 
     from ingraft.data import encode_prompt
     from ingraft.data.records import Message
+    from ingraft.evaluate.room import room
 
     class Printer(TextStreamer):
         """Hands finished words on as soon as they are certain."""
@@ -212,14 +223,23 @@ def _answer(talk: Talk, question: str) -> None:
             click.echo(text, nl=stream_end)
 
     model, tokenizer = talk.opened.model, talk.opened.tokenizer
-    talk.turns.append({"role": "user", "content": question})
-    room = _context(talk) - int(talk.options["max_new_tokens"])
-    ids = encode_prompt(cast("list[Message]", talk.turns), tokenizer)
-    while len(ids) > room > 0 and sum(turn["role"] == "user" for turn in talk.turns) > 1:
-        start = next(i for i, turn in enumerate(talk.turns) if turn["role"] == "user")
-        del talk.turns[start : start + 2]  # the oldest question and its answer
+    turns = [*talk.turns, {"role": "user", "content": question}]
+    most, wanted = room(model), int(talk.options["max_new_tokens"])
+    spare = min(wanted, most // 2)  # old turns go before the answer gets less than this
+    ids = encode_prompt(cast("list[Message]", turns), tokenizer)
+    dropped = 0
+    while len(ids) > most - spare and sum(turn["role"] == "user" for turn in turns) > 1:
+        start = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        del turns[start : start + 2]  # the oldest question and its answer
+        dropped += 1
+        ids = encode_prompt(cast("list[Message]", turns), tokenizer)
+    if len(ids) >= most:
+        raise IngraftError(
+            f"the question takes {len(ids)} tokens and the base has places for {most}, so none is left for an answer; shorten it."
+        )
+    for _ in range(dropped):
         talk.output.say("(the conversation is longer than the base can read; its oldest turn was dropped)")
-        ids = encode_prompt(cast("list[Message]", talk.turns), tokenizer)
+    talk.turns = turns
     prompt_BT = torch.tensor([ids], device=model.device)
     streamer = None if talk.output.as_json else Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
@@ -228,7 +248,7 @@ def _answer(talk: Talk, question: str) -> None:
             attention_mask=torch.ones_like(prompt_BT),
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id,
-            **talk.options,
+            **{**talk.options, "max_new_tokens": min(wanted, most - len(ids))},
         )
     answer = cast(str, tokenizer.decode(out_BT[0, len(ids) :], skip_special_tokens=True)).strip()
     talk.turns.append({"role": "assistant", "content": answer})
@@ -236,8 +256,3 @@ def _answer(talk: Talk, question: str) -> None:
         import json
 
         click.echo(json.dumps({"adapter": talk.active, "prompt": question, "answer": answer}, ensure_ascii=False))
-
-
-def _context(talk: Talk) -> int:
-    """How many tokens the base can read at once; a large number where it does not say."""
-    return int(getattr(talk.opened.model.config, "max_position_embeddings", None) or 1 << 30)

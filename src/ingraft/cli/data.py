@@ -18,7 +18,9 @@ _DEFAULT_BASE = "smollm2"
 
 @verb("model", "task", "data", "seed")
 @trust_option
-@click.option("--rows", default=3, show_default=True, metavar="INTEGER", help="how many rows to show")
+@click.option(
+    "--rows", type=click.IntRange(0), default=3, show_default=True, metavar="INTEGER", help="how many rows to show"
+)
 def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: int, **arguments: Any) -> None:
     """Preview a data file as the model will see it: format, template, which tokens are learned.
 
@@ -43,11 +45,11 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
                 tokenizer,
                 task=recipe.task,
                 form=recipe.data.format,
-                max_length=recipe.data.max_length,
+                max_length=data.report.max_length,
                 learn=recipe.data.learn,
             ),
         }
-        for row in data.parts["train"].rows[: max(rows, 0)]
+        for row in data.parts["train"].rows[:rows]
     ]
     _print(recipe, data, shown, output)
 

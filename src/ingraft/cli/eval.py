@@ -35,6 +35,7 @@ def command(
     Rows named with --data are all scored. Without it, those that the recipe of the adapter (or of --config) holds out.
     """
     from ingraft.cli.sources import load_data, model_labels, open_model, settle
+    from ingraft.evaluate import hold
 
     output = Output(as_json=as_json)
     overrides = given(arguments)
@@ -50,7 +51,9 @@ def command(
     opened = open_model(
         recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
     )
+    hold(opened.tokenizer, opened.model)
     data = load_data(recipe, opened.tokenizer, model_labels(opened))
+    output.say(*(f"note: {note}" for note in data.report.notes))
     found: dict[str, Any] = {}
     for part in parts:
         metrics, rows = score(opened, data, part)
@@ -88,4 +91,4 @@ def _choices(opened: Opened, data: DataSet, part: str) -> list[ChoiceRow]:
     known = sorted({r.label for each in data.parts.values() for r in each.records if isinstance(r, Labelled)})
     if opened.recipe.task != "sft" or len(labelled) != len(records) or not 2 <= len(known) <= MOST_CHOICES:
         return []
-    return choice_rows(labelled, data.parts[part].rows, opened.tokenizer, known, opened.recipe.data.max_length)
+    return choice_rows(labelled, data.parts[part].rows, opened.tokenizer, known, data.report.max_length)

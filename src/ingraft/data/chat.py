@@ -110,7 +110,8 @@ def prompt_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens after which the model answers, exactly as they stand before a learned answer in `encode_sft`."""
     text = render(messages, tokenizer, answer_next=True)
-    return cast("list[int]", tokenizer.encode(text, add_special_tokens=False))
+    # A warning about the length says nothing here: whoever generates knows the base's room.
+    return cast("list[int]", tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def segments(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ingraft.evaluate.generation import generate
     from ingraft.evaluate.loss import LossScores, paired_difference, score_loss
     from ingraft.evaluate.metrics import Evaluation, evaluate
+    from ingraft.evaluate.room import hold, virtual_tokens
 
 _HOME = {
     "choices": ("ChoiceRow", "ChoiceScores", "choice_rows", "score_choices"),
@@ -20,6 +21,7 @@ _HOME = {
     "generation": ("generate",),
     "loss": ("LossScores", "paired_difference", "score_loss"),
     "metrics": ("Evaluation", "evaluate"),
+    "room": ("hold", "virtual_tokens"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -32,10 +34,12 @@ __all__ = [
     "choice_rows",
     "evaluate",
     "generate",
+    "hold",
     "paired_difference",
     "score_choices",
     "score_classes",
     "score_loss",
+    "virtual_tokens",
 ]
 
 

@@ -86,8 +86,9 @@ def choice_rows(
 ) -> list[ChoiceRow]:
     """Rows of text and label as prompts with one answer a label, encoded as training encodes them.
 
-    A row whose answer is cut away at `max_length` for some label is left out, as in training.
+    A row whose answer is cut away at `max_length`, or at what the base reads, for some label is left out, as in training.
     """
+    max_length = min(max_length, tokenizer.model_max_length)
     options = []
     for label in labels:
         chats = [as_chat(replace(record, label=label)) for record in records]

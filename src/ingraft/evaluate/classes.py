@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -46,7 +46,12 @@ class ClassScores:
 
 
 def score_classes(
-    model: nn.Module, examples: Sequence[Example], pad_id: int, batch_size: int = 8, poll: Poll | None = None
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int = 8,
+    poll: Poll | None = None,
+    done: Callable[[int, int, Sequence[float]], None] | None = None,
 ) -> ClassScores:
     """Score every example; its `label` must be set. Equal calls give equal bits.
 
@@ -54,6 +59,7 @@ def score_classes(
         model: a sequence classifier, with whatever adapters act.
         pad_id: what to fill short rows with.
         poll: called between batches; may raise to stop.
+        done: told of every example as soon as it is scored: its position, the likeliest class, each class's probability.
     """
     found: dict[int, tuple[float, int, int, tuple[float, ...]]] = {}
     with scoring(model):
@@ -69,6 +75,8 @@ def score_classes(
             )
             for position, (loss, prediction, label, probabilities) in zip(positions, zip(*columns), strict=True):
                 found[position] = (loss, prediction, label, tuple(probabilities))
+                if done is not None:
+                    done(position, prediction, probabilities)
     ordered = [found[i] for i in range(len(examples))]
     return ClassScores(
         losses=tuple(row[0] for row in ordered),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ingraft.errors import IngraftError
 from ingraft.evaluate.loss import Poll, device_of
 from ingraft.evaluate.modes import scoring
+from ingraft.evaluate.room import room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,18 +25,30 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int = 8,
     poll: Poll | None = None,
+    done: Callable[[int, str], None] | None = None,
     **sampling: Any,
 ) -> list[str]:
     """Continue every prompt, greedily unless told otherwise. Returns the new text alone, without special tokens, in the prompts' order.
 
-    Prompts of similar length share a batch and are padded on the left, so that every answer begins where its prompt ends.
+    Prompts of similar length share a batch and are padded on the left, so that every answer begins where its prompt ends. An answer ends where the
+    base has no further places; prompts that come near to that share a batch only with those that have as much room, so that what is answered
+    does not depend on the batch.
 
     Args:
         prompts: token ids, as `ingraft.data.encode_prompt` gives them.
         max_new_tokens: where an answer is cut.
         poll: called between batches; may raise to stop.
+        done: told of every answer as soon as its batch is there: the prompt's position, and the answer.
         sampling: `do_sample=True` with `temperature`, `top_p`, `top_k`, as transformers names them.
+
+    Raises:
+        IngraftError: a prompt leaves no place for an answer.
     """
+    most = room(model)
+    if full := [str(i + 1) for i, prompt in enumerate(prompts) if len(prompt) >= most]:
+        raise IngraftError(
+            f"prompt {', '.join(full[:10])}: no room is left for an answer: the base has places for {most} tokens. Shorten the prompt."
+        )
     options = deepcopy(model.generation_config)
     assert options is not None
     # A model's own file may ask for sampling; greedy means greedy.
@@ -47,15 +62,14 @@ def generate(
     }
     stop = options.eos_token_id if options.eos_token_id is not None else tokenizer.eos_token_id
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    options.update(**{**plain, **sampling}, max_new_tokens=max_new_tokens, pad_token_id=fill or 0, eos_token_id=stop)
+    options.update(**{**plain, **sampling}, pad_token_id=fill or 0, eos_token_id=stop)
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     device = device_of(model)
     with scoring(model):
-        for start in range(0, len(order), batch_size):
+        for limit, positions in _batches([len(prompt) for prompt in prompts], most, max_new_tokens, batch_size):
             if poll is not None:
                 poll()
-            positions = order[start : start + batch_size]
+            options.max_new_tokens = limit
             longest = max(len(prompts[i]) for i in positions)
             lead = [longest - len(prompts[i]) for i in positions]
             ids_BT = torch.tensor(
@@ -66,4 +80,15 @@ def generate(
             texts = tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
             for position, text in zip(positions, texts, strict=True):
                 answers[position] = text.strip()
+                if done is not None:
+                    done(position, answers[position])
     return answers
+
+
+def _batches(lengths: Sequence[int], most: int, wanted: int, size: int) -> Iterator[tuple[int, list[int]]]:
+    """Positions of prompts, longest first, in batches whose answers may have equally many tokens, with that number."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for limit, group in groupby(order, lambda i: min(wanted, most - lengths[i])):
+        members = list(group)
+        for start in range(0, len(members), size):
+            yield limit, members[start : start + size]

@@ -9,6 +9,7 @@ from ingraft.data import prompt_messages
 from ingraft.data.examples import IGNORED, Example, as_chat
 from ingraft.data.records import Labelled, Record
 from ingraft.evaluate import generate, score_classes
+from ingraft.evaluate.room import room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 LONGEST_PROMPT = 400
 """In tokens; a longer one fills the report without telling more."""
 LONGEST_ANSWER = 96
+NO_ROOM = "(no answer: the prompt takes all places of the base)"
 
 
 def choose(examples: Sequence[Example], count: int = 3) -> list[Example]:
@@ -76,7 +78,11 @@ def answers(
         ]
     prompts = [_parts(example)[0] for example in examples]
     longest = max(len(_parts(example)[1]) for example in examples)
-    return generate(model, tokenizer, prompts, max_new_tokens=min(LONGEST_ANSWER, max(16, 2 * longest)), poll=poll)
+    most = room(model)
+    fitting = [prompt for prompt in prompts if len(prompt) < most]
+    limit = min(LONGEST_ANSWER, max(16, 2 * longest))
+    said = iter(generate(model, tokenizer, fitting, max_new_tokens=limit, poll=poll))
+    return [next(said) if len(prompt) < most else NO_ROOM for prompt in prompts]
 
 
 def _parts(example: Example) -> tuple[list[int], list[int]]:
