@@ -97,7 +97,7 @@ def test_virtual_tokens_take_places(method: str, tmp_path: Path) -> None:
 
 def test_virtual_tokens_that_leave_no_row_are_refused() -> None:
     assert virtual_tokens("lora", {}) == 0
-    with pytest.raises(IngraftError, match="30 virtual tokens leave no room.*24 tokens"):
+    with pytest.raises(IngraftError, match=r"30 virtual tokens leave no room.*24 tokens"):
         reserve(tokenizer(PLACES), 30)
 
 
