@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +99,48 @@ def test_long_cells_and_loose_quotes_in_tsv() -> None:
     assert read_bytes(f"text,label\n{long},a\n".encode(), "a.csv")[0].values["text"] == long
     loose = read_bytes(b'text\tlabel\n"Oh" she said\ta\n5" disk\tb\n', "a.tsv")
     assert [row.values["text"] for row in loose] == ['"Oh" she said', '5" disk']
+
+
+LOOSE = ['"The best film of the year', "A dull one", 'I loved it"', "bad", '"fine"', '""', 'a "b" c', '"']
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(texts=st.lists(st.sampled_from(LOOSE), min_size=1, max_size=6), first=st.booleans())
+def test_no_row_of_a_tsv_vanishes_behind_quotation_marks(texts: list[str], first: bool) -> None:
+    """A file of whole lines has a row for every line, wherever its texts begin or end with a quotation mark."""
+    lines = [f"{text}\t{n}" if first else f"{n}\t{text}" for n, text in enumerate(texts)]
+    header = "text\tlabel" if first else "label\ttext"
+    rows = read_bytes("\n".join([header, *lines]).encode(), "a.tsv")
+    assert [row.values["label"] for row in rows] == [str(n) for n in range(len(texts))]
+    assert [row.line for row in rows] == list(range(2, len(texts) + 2))
+    for row, text in zip(rows, texts, strict=True):
+        assert row.values["text"] in (text, text[1:-1]), "as it stands, or unquoted"
+
+
+QUOTABLE = st.tuples(st.text('a"\t\n', min_size=1).map("x{}".format), st.text('b"', min_size=1).map("y{}".format))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(cells=st.lists(QUOTABLE, min_size=1))
+def test_what_a_csv_writer_wrote_with_tabs_is_read_back(cells: list[tuple[str, str]]) -> None:
+    """Quoted cells may hold tabs, line ends and quotation marks. Only one that holds both tabs and line ends can look like rows."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerows([("text", "label"), *cells])
+    doubtful = any("\t" in text and "\n" in text for text, _ in cells)
+    try:
+        rows = read_bytes(file.getvalue().encode(), "a.tsv")
+    except IngraftError:
+        assert doubtful
+        return
+    if not doubtful:
+        assert [(row.values["text"], row.values["label"]) for row in rows] == cells
+
+
+def test_quotation_marks_of_both_kinds_in_one_file_are_refused_by_line() -> None:
+    mixed = 'text\tlabel\n"two\nlines"\t1\n"Oh\t1\nwell"\t0\n'
+    with pytest.raises(IngraftError, match=r"some quotation marks enclose cells(.|\n)*a\.tsv:4: .*closed on line 5"):
+        read_bytes(mixed.encode(), "a.tsv")
 
 
 @pytest.mark.parametrize(
