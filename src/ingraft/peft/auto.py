@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ingraft.adapt.files.peft_heads import task_named
 from ingraft.errors import IngraftError
 from ingraft.peft.configs import PeftConfig
 from ingraft.peft.hub import folder_of
 from ingraft.peft.model import PeftModel
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
+
+
+def _class_name(config: PeftConfig) -> str:
+    """The base's class as the file calls it, where it has no task. It is only a name here: nothing is imported by it."""
+    name = (config.auto_mapping or {}).get("base_model_class")
+    return name if isinstance(name, str) else ""
 
 
 class AutoPeftModel:
@@ -54,7 +61,7 @@ class AutoPeftModel:
             raise IngraftError(
                 f"{folder}: does not say which base it belongs to; load the base yourself and use PeftModel.from_pretrained."
             )
-        task = getattr(config.task_type, "value", config.task_type)
+        task = getattr(config.task_type, "value", config.task_type) or task_named(_class_name(config))
         wanted = cls.auto_class or cls._BY_TASK.get(str(task), "AutoModel")
         allow = bool(options.pop("allow_base_mismatch", False))
         base = getattr(transformers, wanted).from_pretrained(config.base_model_name_or_path, **options)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ingraft.adapt.control import Adapter
 from ingraft.adapt.files import peft_format
+from ingraft.adapt.files.peft_heads import HEADS, heads_of
 from ingraft.adapt.files.peft_tensors import layout_of
 from ingraft.adapt.select import ALL_LINEAR, all_linear, base_modules, matches
 from ingraft.errors import IngraftError, nearest
@@ -25,13 +26,6 @@ from ingraft.peft.configs import (
     from_dict,
 )
 from ingraft.peft.lora_configs import file_terms, variant
-
-HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-"""Heads that the incumbent trains in full, by task, where the model has them."""
 
 DESCRIBED = "peft"
 """Key of the user's config in an adapter's facts."""
@@ -78,7 +72,7 @@ def _whole(modules: dict[str, nn.Module], config: PeftConfig) -> list[str]:
     for name in names:
         hits = [path for path in modules if path and matches(name, path)]
         found += hits
-        if not hits and name not in (head for heads in HEADS.values() for head in heads):
+        if not hits and not any(name in heads for heads in HEADS.values()):
             missing.append(
                 f"modules_to_save: {name!r} matches no module{nearest(name, {p.rpartition('.')[2] for p in modules})}."
             )
@@ -86,8 +80,8 @@ def _whole(modules: dict[str, nn.Module], config: PeftConfig) -> list[str]:
         raise IngraftError(*missing)
     for text in missing:
         warnings.warn(text, stacklevel=3)
-    head = HEADS.get(TaskType(config.task_type), ()) if config.task_type is not None else ()
-    found += [path for name in head for path in modules if path == name]
+    heads = heads_of(modules, TaskType(config.task_type).value) if config.task_type is not None else ()
+    found += [path for path in modules if path in heads]
     return list(dict.fromkeys(found))
 
 

@@ -31,5 +31,8 @@ Header = Mapping[str, tuple[tuple[int, ...], str]]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes an adapter's numbers may be stored in."""
 
+STORED = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+"""Torch's names of the same."""
+
 INDICES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 """The same for its indices."""

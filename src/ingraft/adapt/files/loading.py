@@ -39,6 +39,7 @@ from ingraft.adapt.files.folders import (
     Header,
 )
 from ingraft.adapt.files.hub import is_hub
+from ingraft.adapt.files.peft_heads import inside_of, with_heads
 from ingraft.adapt.files.peft_tensors import (
     PREFIX,
     SHARED_PREFIX,
@@ -101,7 +102,7 @@ def load(
     said = kept.get("method")
     config, layout = peft_format.read_config(
         model,
-        raw,
+        raw if ours else with_heads(model, raw, header),
         shared=shared_too,
         ours=ours,
         where=str(folder / CONFIG),
@@ -117,6 +118,7 @@ def load(
             parts |= {path: mine[path] for path in adapter.beside}
         if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.config, adapter.sites)):
             raise IngraftError(f"{folder}: {reason}, so the file cannot be read as it is meant.")
+        _untie(weights, header, adapter, parts, inside_of(layout))
         wanted = entries(model, adapter.method, adapter.sites, parts, shared, layout)
         kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))
         _fill(model, weights, header, wanted)
@@ -297,6 +299,21 @@ def _check_base(
     )
 
 
+def _untie(weights: Path, header: Header, adapter: Adapter, parts: Mapping[str, Part], start: str) -> None:
+    """Give a whole module that the base ties to another one a tensor of its own, where the file has other values for it: PEFT trains a copy of
+    each, and they part."""
+    first: dict[int, str] = {}
+    with safe_open(weights, framework="pt") as handle:
+        for path in adapter.saved_whole:
+            for name, own in list(parts[path]._parameters.items()):
+                key = f"{start}{path}.{name}"
+                before = first.setdefault(id(own), key)
+                if own is None or before == key or not {before, key} <= set(header):
+                    continue
+                if not torch.equal(handle.get_tensor(before), handle.get_tensor(key)):
+                    parts[path]._parameters[name] = nn.Parameter(own.detach().clone())
+
+
 def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) -> None:
     """Copy a file's tensors into the parts, once everything about them is known to be right."""
     known = {entry.key: entry for entry in wanted}
@@ -330,12 +347,13 @@ def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any, kno
     if once in known and key != once:
         same = torch.equal(handle.get_tensor(key), handle.get_tensor(once)) if once in handle.keys() else False  # noqa: SIM118
         return [] if same else [f"{weights}: {key} is not the {once} that these sites share."]
-    name = key.removeprefix(PREFIX).replace("base_layer.", "")
-    mine = base.get(name)
-    if mine is None:
+    names = (key.removeprefix(start).replace("base_layer.", "") for start in (PREFIX, SOFT_PREFIX))
+    name = next((name for name in names if name in base), None)
+    if name is None:
         return [f"{weights}: {key} belongs to no module of this base that the adapter is to sit in."]
-    value = handle.get_tensor(key)
-    if value.shape == mine.shape and torch.equal(value.to(mine.dtype), mine.detach().cpu()):
+    mine, value = base[name].detach().cpu(), handle.get_tensor(key)
+    coarser = min(mine.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
+    if value.shape == mine.shape and torch.equal(value.to(coarser), mine.to(coarser)):
         return []
     return [
         f"{weights}: {key} is a copy of the base's {name} with other values (a trained or resized weight); the adapter is for another base."

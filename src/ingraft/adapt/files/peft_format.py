@@ -21,6 +21,8 @@ from torch import nn
 
 from ingraft.adapt.building import BESIDE
 from ingraft.adapt.control import Adapter
+from ingraft.adapt.files.peft_heads import inside_of, read_whole, within, written_class, written_task, written_whole
+from ingraft.adapt.files.peft_heads import task_of as task_of
 from ingraft.adapt.models import token_path
 from ingraft.adapt.select import base_modules, chosen_parameters, is_read, matches
 from ingraft.adapt.swap import original_class
@@ -46,28 +48,18 @@ _UNREAD = (
     "inference_mode",
 )
 
-TASKS = (
-    ("ForCausalLM", "CAUSAL_LM"),
-    ("LMHeadModel", "CAUSAL_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
-    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-)
-"""PEFT's task types by the end of a model's class name; PEFT cannot load a soft prompt without one."""
-
-
 # ------------------------------------------------------------------------------------------------------------------ config, out
 
 
 def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> dict[str, Any]:
     """`adapter_config.json` of an adapter."""
     modules = base_modules(model)
+    task = written_task(model, adapter, layout)
     head: dict[str, Any] = {
         "base_model_name_or_path": base_name(model),
-        "task_type": adapter.facts.get("task_type") or task_of(model),
+        "task_type": task,
         "inference_mode": True,
-        "auto_mapping": None,
+        "auto_mapping": None if task is not None else written_class(model),
         "revision": None,
     }
     options = adapter.config.options()
@@ -94,9 +86,9 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
     if layout.bare:
         return written
     if layout.fields.get("modules_to_save", "") is not None:
-        written["modules_to_save"] = _written_whole(modules, adapter) or None
+        written["modules_to_save"] = written_whole(modules, adapter, inside_of(layout)) or None
     if layout.stacked:
-        return written
+        return written | _written_sizes(model)
     names: list[str] = []
     if layout.experts:
         raw = [f"{path}.{name}" for path in sites for name in chosen_parameters(adapter.config, path, modules[path])]
@@ -114,6 +106,18 @@ def write_config(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) 
         kinds = {kind.name for path in sites if (kind := kind_of(modules[path]))}
         written[layout.transposed_field] = kinds == {"conv1d-transposed"}
     return written
+
+
+def _written_sizes(model: nn.Module) -> dict[str, int]:
+    """The sizes that PEFT needs for a soft prompt, where the model's config tells them: PEFT itself finds them under some names alone."""
+    names = {
+        "token_dim": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_attention_heads": "num_attention_heads",
+    }
+    config = getattr(model, "config", None)
+    sizes = {theirs: getattr(config, name, None) for theirs, name in names.items()}
+    return {theirs: size for theirs, size in sizes.items() if isinstance(size, int)}
 
 
 def _written_tokens(model: nn.Module, adapter: Adapter) -> Any:
@@ -151,12 +155,6 @@ def base_name(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def task_of(model: nn.Module) -> str | None:
-    """PEFT's task type for this class of model, or None."""
-    name = original_class(model).__name__
-    return next((task for ending, task in TASKS if name.endswith(ending)), None)
-
-
 def plain_value(value: object) -> Any:
     """A config's value as JSON has it."""
     if isinstance(value, float) and value.is_integer():
@@ -164,16 +162,6 @@ def plain_value(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: plain_value(item) for key, item in cast(Mapping[str, object], value).items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _written_whole(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
-    """modules_to_save in names that PEFT, which compares ends of strings, resolves to the same modules."""
-    whole = set(adapter.saved_whole)
-    given = adapter.config.modules_to_save
-    reached = {path for path in modules if path and any(path.endswith(name) for name in given)}
-    owners = {path for path, module in modules.items() if any(p is not None for p in module._parameters.values())}
-    inside = {path for path in owners if _within(path, reached)}
-    return sorted(given) if inside == whole else sorted(whole)
 
 
 def names_for(paths: Collection[str], modules: Iterable[str], *, dotted: bool = True) -> list[str]:
@@ -270,7 +258,7 @@ def read_config(
         options |= layout.unshared
     if layout.tokens is not None and raw.get(layout.tokens):
         options["trainable_token_indices"] = raw[layout.tokens]
-    options["modules_to_save"] = tuple(_read_whole(model, raw))
+    options["modules_to_save"] = tuple(read_whole(model, raw, inside_of(layout)))
     if not layout.stacked and not layout.bare:
         options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)
     config = _make(found, options, where)
@@ -360,15 +348,6 @@ def _make(method: Method, options: Mapping[str, Any], where: str) -> MethodConfi
         ) from None
 
 
-def _read_whole(model: nn.Module, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Paths of the modules that PEFT trains in full: those whose full name ends in one of the names."""
-    names = raw.get("modules_to_save") or ()
-    names = (names,) if isinstance(names, str) else names
-    for path in base_modules(model):
-        if path and any(path.endswith(name) for name in names):
-            yield path
-
-
 def _read_sites(
     model: nn.Module, raw: Mapping[str, Any], layout: PeftLayout, whole: set[str], where: str
 ) -> dict[str, Any]:
@@ -381,7 +360,7 @@ def _read_sites(
         return {"target_modules": (), "target_parameters": tensors}
     if targets is None:
         raise IngraftError(f"{where}: target_modules is missing.")
-    paths = [path for path in modules if path and not _within(path, whole) and peft_matches(raw, path)]
+    paths = [path for path in modules if path and not within(path, whole) and peft_matches(raw, path)]
     if not paths:
         raise IngraftError(
             f"{where}: target_modules = {targets!r} matches no module of {original_class(model).__name__}. The adapter is for another base."
@@ -410,10 +389,6 @@ def _read_sites(
         paths = [path for path in paths if path not in special]
     found["target_modules"] = sorted({*names, *names_for(paths, modules)})
     return found
-
-
-def _within(path: str, tops: Collection[str]) -> bool:
-    return any(path == top or path.startswith(top + ".") for top in tops)
 
 
 def peft_matches(raw: Mapping[str, Any], path: str) -> bool:

@@ -47,6 +47,7 @@ class Entry:
         take: the adapter's values in that shape.
         put: write the file's values into the adapter.
         copies: other names under which PEFT repeats it, where the base ties two of its sites.
+        each_copy: PEFT misses these in a file that lacks them, since it gives each of the modules a tensor of its own.
         used_in: the dtype in which the adapter computes with it, where that is not the base's (indices: integers).
     """
 
@@ -56,6 +57,7 @@ class Entry:
     put: Callable[[Tensor], None]
     used_in: torch.dtype | None = None
     copies: tuple[str, ...] = ()
+    each_copy: bool = False
 
     @property
     def indices(self) -> bool:
@@ -98,7 +100,8 @@ def entries(
         for name, parameter in saved_tensors(part):
             if (first := seen.setdefault(id(parameter), len(found))) < len(found):
                 suffix = inside or (name if layout is None else layout.tensors.get(name, name))
-                found[first] = replace(found[first], copies=(*found[first].copies, start + suffix))
+                whole = sites[path] == WHOLE_ROLE
+                found[first] = replace(found[first], copies=(*found[first].copies, start + suffix), each_copy=whole)
                 continue
             if layout is None or sites[path] in BESIDE:
                 found.append(_plain(start + (inside or name), parameter, tuple(parameter.shape)))
@@ -290,7 +293,7 @@ def uncovered(
         every = list(sites_of_role(model, "attention"))
         if own != (every if layout.stacked else every[-len(own) :]):
             return f"{method.name} in some of the blocks: PEFT has it in {'all' if layout.stacked else 'the topmost'} alone"
-    if layout.bare and WHOLE_ROLE in sites.values():
+    if (layout.bare or layout.fields.get("modules_to_save", "") is None) and WHOLE_ROLE in sites.values():
         return f"{method.name} beside modules trained in full: PEFT has no such thing"
     beside = [path for path, role in sites.items() if role == TOKENS_ROLE]
     if beside and layout.tokens is None:

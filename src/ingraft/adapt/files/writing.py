@@ -10,7 +10,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,14 +30,17 @@ from ingraft.adapt.files.folders import (
     CONFIG,
     MEMBERS,
     RESUMABLE,
+    STORED,
     WEIGHTS,
 )
+from ingraft.adapt.files.peft_heads import frozen_heads, inside_of, written_task
 from ingraft.adapt.files.peft_tensors import (
     Entry,
     entries,
     layout_of,
 )
 from ingraft.adapt.hooks import parts_of
+from ingraft.adapt.merging import unmerged
 from ingraft.adapt.stacked import Stack
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -126,13 +129,16 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
     """
     adapter = require_control(model).require(name)
     own = main_dtype(base_parameters(model).values())
-    usual = dtype or (getattr(torch, own) if own is not None else torch.float32)
+    usual = dtype or (getattr(torch, own) if own in STORED else torch.float32)
+    if str(usual).removeprefix("torch.") not in STORED:
+        raise IngraftError(f"save: dtype must be one of {', '.join(STORED)}, got {usual}; nothing else is read again.")
     written, parts = _as_written(model, adapter)
     layout = layout_of(model, written.method, written.config, adapter.sites)
-    tensors = {
-        entry.key: entry.take().to(_stored_in(entry, dtype, usual)).cpu().contiguous().clone()
-        for entry in _entries(model, written, layout, parts)
-    }
+    tensors: dict[str, Tensor] = {}
+    for entry in _entries(model, written, layout, parts):
+        for key in (entry.key, *(entry.copies if layout is not None and entry.each_copy else ())):
+            tensors[key] = entry.take().to(_stored_in(entry, dtype, usual)).cpu().contiguous().clone()
+    tensors |= _untrained_heads(model, written, layout)
     bad = [key for key, tensor in sorted(tensors.items()) if not torch.isfinite(tensor).all()]
     if bad:
         raise IngraftError(
@@ -160,6 +166,19 @@ def serialised(model: nn.Module, name: str, *, dtype: torch.dtype | None = None)
             key: peft_format.plain_value(value) for key, value in adapter.config.options().items() if key not in COMMON
         }
     return config, to_bytes(tensors, metadata={"format": "pt"}), facts
+
+
+def _untrained_heads(model: nn.Module, adapter: Adapter, layout: PeftLayout | None) -> dict[str, Tensor]:
+    """Copies of what PEFT misses in a file of this task, and the adapter does not train: the base's head."""
+    heads = frozen_heads(model, adapter, layout, written_task(model, adapter, layout))
+    start = inside_of(layout)
+    with nullcontext() if adapter.ground else unmerged(model):
+        return {
+            f"{start}{path}.{name}": value.detach().cpu().contiguous().clone()
+            for path in sorted(heads)
+            for name, value in model.get_submodule(path)._parameters.items()
+            if value is not None
+        }
 
 
 def _stored_in(entry: Entry, asked: torch.dtype | None, usual: torch.dtype) -> torch.dtype:
