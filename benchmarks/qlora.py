@@ -1,16 +1,15 @@
 """What a packed base costs and gives: SmolLM2 dense, in nf4, in int8 and in its GGUF's own blocks, next to PEFT over bitsandbytes' nf4.
 
 Every side runs in processes of its own, interleaved. The rows are the demo's reviews (`make demo` fetches them); all sides are trained on the same
-ones and scored by the same code on the same held-out rows, each repeat with another seed. PEFT's side takes them in the order in which ours
-does, so that the losses differ by what the sides compute and by what they draw at the start. Bytes are those of the weights; a step's and a
-token's time are set against the dense base's.
+ones and scored by the same code on the same held-out rows, each repeat with another seed. PEFT's side starts from the adapter that ours
+draws and takes the rows in the order in which ours does, so that the losses differ by what the sides compute and by nothing else. Bytes are
+those of the weights; a step's and a token's time are set against the dense base's.
 
     python benchmarks/qlora.py [--steps 30] [--repeats 3] [--output benchmarks/results]
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -18,17 +17,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import sft
+import ours
+import reference
 import sides
 
 SIDES = ("none", "nf4", "int8", "keep", "peft-nf4")
+SETTINGS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "learning_rate": 5e-4, "batch": 8, "max_length": 160, "seed": 42}
 TOKENS = 20
 """Decoded for the time of one."""
 
 
 def main() -> int:
     asked = sides.options("Packed bases: bytes, time of a step and of a token, loss.", SIDES)
-    runs = sides.measure(asked, run_side, __file__, sft.SETTINGS)
+    runs = sides.measure(asked, run_side, __file__, SETTINGS)
     medians = sides.medians_of(runs)
     dense = medians.get("none", next(iter(medians.values())))
     lines = [
@@ -42,7 +43,7 @@ def main() -> int:
             f"| {side} | {one['linear_bytes'] / 1e6:.1f} ({ratio['linear_bytes']:.2f}x) | {one['all_bytes'] / 1e6:.1f} ({ratio['all_bytes']:.2f}x) | "
             f"{one['step_seconds']:.2f} ({ratio['step_seconds']:.2f}x) | {1e3 * one['decode_seconds']:.1f} ({ratio['decode_seconds']:.2f}x) | {loss:.4f} ± {error:.4f} |"
         )
-    sides.write("qlora", asked, sft.SETTINGS, runs, lines)
+    sides.write("qlora", asked, SETTINGS, runs, lines)
     return 0
 
 
@@ -53,53 +54,38 @@ def run_side(side: str, rows: Path, steps: int) -> dict[str, float]:
     from ingraft.data.batching import batches
     from ingraft.evaluate.loss import score_loss
 
-    files: dict[str, Any] = {"eval": str(rows / "heldout.jsonl"), "max_length": sft.SETTINGS["max_length"]}
+    files: dict[str, Any] = {"eval": str(rows / "heldout.jsonl"), "max_length": SETTINGS["max_length"]}
     if side == "peft-nf4":
         model, tokenizer = _bitsandbytes()
         found = {"decode_seconds": decode(model), **bytes_of(model)}
         _in_order_made(model)
         data = load(str(rows / "train.jsonl"), tokenizer, **files)
-        order = batches(data.train, sft.SETTINGS["batch"], sft.SETTINGS["seed"], 0)
+        order = batches(data.train, SETTINGS["batch"], SETTINGS["seed"], 0)
         rows_in_order = [data.train[i] for batch in order for i in batch]
-        model, seconds, _ = sft._peft(model, tokenizer, rows_in_order, steps, in_order=True)
+        with tempfile.TemporaryDirectory() as folder:
+            start = _our_start(Path(folder) / "start")
+            model, done = reference.tune(model, tokenizer, rows_in_order, SETTINGS, steps, start=start)
     else:
         base = load_base("smollm2", "bfloat16", quantization=side)
         found = {"decode_seconds": decode(base.model), **bytes_of(base.model)}
         del base
-        model, tokenizer, seconds = _ingraft(side, rows, steps)
+        run, done = ours.tune(rows / "train.jsonl", SETTINGS, steps, quantization=side)
+        model, tokenizer = run.model, run.tokenizer
         data = load(str(rows / "train.jsonl"), tokenizer, **files)
     loss = score_loss(model, data.eval[:200], pad_id(tokenizer), 16).loss
-    return {**found, "step_seconds": seconds / steps, "loss": loss}
+    return {**found, "step_seconds": done["seconds"] / steps, "loss": loss}
 
 
-def _ingraft(quantization: str, rows: Path, steps: int) -> tuple[Any, Any, float]:
-    from ingraft.train.run import train
+def _our_start(folder: Path) -> Path:
+    """Write the adapter that our side's run starts from."""
+    from ingraft import adapt
+    from ingraft.bases import load_base
+    from ingraft.methods import registry
 
-    with tempfile.TemporaryDirectory() as folder:
-        settings = sft.SETTINGS
-        run = train(
-            {
-                "model": "smollm2",
-                "quantization": quantization,
-                "dtype": "bfloat16",
-                "data": {"train": str(rows / "train.jsonl"), "eval": 0, "max_length": settings["max_length"]},
-                "method": "lora",
-                "method_config": {"r": settings["r"], "lora_alpha": settings["lora_alpha"]},
-                "learning_rate": settings["learning_rate"],
-                "lr_scheduler_type": "linear",
-                "warmup_ratio": 0.0,
-                "max_steps": steps,
-                "per_device_train_batch_size": settings["batch"],
-                "logging_steps": 1,
-                "eval_steps": 0,
-                "save_steps": 0,
-                "seed": settings["seed"],
-                "output_dir": f"{folder}/run",
-            },
-            quiet=True,
-        )
-        lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    return run.model, run.tokenizer, sum(line.get("step_seconds", 0.0) for line in lines)
+    base = load_base("smollm2", "bfloat16")
+    settings = {"r": SETTINGS["r"], "lora_alpha": SETTINGS["lora_alpha"]}
+    adapt.attach(base.model, registry.make_config("lora", settings), name="default", seed=SETTINGS["seed"])
+    return adapt.save(base.model, folder)
 
 
 def _bitsandbytes() -> tuple[Any, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ Runs = dict[str, list[dict[str, float]]]
 Medians = dict[str, dict[str, float]]
 
 
-def options(description: str, sides: Sequence[str]) -> argparse.Namespace:
+def options(description: str, sides: Iterable[str], *, steps: int = 30) -> argparse.Namespace:
     """The command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps a run (default: 30)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"optimiser steps a run (default: {steps})")
     parser.add_argument("--repeats", type=int, default=3, help="runs a side (default: 3)")
-    parser.add_argument("--rows", type=Path, default=Path(".demo"), help="folder with train.jsonl and heldout.jsonl")
-    parser.add_argument("--sides", nargs="+", choices=sides, default=list(sides), help="which (default: all)")
+    parser.add_argument(
+        "--rows", type=Path, default=Path(".demo"), help="folder with train.jsonl[.gz] and dev.jsonl or heldout.jsonl"
+    )
+    parser.add_argument("--sides", nargs="+", choices=list(sides), default=list(sides), help="which (default: all)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the result")
-    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=list(sides), help=argparse.SUPPRESS)
     parser.add_argument("--repeat", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -34,6 +37,7 @@ def measure(
     run_side: Callable[[str, Path, int], dict[str, float]],
     file: str,
     settings: MutableMapping[str, Any],
+    environments: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Runs:
     """The figures of every run by side. In the process of one side: print its figures and end.
 
@@ -41,6 +45,7 @@ def measure(
         run_side: one run of a side in this process, from the rows' folder and the number of steps.
         file: the benchmark's own.
         settings: what `run_side` reads; every repeat has a `seed` of its own, the same for all sides.
+        environments: what the process of a side finds in its environment beside what is there.
     """
     if asked.side:
         settings["seed"] += asked.repeat
@@ -51,7 +56,8 @@ def measure(
         for side in asked.sides:
             words = [sys.executable, file, "--side", side, "--steps", str(asked.steps), "--rows", str(asked.rows)]
             words += ["--repeat", str(repeat)]
-            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            environment = {**os.environ, **(environments or {}).get(side, {})}
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(f"repeat {repeat + 1}: {side:8} {runs[side][-1]}", flush=True)
     return runs

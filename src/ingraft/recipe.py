@@ -41,6 +41,7 @@ READY_TASKS = ("sft", "lm", "classify")
 _KEYBOARD_ONLY = {
     "trust_remote_code": "a file may not decide whose code runs here",
     "overwrite_output_dir": "a file may not delete a folder",
+    "allow_base_mismatch": "it is a person's to accept",
     "resume_from_checkpoint": "it describes one start of a run, not the run",
 }
 

@@ -215,6 +215,23 @@ def test_regression_28_a_merge_that_loses_something_is_refused(
     assert main([*words, "--max-difference", "1e9"]) == 0, "a person may accept it"
 
 
+def test_a_merge_that_loses_the_adapter_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the logits are, and however coarse the dtype: what counts is how much of the adapter is left."""
+    target = tmp_path / "merged"
+
+    def nothing(model: Any, *names: str, **options: Any) -> None:
+        ingraft.detach(model)
+        ingraft.attach(model, ingraft.LoraConfig())
+
+    monkeypatch.setattr(ingraft, "merge", nothing)
+    words = ["merge", "--adapter", str(home / "talk"), "--output-dir", str(target), "--dtype", "bfloat16"]
+    assert main(words) == 2
+    assert "100% of what the adapter does" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_merge_leaves_an_occupied_folder_alone(home: Path, tmp_path: Path) -> None:
     """It is refused before anything is loaded."""
     target = tmp_path / "merged"

@@ -8,6 +8,7 @@ Legend: B rows, N entries of a row, I in, R rank.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -42,12 +43,12 @@ def mixed(h: Tensor) -> Tensor:
     return h ^ ((h >> 15) & 0x1FFFF)
 
 
-def _kept(x: Tensor, p: float, keys_B: Tensor) -> Tensor:
-    """Which entries of x stay: its shape, bool."""
-    n = x[0].numel() if len(x) else 0
-    pair_N = torch.arange((n + 1) // 2, dtype=torch.int32, device=x.device)
+def kept(shape: torch.Size, p: float, keys_B: Tensor) -> Tensor:
+    """Which entries of a tensor of this shape stay, bool."""
+    n = math.prod(shape[1:]) if shape[0] else 0
+    pair_N = torch.arange((n + 1) // 2, dtype=torch.int32, device=keys_B.device)
     bits_BN = mixed(keys_B[:, None] ^ (pair_N * 0x3C6EF372)[None, :]).view(torch.int16)[:, :n]
-    return (bits_BN >= int(p * 2**16) - 2**15).view(x.shape)  # uniform over all 2^16 signed values
+    return (bits_BN >= int(p * 2**16) - 2**15).view(shape)  # uniform over all 2^16 signed values
 
 
 def _dropped(x: Tensor, p: float, keep: Tensor) -> Tensor:
@@ -61,12 +62,12 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, keys_B: Tensor) -> Tensor:
         ctx.save_for_backward(keys_B)
         ctx.p = p
-        return _dropped(x, p, _kept(x, p, keys_B))
+        return _dropped(x, p, kept(x.shape, p, keys_B))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (keys_B,) = ctx.saved_tensors
-        return _dropped(grads[0], ctx.p, _kept(grads[0], ctx.p, keys_B)), None, None
+        return _dropped(grads[0], ctx.p, kept(grads[0].shape, ctx.p, keys_B)), None, None
 
 
 class _Product(torch.autograd.Function):
@@ -76,12 +77,12 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A_RI: Tensor, p: float, keys_B: Tensor) -> Tensor:
         ctx.save_for_backward(x, A_RI, keys_B)
         ctx.p = p
-        return F.linear(torch.where(_kept(x, p, keys_B), x, 0.0), A_RI) * (1.0 / (1.0 - p))
+        return F.linear(torch.where(kept(x.shape, p, keys_B), x, 0.0), A_RI) * (1.0 / (1.0 - p))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A_RI, keys_B = ctx.saved_tensors
-        g, keep, right, left = grads[0] * (1.0 / (1.0 - ctx.p)), _kept(x, ctx.p, keys_B), None, None
+        g, keep, right, left = grads[0] * (1.0 / (1.0 - ctx.p)), kept(x.shape, ctx.p, keys_B), None, None
         if ctx.needs_input_grad[0]:
             right = torch.where(keep, g @ A_RI, 0.0)
         if ctx.needs_input_grad[1]:

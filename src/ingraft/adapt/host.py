@@ -339,13 +339,14 @@ def _after(
     def site(part: Part, below: Sequence[Part]) -> LayerSite:
         return LayerSite(host, state, call, below, part, entries, size, base)
 
-    if len(adds) == 1 or all(part.additive for part in adds):
-        for part in adds:
-            y = part.after(inputs[id(part)], y, site(part, []))
+    if len(adds) == 1:
+        y = adds[0].after(inputs[id(adds[0])], y, site(adds[0], []))
     else:
         y_base = y
-        for part in adds:
-            y = y + (part.after(inputs[id(part)], y_base, site(part, [])) - y_base)
+        for part in (part for part in adds if not part.additive):
+            y = y + (part.after(inputs[id(part)], y_base.clone(), site(part, [])) - y_base)
+        for part in (part for part in adds if part.additive):  # which change y alone, in place if they can
+            y = part.after(inputs[id(part)], y, site(part, []))
     if b is not None:
         b_base = b
         for part in adds:

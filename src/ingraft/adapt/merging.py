@@ -208,7 +208,7 @@ def _tied(
         return None
     return (
         f"merge: {path}.{name} is tied to {', '.join(others)}; writing it would change both. "
-        "Pass untie=True to give the merged weight a tensor of its own (the model grows by its size)."
+        "Pass untie=True (--untie) to give the merged weight a tensor of its own (the model grows by its size)."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.compose import composed, own_parameters
@@ -11,6 +12,7 @@ from ingraft.adapt.context import Tokens, prompt_of, tasks_of
 from ingraft.adapt.control import HostState, part_of
 from ingraft.adapt.dropout import dropout, dropped_product
 from ingraft.adapt.offload import present
+from ingraft.adapt.products import plus_product
 from ingraft.adapt.rows import Call, row_keys
 from ingraft.adapt.swap import Forward
 from ingraft.adapt.weights import Kind
@@ -49,6 +51,16 @@ class LayerSite(Site):
 
     def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
         return self._kind().mix(self._host, u, matrix_OK)
+
+    def low_rank(
+        self, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float = 1.0, dropout: float = 0.0
+    ) -> Tensor:
+        drops = self.drops(x, dropout)
+        if self._kind().multiplies and not torch.compiler.is_compiling():
+            return plus_product(x, y, A_RI, B_OR, scale, dropout if drops else 0.0, self._keys(x) if drops else None)
+        dtype = x.dtype if x.is_floating_point() else y.dtype  # ids: an embedding
+        u = self.op(x, A_RI.to(dtype), dropout)
+        return y + self.mix(u if scale == 1.0 else u * scale, B_OR.to(dtype))
 
     def weight(self) -> Tensor:
         own = own_parameters(self._host)

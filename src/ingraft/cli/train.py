@@ -12,12 +12,16 @@ from ingraft.cli.output import Output
 
 @verb()
 @trust_option
+@click.option(
+    "--allow-base-mismatch", is_flag=True, help="start from an adapter although it was trained on another base"
+)
 @click.option("--resume-from-checkpoint", metavar="last|DIR", help="go on from a checkpoint of this run")
 @click.option("--overwrite-output-dir", is_flag=True, help="replace a run folder that is there")
 def command(
     config: str | None,
     as_json: bool,
     trust_remote_code: bool,
+    allow_base_mismatch: bool,
     resume_from_checkpoint: str | None,
     overwrite_output_dir: bool,
     **arguments: Any,
@@ -37,6 +41,7 @@ def command(
         resume_from_checkpoint=resume_from_checkpoint,
         overwrite_output_dir=overwrite_output_dir,
         trust_remote_code=trust_remote_code,
+        allow_base_mismatch=allow_base_mismatch,
         quiet=as_json,
     )
     output.result({"run": str(run.folder), "metrics": run.metrics})

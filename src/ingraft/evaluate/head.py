@@ -29,8 +29,9 @@ from ingraft.evaluate.modes import unnoticed
 
 log = logging.getLogger(__name__)
 
-PIECE = 256
-"""Positions whose logits exist at once: 50 MB in float32 at a vocabulary of 49,152."""
+PIECE = 128
+"""Positions whose logits exist at once: 25 MB in float32 at a vocabulary of 49,152. Blocks of twice that size are given back to the system by
+glibc whenever they are freed, and mapping their pages anew took longer than the products (docs/lab-notes.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +189,17 @@ class _PiecewiseLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         grad_ND = torch.empty_like(h_ND) if wanted else None
         losses_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
+        room = h_ND.new_empty(min(PIECE, h_ND.shape[0]), weight_VD.shape[0], dtype=torch.float32)
+        narrow = room if h_ND.dtype == torch.float32 else torch.empty_like(room, dtype=h_ND.dtype)
         for start in range(0, h_ND.shape[0], PIECE):
             piece = slice(start, start + PIECE)
             targets_C = targets_N[piece, None]
-            z_CV = behind.apply_(F.linear(h_ND[piece], weight_VD, bias_V).float())
+            z_CV, narrow_CV = room[: len(targets_C)], narrow[: len(targets_C)]
+            if bias_V is None:
+                torch.mm(h_ND[piece], weight_VD.T, out=narrow_CV)
+            else:
+                torch.addmm(bias_V, h_ND[piece], weight_VD.T, out=narrow_CV)
+            behind.apply_(z_CV if narrow is room else z_CV.copy_(narrow_CV))
             bend_CV = None
             if wanted and behind.cap is not None:
                 bend_CV = 1 - (z_CV / behind.cap).square_()  # the derivative of the soft cap
@@ -204,7 +212,7 @@ class _PiecewiseLoss(torch.autograd.Function):
                     p_CV.mul_(bend_CV)
                 if behind.scale != 1.0:
                     p_CV.mul_(behind.scale)
-                torch.mm(p_CV.to(h_ND.dtype), weight_VD, out=grad_ND[piece])
+                torch.mm(p_CV if narrow is room else narrow_CV.copy_(p_CV), weight_VD, out=grad_ND[piece])
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         ctx.mark_non_differentiable(losses_N)

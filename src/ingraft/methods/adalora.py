@@ -116,8 +116,7 @@ class AdaLoRA(ShortcutPart):
         A_RI = self.lora_A.to(dtype) * (
             self.scale * self.lora_E.to(dtype)
         )  # on A's side: a grouped convolution has more channels
-        u_R = site.op(x, A_RI, self.p)
-        return y + site.mix(u_R, self.lora_B.to(dtype))
+        return site.low_rank(x, y, A_RI, self.lora_B, dropout=self.p)
 
     def low_rank(self) -> Factors:
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A * self.lora_E, scale=self.scale)

@@ -60,6 +60,18 @@ class Site(ABC):
         """Apply a matrix pointwise to the output channels of `op`."""
 
     @abstractmethod
+    def low_rank(
+        self, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float = 1.0, dropout: float = 0.0
+    ) -> Tensor:
+        """y + scale B A x, both products in this layer's way (`mix` of `op`); where that is a plain product, at the least memory and time.
+
+        Args:
+            y: what the layer returned so far; it may be changed in place, so only the result is to be used from then on.
+            A_RI, B_OR: as they are trained; they are used in the dtype of x.
+            dropout: of entries of x, as in `op`.
+        """
+
+    @abstractmethod
     def weight(self) -> Tensor:
         """The layer's weight as this part finds it, dense, (out, in), without gradient."""
 

@@ -61,7 +61,7 @@ class DoRA(LowRank):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         factor_O = self._factor(site.weight()).to(y.dtype)
-        return site.out(factor_O) * (y + self.branch(x, site))
+        return site.out(factor_O) * self.plus(x, y, site)
 
 
 def count(config: DoraConfig, facts: SiteFacts) -> int:

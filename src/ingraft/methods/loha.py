@@ -89,7 +89,7 @@ class LoHa(ShortcutPart):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         change = self._thin(y.dtype)
-        return y + site.mix(site.op(x, (change.scale * change.A_RI).to(y.dtype)), change.B_OR.to(y.dtype))
+        return site.low_rank(x, y, change.scale * change.A_RI, change.B_OR)
 
     def _thin(self, dtype: torch.dtype) -> Factors:
         """The change as a product of rank r^2: the columns of A1 and A2, and the rows of B1 and B2, multiplied pair by pair."""

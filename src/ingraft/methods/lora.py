@@ -82,7 +82,7 @@ class LoRA(LowRank):
         return (W.float() + self.delta(W)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        y = y + self.branch(x, site)
+        y = self.plus(x, y, site)
         return y if self.lora_bias is None else y + site.out(self.scale * self.lora_bias.to(y.dtype))
 
     def low_rank(self) -> Factors:

@@ -52,7 +52,7 @@ class LoRAFA(LowRank):
         return (W.float() + self.delta(W)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y + self.branch(x, site)
+        return self.plus(x, y, site)
 
     def low_rank(self) -> Factors:
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A, scale=self.scale)

@@ -45,11 +45,9 @@ class LowRank(ShortcutPart):
         A_RI, B_OR = self.lora_A.to(W_OI.dtype).float(), self.lora_B.to(W_OI.dtype).float()
         return self.scale * (B_OR @ A_RI)
 
-    def branch(self, x: Tensor, site: Site) -> Tensor:
-        """s B A x, the way the layer applies its weight."""
-        dtype = x.dtype if x.is_floating_point() else site.weight().dtype  # ids: an embedding
-        u_R = site.op(x, self.lora_A.to(dtype), self.p)
-        return site.mix(u_R * self.scale, self.lora_B.to(dtype))
+    def plus(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """y + s B A x."""
+        return site.low_rank(x, y, self.lora_A, self.lora_B, self.scale, self.p)
 
 
 LORA_LAYOUT = PeftLayout(

@@ -97,7 +97,7 @@ class MiSS(ShortcutPart):
             y_M = x_R @ block_RM
             return y + y_M.repeat(*[1] * (y.dim() - 1), high // block_RM.shape[1])
         shards_RI = torch.eye(self.r, dtype=y.dtype, device=y.device).repeat(1, -(-wide // self.r))[:, :wide]
-        return y + site.mix(site.op(x, shards_RI), block_RM.repeat(1, high // block_RM.shape[1]).T)
+        return site.low_rank(x, y, shards_RI, block_RM.repeat(1, high // block_RM.shape[1]).T)
 
 
 def refuses(config: MissConfig, facts: SiteFacts) -> str | None:

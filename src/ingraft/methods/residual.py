@@ -51,12 +51,10 @@ class Residual(LowRank):
         return (W.float() + self.delta(W)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        dtype = x.dtype if x.is_floating_point() else site.weight().dtype
         if site.drops(x, self.p):  # the start comes off what the base made of the whole input
-            u_R = site.op(x, self.start_A.to(dtype))
-            return y + self.branch(x, site) - site.mix(u_R * self.scale, self.start_B.to(dtype))
-        A, B = torch.cat([self.lora_A, self.start_A]).to(dtype), torch.cat([self.lora_B, -self.start_B], 1).to(dtype)
-        return y + site.mix(site.op(x, A) * self.scale, B)
+            return site.low_rank(x, self.plus(x, y, site), self.start_A, -self.start_B, self.scale)
+        change = self.low_rank()
+        return site.low_rank(x, y, change.A_RI, change.B_OR, change.scale)
 
     def low_rank(self) -> Factors:
         B_OR, A_RI = torch.cat([self.lora_B, -self.start_B], 1), torch.cat([self.lora_A, self.start_A])

@@ -103,7 +103,7 @@ class VBLoRA(ShortcutPart):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         change = self._factors(y.dtype)
-        return y + site.mix(site.op(x, change.A_RI.to(y.dtype), self.p), change.B_OR.to(y.dtype))
+        return site.low_rank(x, y, change.A_RI, change.B_OR, dropout=self.p)
 
 
 def refuses(config: VBLoRAConfig, facts: SiteFacts) -> str | None:

@@ -29,7 +29,9 @@ from ingraft.train.learner import Learner
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"checkpoint-(\d{1,12})")
+NAME = re.compile(r"checkpoint-(\d{1,12})")
+"""What a checkpoint folder is called."""
+
 _FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "data.train"}
 """Recipe keys that may change between a run and its continuation. The data is known by its content, not by its path."""
 
@@ -43,8 +45,14 @@ class Found:
     state: dict[str, Any]
 
 
-def identity(recipe: Recipe, train: Sequence[Example], evaluation: Sequence[Example]) -> dict[str, Any]:
-    """Everything that decides a run's numbers, by name: recipe keys and the digests of the encoded rows."""
+def identity(
+    recipe: Recipe, train: Sequence[Example], evaluation: Sequence[Example], beside: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that decides a run's numbers, by name: recipe keys and the digests of the encoded rows.
+
+    Args:
+        beside: what lies behind names in the recipe (the base's fingerprint, adapters' contents).
+    """
     values: dict[str, Any] = {}
     for key, _, _ in recipe_fields():
         if key not in _FREE:
@@ -54,7 +62,15 @@ def identity(recipe: Recipe, train: Sequence[Example], evaluation: Sequence[Exam
             values[key] = plain(value)
     options = cast(dict[str, Any], values.pop("method_config"))
     values |= {f"method_config.{key}": value for key, value in options.items()}
-    return values | {"training rows": digest(train), "evaluation rows": digest(evaluation)}
+    return values | {"training rows": digest(train), "evaluation rows": digest(evaluation), **(beside or {})}
+
+
+def content(path: Path) -> str:
+    """A sha256 of the tensor files of a folder, or of a file."""
+    found = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -113,7 +129,7 @@ def save(
 
 def listed(run: Path) -> list[tuple[int, Path]]:
     """The checkpoint folders of a run by step, whether they are whole or not."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
     return sorted(found)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 
 from ingraft import adapt, durable
-from ingraft.adapt.control import require_control
-from ingraft.adapt.files import CONFIG, WEIGHTS, save_members, serialised
+from ingraft.adapt.control import Adapter, require_control
+from ingraft.adapt.files import CONFIG, WEIGHTS, base_of, save_members, serialised
 from ingraft.adapt.files import load as load_adapter
-from ingraft.bases import check_base, load_base, load_tokenizer
-from ingraft.data import check_source, load, pad_id
+from ingraft.bases import load_base, load_tokenizer
+from ingraft.data import load, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.data.records import Labelled
@@ -30,9 +30,8 @@ from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate import ChoiceRow, choice_rows
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
-from ingraft.train import checkpoint, journal, samples
+from ingraft.train import checkpoint, journal, place, samples
 from ingraft.train.learner import make_learner
-from ingraft.train.lock import NAME as LOCK
 from ingraft.train.lock import locked
 from ingraft.train.loop import Progress, Session, fit, save
 from ingraft.train.machine import environment, keep_freed_memory, peak_memory
@@ -95,6 +94,7 @@ def train(
     resume_from_checkpoint: str | None = None,
     overwrite_output_dir: bool = False,
     trust_remote_code: bool = False,
+    allow_base_mismatch: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Train an adapter from a recipe and write its run folder.
@@ -105,6 +105,7 @@ def train(
             "last" begins anew where no checkpoint was written yet.
         overwrite_output_dir: remove a former run in the output folder first.
         trust_remote_code: let the base's own Python code run.
+        allow_base_mismatch: start from an adapter although it was trained on another base.
         quiet: say nothing on the way.
 
     Raises:
@@ -115,19 +116,23 @@ def train(
     began = time.perf_counter()
     recipe = as_recipe(recipe)
     folder = Path(recipe.output_dir)
-    _check_places(recipe, resume_from_checkpoint, overwrite_output_dir)
-    notes = journal.Journal(folder / "log.jsonl", quiet=quiet)
+    place.check(recipe, resume_from_checkpoint, overwrite=overwrite_output_dir)
+    there = folder.exists()
+    notes = journal.Journal(folder / place.LOG, quiet=quiet)
     notes.listen()
     try:
         keep_freed_memory()
-        prepared = _prepare(recipe, notes, trust_remote_code)
+        prepared = _prepare(recipe, notes, trust_remote_code, allow_base_mismatch)
         with locked(folder):
             return _run(prepared, folder, notes, resume_from_checkpoint, overwrite_output_dir, began)
+    except IngraftError:
+        place.undo(folder, made=not there)
+        raise
     finally:
         notes.hush()
 
 
-def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) -> Prepared:
+def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, allow_base_mismatch: bool) -> Prepared:
     """Data, base, adapter and objective, nothing written yet."""
     tokenizer = load_tokenizer(recipe.model, trust_remote_code, recipe.quantization)
     wanted = recipe.data
@@ -155,7 +160,7 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) ->
         # The second name is the first one's before transformers 5.20 or so, and warns since.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    _attach(model, recipe, base.fresh)
+    recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
     choices = {part: _choices(recipe, data, part, tokenizer) for part in ("eval", "test")}
     objective = objective_for(recipe.task, model, pad_id(tokenizer), choices["eval"])
     return Prepared(
@@ -163,10 +168,11 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool) ->
     )
 
 
-def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...]) -> None:
+def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...], allow_base_mismatch: bool) -> Recipe:
+    """Attach what is trained. Returns the recipe as it then is: an adapter that training starts from brings its own options."""
     if recipe.init_adapter is not None:
-        load_adapter(model, recipe.init_adapter, name=ADAPTER, trainable=True)
-        return
+        load_adapter(model, recipe.init_adapter, name=ADAPTER, trainable=True, allow_base_mismatch=allow_base_mismatch)
+        return _as_started(recipe, require_control(model).require(ADAPTER))
     for name, folder in recipe.adapters.items():
         load_adapter(model, folder, name=name)
     config = registry.make_config(recipe.method, recipe.method_config)
@@ -175,6 +181,33 @@ def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...]) -> N
         beside = tuple(path for path in fresh if path.split(".")[0] not in head)
         config = dataclasses.replace(config, modules_to_save=(*head, *beside))
     adapt.attach(model, config, name=ADAPTER, seed=recipe.seed)
+    return recipe
+
+
+def _as_started(recipe: Recipe, adapter: Adapter) -> Recipe:
+    """The recipe with the options of the adapter that it starts from.
+
+    Raises:
+        IngraftError: the recipe asks for another method, or for other options.
+    """
+    method, folder = adapter.method.name, recipe.init_adapter
+    if method != recipe.method:
+        raise IngraftError(
+            f"init_adapter: {folder} holds a {method} adapter, and method is {recipe.method}; give method {method}."
+        )
+    usual = plain(dataclasses.asdict(cast(Any, registry.make_config(method, {}))))
+    brought = plain(dataclasses.asdict(cast(Any, adapter.config)))
+    asked = {
+        key: value for key, value in recipe.method_config.items() if value not in (usual.get(key), brought.get(key))
+    }
+    if asked:
+        raise IngraftError(
+            *(
+                f"method_config.{key}: {value!r} is asked for, and the adapter in {folder} has {brought.get(key)!r}; leave it out."
+                for key, value in asked.items()
+            )
+        )
+    return dataclasses.replace(recipe, method_config=brought)
 
 
 def _choices(recipe: Recipe, data: DataSet, part: str, tokenizer: PreTrainedTokenizerBase) -> list[ChoiceRow]:
@@ -198,7 +231,7 @@ def _run(
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     if accelerator.num_processes > 1:
         raise IngraftError("Training on several processes comes later; start a single one.")
-    who = checkpoint.identity(recipe, data.train, data.eval)
+    who = checkpoint.identity(recipe, data.train, data.eval, _behind_names(prepared))
     found = checkpoint.find(folder, resume, who) if resume is not None else None
     options = _start(prepared, found)
     learner = make_learner(
@@ -246,6 +279,21 @@ def _run(
         return _result(prepared, session, progress, after, shown, began)
 
 
+def _behind_names(prepared: Prepared) -> dict[str, str]:
+    """Digests of what the recipe only names: other weights or rows may lie under the same name when a run is gone on with."""
+    recipe, found = prepared.recipe, dict[str, str]()
+    for part, value in base_of(prepared.model, ADAPTER).items():
+        found[f"base's {part}"] = str(value)
+    if recipe.data.test is not None:
+        found["test rows"] = checkpoint.digest(prepared.data.test)
+    for name, folder in {
+        **recipe.adapters,
+        **({"init_adapter": recipe.init_adapter} if recipe.init_adapter else {}),
+    }.items():
+        found[f"adapter {name}"] = checkpoint.content(Path(folder))
+    return found
+
+
 def _result(
     prepared: Prepared,
     session: Session,
@@ -280,55 +328,6 @@ def _result(
     for text in _remarks(run):
         session.journal.say(text)
     return run
-
-
-def _check_places(recipe: Recipe, resume: str | None, overwrite: bool) -> None:
-    """Refuse, all in one message, a base, data or an output folder that cannot be, before anything is loaded."""
-    wanted = recipe.data
-    checks: list[Callable[[], None]] = [
-        partial(check_base, recipe.model, recipe.quantization, recipe.task),
-        *(partial(check_source, path) for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str)),
-        *(partial(_check_adapter, f"adapters.{name}", path) for name, path in recipe.adapters.items()),
-        *([partial(_check_adapter, "init_adapter", recipe.init_adapter)] if recipe.init_adapter else []),
-        partial(_check_folder, Path(recipe.output_dir), resume, overwrite),
-    ]
-    problems: list[str] = []
-    for check in checks:
-        try:
-            check()
-        except IngraftError as error:
-            problems += error.problems
-    if problems:
-        raise IngraftError(*problems)
-
-
-def _check_adapter(key: str, folder: str) -> None:
-    """Refuse what holds no adapter, before anything is loaded."""
-    if not Path(folder).exists():
-        raise IngraftError(f"{key}: there is no {folder}.")
-    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
-        raise IngraftError(f"{key}: {folder} holds no adapter.")
-
-
-def _check_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
-    """Refuse a folder that must not be written, before anything is loaded."""
-    if folder.is_file() or (folder.exists() and not folder.is_dir()):
-        raise IngraftError(f"output_dir: {folder} is a file.")
-    if (folder / durable.MANIFEST).exists() and resume is not None:
-        raise IngraftError(f"output_dir: the run in {folder} is complete; there is nothing to go on with.")
-    inside = [path.name for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
-    if not inside or resume is not None:
-        return
-    if not overwrite:
-        unfinished = any(name.startswith("checkpoint-") for name in inside) and durable.MANIFEST not in inside
-        more = "; go on with it by --resume-from-checkpoint last" if unfinished else ""
-        raise IngraftError(
-            f"output_dir: {folder} exists and is not empty. Choose another, or replace it with --overwrite-output-dir{more}."
-        )
-    if not {"recipe.yaml", "log.jsonl", durable.MANIFEST, "adapter_config.json"}.intersection(inside):
-        raise IngraftError(
-            f"output_dir: {folder} is not a run folder (it holds {inside[0]}); it will not be deleted. Choose another."
-        )
 
 
 def _start(prepared: Prepared, found: checkpoint.Found | None) -> dict[str, Any]:
@@ -367,12 +366,10 @@ def _begin(session: Session, found: checkpoint.Found | None, resume: str | None,
         if resume is not None:
             session.journal.say("There is no checkpoint yet; beginning anew.")
         if overwrite or resume is not None:
-            for item in folder.iterdir():
-                if item.name != LOCK:
-                    durable.remove(item)
+            place.empty(folder)
     saves = session.plan.total // recipe.save_steps if recipe.save_steps else 1
     durable.require_space(folder, checkpoint.forecast(session.learners, recipe.save_total_limit, saves))
-    durable.write_file(folder / "recipe.yaml", to_yaml(recipe))
+    durable.write_file(folder / place.RECIPE, to_yaml(recipe))
     if found is None:  # a rehearsal: what cannot be saved should be known now and not in an hour
         durable.remove(checkpoint.save(folder, 0, session.learners, {}, session.who, None))
     return progress
@@ -448,7 +445,7 @@ def _finish(run: Run, prepared: Prepared, session: Session) -> None:
         durable.write_file(tmp / CONFIG, config)
         durable.write_file(tmp / WEIGHTS, weights)
         save_members(run.model, ADAPTER, tmp)
-        durable.write_json(tmp / "metrics.json", run.metrics)
+        durable.write_json(tmp / place.METRICS, run.metrics)
         log = journal.entries(session.journal.path)
         text = write_report(
             recipe=recipe,
@@ -460,7 +457,7 @@ def _finish(run: Run, prepared: Prepared, session: Session) -> None:
             trained=sum(p.numel() for p in learner.parameters.values()),
             total=adapt.base_size(run.model),
         )
-        durable.write_file(tmp / "report.html", text)
+        durable.write_file(tmp / place.REPORT, text)
 
 
 def _remarks(run: Run) -> list[str]:

@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ingraft.adapt.control import require_control
 from ingraft.adapt.merging import unmerged
 from ingraft.adapt.select import base_modules
 from ingraft.adapt.weights import kind_of
@@ -111,6 +112,13 @@ def _as_it_is(weight: Tensor | None) -> Origin:
     """Of a packed weight whose origin is not known: what it says now."""
     assert weight is not None
     return Origin(shape=tuple(weight.shape), sample=sampled(weight))
+
+
+def base_of(model: nn.Module, name: str) -> dict[str, Any]:
+    """What `COMPARED` lists of the fingerprint of the base that an adapter acts on."""
+    adapter = require_control(model).require(name)
+    found = fingerprint(model, adapter.saved_whole, as_merged=bool(adapter.ground))
+    return {field: found[field] for field in COMPARED}
 
 
 def main_dtype(parameters: Collection[Tensor]) -> str | None:
