@@ -20,6 +20,7 @@ SAMPLES = [
     ("instruction", {"instruction": "Q", "input": "more", "output": "A"}, Chat(messages=({"role": "user", "content": "Q\n\nmore"}, BOT))),
     ("instruction", {"instruction": "Q", "output": "A", "system": "S"}, Chat(messages=(SYSTEM, USER, BOT))),
     ("messages", {"messages": [SYSTEM, USER, BOT]}, Chat(messages=(SYSTEM, USER, BOT))),
+    ("messages", {"messages": [USER | {"tool_calls": None}, BOT | {"tool_calls": []}]}, Chat(messages=(USER, BOT))),
     ("conversations", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, Chat(messages=(USER, BOT))),
     ("conversations", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"}, Chat(messages=(SYSTEM, USER, BOT))),
     ("prompt-completion", {"prompt": "Q", "completion": "A"}, Chat(messages=(USER, BOT), plain=True)),
@@ -75,6 +76,15 @@ def test_a_misspelt_field_is_pointed_at(make_rows: Callable[..., Any]) -> None:
         read_records(make_rows(*[{"instruction": "Q", "output": "A"}] * 2, {"instruction": "Q", "outputs": "A"}))
 
 
+def test_a_known_field_is_not_corrected_to_itself(make_rows: Callable[..., Any]) -> None:
+    with pytest.raises(IngraftError) as caught:
+        read_records(make_rows({"question": "Q", "answer": "A"}))
+    said = " ".join(caught.value.problems)
+    assert "'question' would be of {context, question, answers}, which needs 'context' and 'answers' too." in said
+    assert "a question and its answer are {prompt, completion}" in said
+    assert "'question' (did you mean 'question'?)" not in said
+
+
 def test_an_asked_for_form_is_kept(make_rows: Callable[..., Any]) -> None:
     rows = make_rows({"prompt": "Q", "completion": "A", "label": "remark"})
     with pytest.raises(IngraftError, match="must be true or false"):
@@ -100,6 +110,13 @@ def test_an_asked_for_form_is_kept(make_rows: Callable[..., Any]) -> None:
         ({"messages": [{"role": "asistant", "content": "A"}]}, "did you mean 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1 of 'messages': field 'content' is a list"),
         ({"messages": ["Q"]}, "turn 1 of 'messages' is a text, not an object"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "turn 2 of 'messages', the assistant's, is empty"),
+        ({"messages": [USER, BOT, USER, {"role": "bot", "content": " \n"}]}, "turn 4 of 'messages', the assistant's, is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, USER, BOT]}, "turn 2 of 'messages' calls a tool"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, USER, BOT]}, "turn 2 of 'messages' calls a tool"),
+        ({"messages": [USER, BOT | {"function_call": {"name": "f"}}]}, "turn 2 of 'messages' calls a tool"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": ""}]}, "turn 2 of 'conversations', the assistant's, is empty"),
+        ({"prompt": [USER], "completion": [{"role": "assistant", "content": " "}]}, "turn 1 of 'completion', the assistant's, is empty"),
         ({"tokens": ["a"], "tags": []}, "1 tokens but 0 tags"),
         ({"context": "abcd", "question": "Q", "answers": [{"text": "x", "answer_start": 0}]}, "does not stand at character 0"),
         ({"prompt": "Q", "chosen": [USER], "rejected": "B"}, "one turn of the assistant"),

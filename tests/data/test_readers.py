@@ -218,6 +218,27 @@ def test_only_a_name_that_is_nothing_local_goes_to_the_hub(tmp_path: Path, monke
     assert asked == ["owner/name train"]
 
 
+TWICE = '{"text": "a", "label": 1, "text": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"text": "x", "label": 1}\n' + TWICE, 2),
+        (TWICE, 1),
+        ('{"text": "x", "more": {"a": {"text": 1, "text": 2}}}\n{"text": "y"}', 1),
+        ('[{"text": "x"},\n' + TWICE + "]", 2),
+        ('{"data": [{"text": "x"},\n\n' + TWICE + '], "version": 1}', 3),
+        ('{"text":\n"x"}\n' + TWICE, 3),
+        ('{"data": [{"text": "x"}],\n"data": [{"text": "y"}]}', 2),
+    ],
+)
+def test_a_key_given_twice_is_named_by_its_line(content: str, line: int) -> None:
+    """The last of them would win without a word, in whichever arrangement the rows are."""
+    with pytest.raises(IngraftError, match=rf"a\.json:{line}: the key '(text|data)' is given more than once"):
+        read_bytes(content.encode(), "a.json")
+
+
 def refused_or_rows(data: bytes, name: str) -> None:
     try:
         rows = read_bytes(data, name)

@@ -223,16 +223,17 @@ def _absent(answer: Any) -> bool:
 
 
 def _answered(turns: Any, role: str, text: str) -> Any:
-    """The turns with a stand-in for the answer that is wanted, if it is not there. What is no list of turns is left for the reader to name."""
+    """The turns with a stand-in for the answer that is wanted, in the place of one that is there. What is no list of turns is left for the
+    reader to name."""
     from ingraft.data.formats import ROLES
 
-    last = cast("list[Any]", turns)[-1] if isinstance(turns, list) and turns else None
-    if not isinstance(last, dict):
+    if not isinstance(turns, list) or not turns:
         return turns
-    last = cast("dict[str, Any]", last)
-    if ROLES.get(str(last.get(role)).lower()) != "assistant":
-        return [*turns, {role: "assistant", text: "?"}]
-    return [*turns[:-1], {**last, text: "?"}] if _absent(last.get(text)) else turns
+    known, stand_in = cast("list[Any]", turns), {role: "assistant", text: "?"}
+    if not isinstance(known[-1], dict):
+        return known
+    speaker = ROLES.get(str(cast("dict[str, Any]", known[-1]).get(role)).lower())
+    return [*(known[:-1] if speaker == "assistant" else known), stand_in]
 
 
 def _prompt(record: Record, opened: Opened) -> list[int]:

@@ -27,6 +27,9 @@ ROLES = {
 }  # fmt: skip
 """Every spelling of a role met in public data, and the role that chat templates know it by."""
 
+CALLS = ("tool_calls", "function_call")
+"""Where a turn keeps what it asks of tools."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
@@ -105,6 +108,10 @@ def _turns(values: Values, name: str, role_key: str, text_key: str) -> tuple[Mes
         if not isinstance(turn, Mapping):
             raise RowProblem(f"{where} is {_kind(turn)}, not an object with '{role_key}' and '{text_key}'")
         turn = cast("Values", turn)
+        if call := next((key for key in CALLS if turn.get(key)), None):
+            raise RowProblem(
+                f"{where} calls a tool ('{call}'), which is not learned yet; without its call it would teach something else"
+            )
         for key in (role_key, text_key):
             if turn.get(key) is None:
                 raise RowProblem(f"{where} has no '{key}'")
@@ -117,6 +124,8 @@ def _turns(values: Values, name: str, role_key: str, text_key: str) -> tuple[Mes
             content = _text(turn, text_key)
         except RowProblem as problem:
             raise RowProblem(f"{where}: {problem}") from None
+        if role == "assistant" and not content.strip():
+            raise RowProblem(f"{where}, the assistant's, is empty, and would teach to say nothing")
         turns.append({"role": role, "content": content})
     if not turns:
         raise RowProblem(f"field '{name}' is an empty list")
@@ -302,11 +311,27 @@ def detect(rows: Sequence[Row]) -> str:
     if fitting:
         return fitting.most_common(1)[0][0]
     found = Counter(name for row in rows for name in row.values)
-    hints = "".join(f" '{name}'{hint}." for name in list(found)[:8] if (hint := nearest(name, FIELDS, count=1)))
+    hints = _partly(found) + "".join(
+        f" '{name}'{hint}."
+        for name in list(found)[:8]
+        if name not in FIELDS and (hint := nearest(name, FIELDS, count=1))
+    )
     raise IngraftError(
         f"{rows[0].file}: no row has a form that Ingraft recognises. Fields found: {', '.join(list(found)[:20]) or 'none'}.{hints}",
-        f"Recognised forms: {known_forms()}; plain text. Rename the fields to one of them.",
+        f"Recognised forms: {known_forms()}; plain text. Rename the fields to one of them; a question and its answer are {{prompt, completion}}.",
     )
+
+
+def _partly(found: Mapping[str, int]) -> str:
+    """The form of which most is there, and what it lacks; nothing where no field is known."""
+    known = [name for name in found if name in FIELDS]
+    if not known:
+        return ""
+    form = min(FORMATS.values(), key=lambda form: (-len(set(known) & set(form.fields)), len(form.fields)))
+    there, lacking = ([repr(name) for name in form.fields if (name in found) is here] for here in (True, False))
+    if not lacking:  # it is there in name, but not in enough rows
+        return ""
+    return f" {' and '.join(there)} would be of {{{', '.join(form.fields)}}}, which needs {' and '.join(lacking)} too."
 
 
 def read_records(rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[Record]]:

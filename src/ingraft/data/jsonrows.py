@@ -2,13 +2,17 @@
 
 The standard decoder is used value by value (`raw_decode`), which is how an array's rows keep their line numbers: the
 decoder says where each value ended, and line breaks are counted on the way.
+
+The decoder would let the last of two equal keys win without a word; a row with such keys is refused, because nobody knows which was meant.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ingraft.data.formats import FIELDS
@@ -18,6 +22,42 @@ from ingraft.errors import IngraftError
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LINE = re.compile(r"[^\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Doubled:
+    """A value somewhere in which a key stands twice."""
+
+    key: str
+    value: object
+
+
+class _Strict:
+    """The standard decoder, with an eye on equal keys."""
+
+    def __init__(self) -> None:
+        self._doubled: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs)
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            self._doubled.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
+        return value
+
+    def decode(self, text: str) -> object:
+        """The value that is the whole text; `_Doubled` where it has equal keys."""
+        self._doubled.clear()
+        return self._seen(self._decoder.decode(text))
+
+    def raw_decode(self, text: str, position: int) -> tuple[object, int]:
+        """The value at this position, likewise, and the position behind it."""
+        self._doubled.clear()
+        value, end = self._decoder.raw_decode(text, position)
+        return self._seen(value), end
+
+    def _seen(self, value: object) -> object:
+        return _Doubled(self._doubled[0], value) if self._doubled else value
 
 
 def looks_like_json(text: str) -> bool:
@@ -54,9 +94,12 @@ def read_json(text: str, file: str) -> list[Row]:
             raise IngraftError(f"{file}:{places.at(rest)}: text after the end of the JSON array.")
         return _as_rows(found, file, "json")
     objects = list(_values(text, start, file, places))
-    if len(objects) > 1 or not isinstance(objects[0][1], dict) or FIELDS & set(cast("dict[str, Any]", objects[0][1])):
-        return _as_rows(objects, file, "json")
-    return _read_wrapped(text, start, cast("dict[str, Any]", objects[0][1]), file, places)
+    first = objects[0][1].value if isinstance(objects[0][1], _Doubled) else objects[0][1]
+    if len(objects) == 1 and isinstance(first, dict):
+        only = cast("dict[str, Any]", first)
+        if not FIELDS & set(only) and _lists_of_objects(only):
+            return _read_wrapped(text, start, only, file, places)
+    return _as_rows(objects, file, "json")
 
 
 class _Lines:
@@ -90,6 +133,7 @@ def _is_lines(text: str) -> bool:
 def _read_lines(text: str, file: str) -> list[Row]:
     rows: list[Row] = []
     problems: list[str] = []
+    strict = _Strict()
     lines = text.split("\n")
     if sum(1 for line in lines if line.strip()) == 1:  # one object on one line may be a whole file: {"data": [...]}
         value = _only_object(text, file)
@@ -99,7 +143,7 @@ def _read_lines(text: str, file: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            value: object = json.loads(line)
+            value = strict.decode(line)
         except RecursionError:
             problems.append(f"{file}:{number}: JSON nested too deep.")
         except json.JSONDecodeError as error:
@@ -110,10 +154,16 @@ def _read_lines(text: str, file: str) -> list[Row]:
             if isinstance(value, dict):
                 rows.append(Row(values=cast("dict[str, Any]", value), file=file, line=number, reader="jsonl"))
             else:
-                problems.append(f"{file}:{number}: a row must be a JSON object, this is a {type(value).__name__}.")
+                problems.append(f"{file}:{number}: {_no_row(value)}")
     if problems:
         refuse(problems)
     return rows
+
+
+def _no_row(value: object) -> str:
+    if isinstance(value, _Doubled):
+        return f"the key {value.key!r} is given more than once, and only one value can be meant."
+    return f"a row must be a JSON object, this is a {type(value).__name__}."
 
 
 def _only_object(text: str, file: str) -> dict[str, Any] | None:
@@ -126,7 +176,7 @@ def _only_object(text: str, file: str) -> dict[str, Any] | None:
 
 def _decode(text: str, position: int, file: str, places: _Lines) -> tuple[object, int]:
     try:
-        return cast("tuple[object, int]", _DECODER.raw_decode(text, position))
+        return _Strict().raw_decode(text, position)
     except RecursionError:
         raise IngraftError(f"{file}:{places.at(position)}: JSON nested too deep.") from None
     except json.JSONDecodeError as error:
@@ -177,16 +227,19 @@ def _read_wrapped(text: str, start: int, value: Mapping[str, Any], file: str, pl
     numbers.
     """
     lists = _lists_of_objects(value)
-    if not lists:
-        return [Row(values=value, file=file, line=places.at(start), reader="json")]
     if len(lists) > 1:
         raise IngraftError(
             f"{file}: the object holds several lists of rows ({', '.join(lists)}); keep one of them in a file of its own."
         )
     position = start + 1
     found: list[tuple[int, object]] = []
+    seen: set[object] = set()
     while True:
-        key, end = _decode(text, _skip(text, position), file, places)
+        position = _skip(text, position)
+        key, end = _decode(text, position, file, places)
+        if key in seen:
+            raise IngraftError(f"{file}:{places.at(position)}: {_no_row(_Doubled(str(key), None))}")
+        seen.add(key)
         position = _skip(text, _skip(text, end) + 1)
         if key == lists[0]:
             found, position = _read_array(text, position, file, places)
@@ -199,11 +252,7 @@ def _read_wrapped(text: str, start: int, value: Mapping[str, Any], file: str, pl
 
 
 def _as_rows(found: list[tuple[int, object]], file: str, reader: str) -> list[Row]:
-    problems = [
-        f"{file}:{line}: a row must be a JSON object, this is a {type(v).__name__}."
-        for line, v in found
-        if not isinstance(v, dict)
-    ]
+    problems = [f"{file}:{line}: {_no_row(value)}" for line, value in found if not isinstance(value, dict)]
     if problems:
         refuse(problems)
     return [Row(values=cast("dict[str, Any]", value), file=file, line=line, reader=reader) for line, value in found]
