@@ -56,6 +56,20 @@ def test_training_cuts_rows_to_the_places(home: Path, tmp_path: Path, capsys: py
     assert f"max_length lowered from 512 to {PLACES}" in capsys.readouterr().err
 
 
+def test_data_shows_rows_that_are_used(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row of which nothing is left within the places is named as dropped and not shown; where all are, raising a length is no advice."""
+    rows = [json.dumps({"instruction": "film " * n, "output": "good"}) for n in (30, 2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["data", "--model", str(home / "gpt2"), "--data.eval", "0", "--data", str(tmp_path / "rows.jsonl")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"dropped, nothing to learn within max_length: 1 rows ({tmp_path / 'rows.jsonl'}:1)" in said
+    assert f"{tmp_path / 'rows.jsonl'}:2  (2 learned)" in said
+    (tmp_path / "rows.jsonl").write_text(rows[0])
+    assert main(words) == 2
+    assert "Shorten the prompts" in capsys.readouterr().err
+
+
 def test_eval_and_merge_cut_rows_to_the_places(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--adapter", str(home / "talk"), "--data", str(home / "rows.jsonl")]
     assert main(["eval", *words, "--data.max-length", "100"]) == 0

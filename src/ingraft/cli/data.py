@@ -37,6 +37,9 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     recipe = settle(overrides, config=config, keep_split=True)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     data = load_data(recipe, tokenizer)
+    part = data.parts["train"]
+    used = {example.row_id for example in part.examples}  # a dropped row has nothing to show; the report names it
+    rows_to_show = [row for n, row in enumerate(part.rows) if recipe.task == "lm" or n in used][:rows]
     shown = [
         {
             "place": row.place,
@@ -49,7 +52,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
                 learn=recipe.data.learn,
             ),
         }
-        for row in data.parts["train"].rows[:rows]
+        for row in rows_to_show
     ]
     _print(recipe, data, shown, output)
 

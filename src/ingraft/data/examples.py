@@ -153,7 +153,8 @@ def encode_chats(
     if rows and not examples:
         raise IngraftError(
             f"{rows[0].file}: none of the {len(rows)} rows has a learned token within max_length {max_length}, so there is nothing to train on. "
-            "Raise --data.max-length, shorten the prompts, or learn every token with --data.learn all."
+            + ("Raise --data.max-length, shorten" if max_length < tokenizer.model_max_length else "Shorten")
+            + " the prompts, or learn every token with --data.learn all."
         )
     return examples
 
