@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ingraft.methods.contract import Method, MethodConfig
 
 
+_HERE = "ingraft.methods"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodRecord:
     """One line of the catalogue.
@@ -48,6 +51,31 @@ class MethodRecord:
     learning_rate: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Incumbent:
+    """A config class of Hugging Face PEFT's for a method that is here too.
+
+    Attributes:
+        name: of the class.
+        fields: in order, those that every config has left out.
+        defaults: of the fields where it is not null.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+
+@functools.cache
+def incumbents() -> Mapping[str, Incumbent]:
+    """By peft_type, from `peft_configs.toml`. What a file or a script leaves out means these defaults, not ours."""
+    text = importlib.resources.files(_HERE).joinpath("peft_configs.toml").read_text(encoding="utf-8")
+    return {
+        kind: Incumbent(name=own["class"], fields=tuple(own["fields"]), defaults=own["defaults"])
+        for kind, own in tomllib.loads(text).items()
+    }
+
+
 WHOLE = "full"
 """The method that `modules_to_save` stands for."""
 
@@ -57,13 +85,10 @@ TOKENS = "trainable-tokens"
 LOW_RANK = "lora"
 """The method that a change of low rank becomes when adapters are combined or converted."""
 
-_HERE = "ingraft.methods"
-
-
 @functools.cache
 def _own() -> Mapping[str, MethodRecord]:
     """The package's own methods, from `catalogue.toml`."""
-    text = importlib.resources.files("ingraft.methods").joinpath("catalogue.toml").read_text(encoding="utf-8")
+    text = importlib.resources.files(_HERE).joinpath("catalogue.toml").read_text(encoding="utf-8")
     return {
         name: MethodRecord(name=name, target=f"{_HERE}.{fields.pop('file')}:METHOD", **fields)
         for name, fields in tomllib.loads(text).items()

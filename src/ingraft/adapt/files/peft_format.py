@@ -223,6 +223,7 @@ def read_config(
     }
     known |= {name for name in (*theirs.values(), layout.tokens) if name is not None}
     _unknown(raw, known | ({layout.transposed_field} if layout.transposed_field else set()), ours=ours, where=where)
+    raw = _filled(raw, ours=ours)
     problems = [
         f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else."
         for name in sorted({*layout.accepted, *layout.off} & set(raw))
@@ -263,6 +264,14 @@ def read_config(
         options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)
     config = _make(found, options, where)
     return config, layout
+
+
+def _filled(raw: Mapping[str, Any], *, ours: bool) -> dict[str, Any]:
+    """The fields with what they leave out as the incumbent would have it; in a file of ours a null is one of our options."""
+    incumbent = registry.incumbents().get(raw["peft_type"])
+    usual = {} if incumbent is None else incumbent.defaults
+    missing = {name for name in usual if raw.get(name) is None and not (ours and name in raw)}
+    return {**raw, **{name: usual[name] for name in missing}}
 
 
 def _option_names(method: Method) -> list[str]:
