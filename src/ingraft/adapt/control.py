@@ -1,6 +1,7 @@
 """The state of one adapted model, shared by all its hosts.
 
-A `Control` is a plain object, not a module: it holds names and decisions, never trained tensors (those are child modules of the hosts).
+A `Control` is a plain object, not a module: it holds names and decisions. Trained tensors belong to child modules of the hosts and the root; at
+most it knows such a module by name (`encoders`).
 There is one for each model, reachable from the root and from every host, so a copy of the model carries a copy of it.
 """
 
@@ -99,7 +100,9 @@ class Control:
         causal: whether the model's tokens see only what comes before them, and the model has no encoder.
         keep_virtual: leave virtual positions in the output (PEFT's habit).
         spans: inputs remembered on the way through a span; empty between forwards.
-        shared: outputs of shared modules in this forward; empty between forwards.
+        encoders: the modules at the root whose results the attention and input parts of an adapter are handed.
+        shared: these results, as far as they were asked for in this forward; empty between forwards.
+        running: a forward is under way, of the model or of a stack of it that was called from outside.
         restore: what to put back when adapters go.
     """
 
@@ -114,14 +117,23 @@ class Control:
     keep_virtual: bool = False
     auto_step: bool = True
     spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    encoders: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     shared: dict[str, Any] = field(default_factory=dict[str, Any])
+    running: bool = False
     restore: dict[str, Any] = field(default_factory=dict[str, Any])
     laid: list[type[Mixin]] = field(default_factory=list["type[Mixin]"])
     """Further mixins over the root (`ingraft.peft`'s), which come off with the last adapter."""
 
     def shared_of(self, name: str) -> Any:
-        """What the adapter's shared module returned for this forward, None if it has none."""
-        return self.shared.get(name)
+        """What the adapter's shared module returns for this forward, None if it has none. Outside a forward nothing is kept of it."""
+        if name in self.shared:
+            return self.shared[name]
+        if name not in self.encoders:
+            return None
+        made = self.encoders[name]()
+        if self.running:
+            self.shared[name] = made
+        return made
 
     def acted_on_by(self, name: str) -> tuple[str, ...]:
         """The adapters that this one acts on (a fusion's)."""

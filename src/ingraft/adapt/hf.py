@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,12 +37,12 @@ from ingraft.adapt.control import (
     require_control,
 )
 from ingraft.adapt.roles import projects, sites_of_role
-from ingraft.adapt.root import Root
+from ingraft.adapt.root import Root, outermost
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, names_of, reads_context
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
+from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, SiteFacts
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class Carry:
     forward pass, which runs without grad.
     """
 
-    model: nn.Module
     control: Control
     function: Callable[..., Any]
 
@@ -67,7 +67,7 @@ class Carry:
             if reentrant is None:
                 reentrant = not torch.is_grad_enabled()
             elif reentrant:
-                shared = {name: self.model.get_submodule(child_name(name))() for name in shared}
+                shared = {name: control.encoders[name]() for name in shared}
             before = control.call, control.replaying, control.shared
             control.call, control.replaying, control.shared = call, True, shared
             try:
@@ -84,7 +84,9 @@ class ModelRoot(Root):
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _told_by_labels(module, kwargs):
-            result = Root.around(module, base, args, kwargs)
+            given = functools.partial(_given, module, args, kwargs)
+            control = require_control(module)
+            result = outermost(control, module, "", lambda: base(*args, **kwargs), args, kwargs, given)
         return _with_penalty(module, result, kwargs) if module.training and kwargs.get("labels") is not None else result
 
     _hf_peft_config_loaded = True  # what the Trainer asks before it trains over a quantised base
@@ -192,6 +194,12 @@ class ModelRoot(Root):
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
             kwargs = {name: value for name, value in kwargs.items() if name in signature}
         return create_masks_for_generate(*args, **kwargs)
+
+
+def _given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Path of the encoder, where its outputs are handed to the model, as `generate` does."""
+    named = {**dict(zip(names_of(original_class(model)), args, strict=False)), **kwargs}
+    return None if named.get("encoder_outputs") is None else inner_path(model)
 
 
 @contextmanager
@@ -350,6 +358,13 @@ def settle(model: nn.Module) -> None:
     kinds = [adapter.method.part for adapter in control.adapters.values()]
     _carry(model, control if kinds else None)
     _name_attention(model, control, any(issubclass(kind, AttentionPart) for kind in kinds))
+    control.encoders = {
+        name: shared
+        for name, adapter in control.adapters.items()
+        if issubclass(adapter.method.part, AttentionPart | InputPart)
+        and (shared := model._modules.get(child_name(name))) is not None
+        and not isinstance(shared, Part)
+    }
     inside = any(issubclass(kind, AttentionPart | InputPart) or kind.reads_context for kind in kinds)
     _lay_inner(model, control, inside)
 
@@ -361,7 +376,7 @@ def _carry(model: nn.Module, control: Control | None) -> None:
         if function is None:
             continue
         plain = function.function if isinstance(function, Carry) else function
-        module.__dict__["_gradient_checkpointing_func"] = plain if control is None else Carry(model, control, plain)
+        module.__dict__["_gradient_checkpointing_func"] = plain if control is None else Carry(control, plain)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -1,9 +1,12 @@
-"""What happens once per forward of the whole model, ahead of and behind its hosts.
+"""What happens once per forward of the model, ahead of and behind its hosts.
 
-The root's class is swapped like a host's. It moves dropout on by a step where nobody else does (a foreign trainer), evaluates modules that
-all sites of an adapter share once instead of once a site, and, on the first forward after a change, checks that no adapter was bypassed:
-frameworks have fused paths that never call a child (`nn.TransformerEncoderLayer`), and an adapter that silently does nothing is the worst
-failure this package could have.
+The root's class is swapped like a host's. It moves dropout on by a step where nobody else does (a foreign trainer), sees that modules which
+all sites of an adapter share are evaluated once instead of once a site, and, on the first forward after a change, checks that no adapter was
+bypassed: frameworks have fused paths that never call a child (`nn.TransformerEncoderLayer`), and an adapter that silently does nothing is the
+worst failure this package could have.
+
+A stack of the model may be called from outside, past the root: `generate` runs the encoder of an encoder-decoder by itself, and a user may run
+a model without its head. That is a forward too (`outermost`), of that stack alone.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.control import Control, child_name, control_of, host_state, part_of
+from ingraft.adapt.control import Control, host_state, part_of, require_control
 from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart, InputPart
+from ingraft.methods.contract import AttentionPart
 
 
 class Root(Mixin):
@@ -26,7 +29,7 @@ class Root(Mixin):
 
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return around_model(module, lambda: base(*args, **kwargs), _batch_size(args, kwargs))
+        return outermost(require_control(module), module, "", lambda: base(*args, **kwargs), args, kwargs)
 
 
 class SequentialRoot(Container, Root):
@@ -61,37 +64,66 @@ def _check_rows(model: nn.Module, control: Control, size: int) -> None:
     )
 
 
-def around_model(model: nn.Module, run: Callable[[], Any], size: int = 0) -> Any:
-    """Run one forward of the model, over a batch of this size, with its control made ready."""
-    control = control_of(model)
-    assert control is not None
-    _check_rows(model, control, size)
+def _nothing() -> str | None:
+    return None
+
+
+def outermost(
+    control: Control,
+    stack: nn.Module,
+    path: str,
+    run: Callable[[], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    given: Callable[[], str | None] = _nothing,
+) -> Any:
+    """Run one forward of the model, or of a stack of it, with the control made ready for it; inside such a forward, simply run.
+
+    Args:
+        path: of the stack in the model; "" for the whole of it.
+        given: the path of a stack whose work this forward was handed ready-made, so that it need not run; None if there is none.
+    """
+    if control.running:
+        return run()
+    size = _batch_size(args, kwargs)
+    _check_rows(stack, control, size)
     if control.call.rows is not None and control.call.size != size:
         control.call = replace(control.call, size=size)
     acting = {name for group in control.call.groups for name in group.names}
-    if control.auto_step and any(control.adapters[name].dropout for name in acting):
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # recomputed, in backward
+    if not again and control.auto_step and any(control.adapters[name].dropout for name in acting):
         if torch.compiler.is_compiling():
             control.call.step.add_(1)  # in place: a graph can change a tensor, and cannot make a new call
         else:
             control.call = control.call.at_step(control.call.step + 1, None)
-    for name in acting:
-        method = control.adapters[name].method
-        evaluated = method.shared is not None and issubclass(method.part, AttentionPart | InputPart)
-        shared = model._modules.get(child_name(name)) if evaluated else None
-        if shared is not None:
-            control.shared[name] = shared()
+    control.running = True
     try:
-        if control.unchecked and not torch.compiler.is_compiling():
-            return _checked(model, control, acting, run)
+        for name in acting:
+            # Attentions ask for it inside of blocks, which may be run again in backward; it must not be made in there.
+            if name in control.encoders and issubclass(control.adapters[name].method.part, AttentionPart):
+                control.shared_of(name)
+        if control.unchecked and not again and not torch.compiler.is_compiling():
+            return _checked(stack, path, control, acting, run, given)
         return run()
     finally:
+        control.running = False
         control.spans.clear()
         control.shared.clear()
 
 
-def _checked(model: nn.Module, control: Control, acting: set[str], run: Callable[[], Any]) -> Any:
-    """Run, then refuse if a host with an acting part was passed over although the module around it ran."""
-    hosts = [path for name in acting for path in control.adapters[name].sites if path]
+def _checked(
+    model: nn.Module,
+    at: str,
+    control: Control,
+    acting: set[str],
+    run: Callable[[], Any],
+    given: Callable[[], str | None],
+) -> Any:
+    """Run, then refuse if a host with an acting part was passed over although the module around it ran. `model`: it, or the stack at `at`."""
+    above = at + "." if at else ""
+    sites = (path for name in acting for path in control.adapters[name].sites)
+    needless = ("", given())
+    hosts = [path.removeprefix(above) for path in sites if path.startswith(above) and path not in needless]
     parents = {path.rpartition(".")[0] for path in hosts}
     ran: set[str] = set()
 
@@ -105,7 +137,7 @@ def _checked(model: nn.Module, control: Control, acting: set[str], run: Callable
         state = host_state(model.get_submodule(path))
         if state is not None:
             state.ran = False
-    # The root itself runs by definition; a hook on it would not fire any more.
+    # What was called runs by definition; a hook on it would not fire any more.
     handles = [model.get_submodule(path).register_forward_pre_hook(note(path)) for path in parents if path]
     ran.add("")
     try:
@@ -125,10 +157,10 @@ def _checked(model: nn.Module, control: Control, acting: set[str], run: Callable
     ]
     if bypassed:
         raise IngraftError(
-            f"The model ran without calling {', '.join(bypassed[:8])}{' and others' if len(bypassed) > 8 else ''}: the module around it uses a fused "
+            f"The model ran without calling {', '.join(above + path for path in bypassed[:8])}{' and others' if len(bypassed) > 8 else ''}: the module around it uses a fused "
             "path or reads the weight directly, so the adapter there does nothing. Leave it out of target_modules, or switch the fused path off."
         )
-    control.unchecked = False
+    control.unchecked &= bool(at)  # a stack's word does not go for the whole
     return result
 
 

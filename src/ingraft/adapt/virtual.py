@@ -11,8 +11,10 @@ Virtual tokens may also stand behind the row's prompt, just before the answer, w
 an order of its own on the way in (embeddings, positions, mask) and out of it on the way out. In a causal model the answer is predicted from
 the last of them, so what comes out for the prompt's last token is what it says.
 
-Rows may have prompts of different lengths, or none: shorter ones are filled up on the left with masked slots. In an encoder-decoder the
-prompt goes in front of the encoder's input and stays in its output, for the decoder to attend to.
+Rows may have prompts of different lengths, or none: shorter ones are filled up with masked slots. In a causal model these lie on the left,
+where a cache can go on behind the row; elsewhere at the end of the row, so that column 0, which poolers read, and every column after it are
+what they are in the row alone. In an encoder-decoder the prompt goes in front of the encoder's input and stays in its output, for the decoder
+to attend to.
 
 Legend: B batch, T tokens, P longest prompt, D width.
 """
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from ingraft.adapt.context import end_of_prompt, last_of, tasks_of, tokens_of
 from ingraft.adapt.control import Control, HostState, host_state, part_of
 from ingraft.adapt.offload import present
+from ingraft.adapt.root import outermost
 from ingraft.adapt.rows import Call, Group, entries_of
 from ingraft.adapt.swap import Forward, Mixin, original_class
 from ingraft.errors import IngraftError
@@ -44,14 +47,21 @@ class Inner(Mixin):
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = host_state(module)
         assert state is not None
-        call = state.current()
-        state.ran = True
-        virtual = bool(lengths(state.control, call, InputPart) or lengths(state.control, call, AttentionPart))
-        if not virtual and not reads_context(state.control, call):
-            return base(*args, **kwargs)
-        named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
-        with _telling(state.control, call, named):
-            return _with_virtual(module, state, call, base, named) if virtual else base(**named)
+        return outermost(
+            state.control, module, state.path, lambda: _run(module, state, base, args, kwargs), args, kwargs
+        )
+
+
+def _run(module: nn.Module, state: HostState, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of the inner model."""
+    call = state.current()
+    state.ran = True
+    virtual = bool(lengths(state.control, call, InputPart) or lengths(state.control, call, AttentionPart))
+    if not virtual and not reads_context(state.control, call):
+        return base(*args, **kwargs)
+    named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
+    with _telling(state.control, call, named):
+        return _with_virtual(module, state, call, base, named) if virtual else base(**named)
 
 
 class Decoder(Mixin):
@@ -60,15 +70,25 @@ class Decoder(Mixin):
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = host_state(module)
-        encoded, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if state is not None and encoded is not None and mask is not None and mask.shape[-1] < encoded.shape[1]:
-            batch = _batch(state, state.current(), encoded[:, : mask.shape[-1]], {"attention_mask": mask})
-            kwargs = {**kwargs, "encoder_attention_mask": _mask(module, mask, batch)}
-        if state is None or not reads_context(state.control, state.current()):
-            return base(*args, **kwargs)
-        named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
-        with _telling(state.control, state.current(), named, in_decoder=True):
-            return base(**named)
+        assert state is not None
+        return outermost(
+            state.control, module, state.path, lambda: _decode(module, state, base, args, kwargs), args, kwargs
+        )
+
+
+def _decode(module: nn.Module, state: HostState, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of the decoder."""
+    encoded, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    virtual = longest(state.control, state.current(), InputPart)
+    if encoded is not None and virtual and (mask is None or mask.shape[-1] < encoded.shape[1]):
+        real = encoded[:, : encoded.shape[1] - virtual if mask is None else mask.shape[-1]]
+        batch = _batch(state, state.current(), real, {"attention_mask": mask})
+        kwargs = {**kwargs, "encoder_attention_mask": _mask(module, mask, batch)}
+    if not reads_context(state.control, state.current()):
+        return base(*args, **kwargs)
+    named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
+    with _telling(state.control, state.current(), named, in_decoder=True):
+        return base(**named)
 
 
 def reads_context(control: Control, call: Call) -> bool:
@@ -159,6 +179,8 @@ class _Batch:
         past: entries of the cache, virtual ones counted; 0 in a first call.
         prompt: P, slots for virtual tokens in each row.
         own: (B,) virtual tokens that a row has; the slots before them are empty.
+        even: no row has empty slots.
+        trailing: empty slots are put at the end of the row.
         behind: (B,) how many of these, the last ones, stand behind the row's prompt.
         prefix: (B,) prefix slots of a row's attention.
         ends: (B,) the column at which a row's prompt ends; None if nothing stands behind it anywhere.
@@ -172,6 +194,8 @@ class _Batch:
     own: Tensor
     behind: Tensor
     prefix: Tensor
+    even: bool
+    trailing: bool
     ends: Tensor | None = None
 
     @property
@@ -181,27 +205,38 @@ class _Batch:
 
     def order(self, columns: int) -> Tensor | None:
         """(B, P + columns) which of the slots and columns, counted in this order, comes where in the row; None if just so."""
-        if self.ends is None:
+        if self.ends is None and not self.trailing:
             return None
         slot_P, column_K = (torch.arange(n, device=self.device) for n in (self.prompt, columns))
-        behind_BP = slot_P >= (self.prompt - self.behind)[:, None]
-        key_BP = torch.where(behind_BP, 2 * self.ends[:, None] - 1, -1)
+        key_BP = (slot_P * 0 - 1).expand(self.size, -1)
+        if self.ends is not None:
+            key_BP = torch.where(slot_P >= (self.prompt - self.behind)[:, None], 2 * self.ends[:, None] - 1, key_BP)
+        if self.trailing:
+            key_BP = torch.where(slot_P < (self.prompt - self.own)[:, None], 2 * columns, key_BP)
         return torch.argsort(torch.cat([key_BP, (2 * column_K).expand(self.size, -1)], 1), dim=1, stable=True)
 
 
 def _batch(state: HostState, call: Call, tokens: Tensor, named: dict[str, Any]) -> _Batch:
     cached = named.get("past_key_values")
     size, device, behind = tokens.shape[0], tokens.device, behinds(state.control, call)
+    own, P = lengths(state.control, call, InputPart), longest(state.control, call, InputPart)
+    even = all(own.get(group.names, 0) == P for group in call.groups)
     batch = _Batch(
         size=size,
         tokens=tokens.shape[1],
         past=0 if cached is None else cached.get_seq_length(),
-        prompt=longest(state.control, call, InputPart),
+        prompt=P,
         device=device,
-        own=per_row(state, call, lengths(state.control, call, InputPart), size, device),
+        own=per_row(state, call, own, size, device),
         behind=per_row(state, call, behind, size, device),
         prefix=per_row(state, call, lengths(state.control, call, AttentionPart), size, device),
+        even=even,
+        trailing=not even and not state.control.causal,
     )
+    if batch.trailing and not batch.first:
+        raise IngraftError(
+            f"{state.path}: rows with different numbers of virtual tokens cannot be continued from a cache in this model; run them separately."
+        )
     return replace(batch, ends=_ends(state, call, batch, named)) if behind else batch
 
 
@@ -253,9 +288,11 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
     output = base(**named)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return output
+    keep = state.control.keep_virtual
     if order is not None:
-        return _each(output, lambda x: _arranged(x, _places(batch, order, causal=state.control.causal)))
-    return output if state.control.keep_virtual else _each(output, lambda x: x[:, P:])
+        place = _places(batch, order, causal=state.control.causal, keep=keep)
+        return _each(output, lambda x: _arranged(x, place))
+    return output if keep else _each(output, lambda x: x[:, P:])
 
 
 def _arranged(x: Tensor, order: Tensor | None) -> Tensor:
@@ -265,19 +302,20 @@ def _arranged(x: Tensor, order: Tensor | None) -> Tensor:
     return x.gather(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:]))
 
 
-def _places(batch: _Batch, order: Tensor, *, causal: bool) -> Tensor:
-    """(B, T) where each real token lies. In a causal model the last token of a prompt answers from the last virtual token behind it, which is
+def _places(batch: _Batch, order: Tensor, *, causal: bool, keep: bool) -> Tensor:
+    """(B, T) where each real token lies; (B, P + T) with the slots in front where they are kept. In a causal model the last token of a prompt answers from the last virtual token behind it, which is
     the one that the answer follows."""
     place_BX = torch.argsort(order, dim=1)
     place_BT = place_BX[:, batch.prompt :]
-    if not causal or batch.ends is None:
-        return place_BT
-    last_BT = torch.arange(batch.tokens, device=batch.device) == batch.ends[:, None] - 1
-    return torch.where(last_BT & (batch.behind > 0)[:, None], place_BX[:, batch.prompt - 1 : batch.prompt], place_BT)
+    if causal and batch.ends is not None:
+        last_BT = torch.arange(batch.tokens, device=batch.device) == batch.ends[:, None] - 1
+        final_B1 = place_BX[:, batch.prompt - 1 : batch.prompt]
+        place_BT = torch.where(last_BT & (batch.behind > 0)[:, None], final_B1, place_BT)
+    return torch.cat([place_BX[:, : batch.prompt], place_BT], 1) if keep else place_BT
 
 
 def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like: Tensor) -> Tensor:
-    """(B, P, D) each row's virtual embeddings, filled up on the left; those that stand behind the prompt last."""
+    """(B, P, D) each row's virtual embeddings in its last slots; those that stand behind the prompt last."""
     pieces: list[Tensor] = []
     order: list[Tensor] = []
     for group in call.groups:
@@ -335,9 +373,8 @@ def _default_positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -
 
 def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch) -> Tensor | None:
     """The mask with the virtual tokens in their places; None where all rows see everything."""
-    even = bool((batch.own == batch.prompt).all())
     if mask is None:
-        if even:
+        if batch.even:
             return None
         mask = torch.ones(
             batch.size, batch.tokens + max(int(batch.past) - batch.prompt, 0), dtype=torch.int64, device=batch.device

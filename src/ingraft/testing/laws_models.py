@@ -210,6 +210,32 @@ def padding_and_beams_agree(case: Case) -> None:
         same(beams[row : row + 1, full.shape[1] :], found, f"row {row}, beams in mixed rows and alone")
 
 
+def _writes_nothing(case: Case) -> str | None:
+    generates = case.subject.transformers and case.base().can_generate()  # type: ignore[operator]
+    return None if generates else "it generates no text"
+
+
+@law(18, hole=_writes_nothing)
+def text_needs_no_forward_before(case: Case) -> None:
+    """Straight after attach `generate` gives the text it gives after a forward, greedy and with beams; greedy, what whole passes say."""
+    batch = {key: value[:, :5] for key, value in case.batch(2).items() if not key.startswith("decoder")}
+    first = {beams: _generate(case.adapted("a"), batch, num_beams=beams) for beams in (1, 2)}
+    model = case.adapted("a")
+    run(model, case.batch(2))
+    for beams, text in first.items():
+        same(
+            text, _generate(model, batch, num_beams=beams), f"{beams} beams, straight after attach and after a forward"
+        )
+    if case.subject.causal:
+        return  # `caches_agree` holds it against whole passes
+    by_hand = torch.full((2, 1), int(model.config.decoder_start_token_id))
+    for _ in range(6):
+        logits = run(model, {**batch, "decoder_input_ids": by_hand})[:, -1]
+        logits[:, 1] = float("-inf")  # its end of text
+        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], 1)
+    same(first[1], by_hand, "greedy text and whole passes")
+
+
 # ------------------------------------------------------------------------------------------------------- what others look at
 
 

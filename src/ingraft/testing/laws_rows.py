@@ -29,6 +29,7 @@ from ingraft.testing.cases import (
     shared_over_rows,
     taken,
 )
+from ingraft.testing.subjects import POOLED
 from ingraft.testing.suite import law
 
 
@@ -182,6 +183,14 @@ def mixed_rows_are_each_row_alone(case: Case) -> None:
     for row, entry in enumerate(MIX):
         adapt.activate(model, *_names(entry))
         close(mixed[row : row + 1], run(model, _one_row(batch, row)), f"row {row} ({entry}) in the batch and alone")
+
+
+@law(
+    13, hole=lambda case: None if case.subject.name == "bert" else "another model's: it is about a pooler inside of one"
+)
+def mixed_rows_are_pooled_alone(case: Case) -> None:
+    """Each mixed row is the row alone also where the model itself pools its first column: what fills up a row never stands there."""
+    mixed_rows_are_each_row_alone(Case(row=case.row, subject=POOLED))
 
 
 @law(13, refusal=shared_over_rows, refuses=_refuses_rows)

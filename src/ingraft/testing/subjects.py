@@ -250,8 +250,8 @@ def _gpt2() -> nn.Module:
     return _quiet(lambda: GPT2LMHeadModel(config))
 
 
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
+def _bert(pooled: bool = False) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -263,7 +263,8 @@ def _bert() -> nn.Module:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return _quiet(lambda: BertForMaskedLM(config))
+    config.num_labels = 5
+    return _quiet(lambda: (BertForSequenceClassification if pooled else BertForMaskedLM)(config))
 
 
 def _t5() -> nn.Module:
@@ -435,6 +436,9 @@ SUBJECTS: dict[str, Subject] = {
     )
 }
 """Layer kinds first, then models, then both with packed weights."""
+
+POOLED = Subject(name="bert-pooled", make=lambda: _bert(pooled=True), batch=_text, transformers=True)
+"""A classifier whose inner model looks at column 0 itself; one law is about it, all others say nothing of it that they do not say of bert."""
 
 CONVOLUTIONS = tuple(name for name in SUBJECTS if name in ("conv1d", "conv3d") or name.startswith("conv2d"))
 """The subjects that are convolutions."""
