@@ -40,6 +40,9 @@ class PackedLinearKind(LinearKind):
     def shape_of(self, layer: Any) -> tuple[int, ...]:
         return layer.out_features, layer.in_features
 
+    def bare(self, layer: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return Kind.bare(self, layer, base, x)  # only its own forward reads the packed weight
+
     def run(
         self,
         layer: Any,

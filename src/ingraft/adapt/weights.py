@@ -114,7 +114,9 @@ class Kind(ABC):
         return F.linear(x, matrix_KI)
 
     def bare(self, layer: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The base's own product without its bias."""
+        """The base's own product without its bias. Asked only where `knows_forward`; a shadow, which other threads would see, is the last resort."""
+        if bias_of(layer) is None:
+            return base(x)
         with shadowed(layer, {"bias": None}):
             return base(x)
 
@@ -143,6 +145,9 @@ class LinearKind(Kind):
 
     def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
         return cls.forward is nn.Linear.forward
+
+    def bare(self, layer: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return base(x) if layer.bias is None else F.linear(x, layer.weight)
 
 
 class TransposedLinearKind(Kind):
@@ -209,6 +214,9 @@ class ConvKind(Kind):
 
     def knows_forward(self, cls: type[nn.Module], layer: nn.Module) -> bool:
         return cls.forward is self._cls.forward
+
+    def bare(self, layer: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return base(x) if layer.bias is None else layer._conv_forward(x, layer.weight, None)
 
     def dense(self, stored: Tensor) -> Tensor:
         return stored.flatten(1)
