@@ -46,6 +46,23 @@ class PeftType(StrEnum):
     P_TUNING = "P_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BOFT = "BOFT"
+    C3A = "C3A"
+    FOURIERFT = "FOURIERFT"
+    GRALORA = "GRALORA"
+    HIRA = "HIRA"
+    HRA = "HRA"
+    LN_TUNING = "LN_TUNING"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    MISS = "MISS"
+    OFT = "OFT"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    SHIRA = "SHIRA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
 
 
 @dataclass(kw_only=True)

@@ -12,20 +12,24 @@ from ingraft.adapt.control import Adapter
 from ingraft.adapt.files import peft_format
 from ingraft.adapt.files.peft_heads import HEADS, heads_of
 from ingraft.adapt.files.peft_tensors import layout_of
+from ingraft.adapt.models import token_path
 from ingraft.adapt.select import ALL_LINEAR, all_linear, base_modules, matches
 from ingraft.errors import IngraftError, nearest
+from ingraft.methods import registry
 from ingraft.methods.contract import MethodConfig
 from ingraft.peft import targets
 from ingraft.peft.configs import (
     IA3Config,
     LoraConfig,
     PeftConfig,
+    PeftType,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
     from_dict,
 )
 from ingraft.peft.lora_configs import file_terms, variant
+from ingraft.peft.table_configs import TableConfig
 
 DESCRIBED = "peft"
 """Key of the user's config in an adapter's facts."""
@@ -41,8 +45,10 @@ def method_config(model: nn.Module, config: PeftConfig) -> MethodConfig:
     where = type(config).__name__
     modules = base_modules(model)
     raw["modules_to_save"] = _whole(modules, config)
-    if isinstance(config, LoraConfig | IA3Config):
+    if isinstance(config, LoraConfig | IA3Config | TableConfig):
         _fill_targets(model, modules, config, raw)
+    if isinstance(config, TableConfig):
+        _refuse_idle(config)
     if raw.get("prefix_projection") is False:
         raw["encoder_hidden_size"] = None  # the incumbent lets it stand without effect
     if isinstance(config, LoraConfig):
@@ -86,15 +92,18 @@ def _whole(modules: dict[str, nn.Module], config: PeftConfig) -> list[str]:
 
 
 def _fill_targets(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig | IA3Config, raw: dict[str, Any]
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig | IA3Config | TableConfig, raw: dict[str, Any]
 ) -> None:
     """Write the targets that the incumbent works out itself into `raw`."""
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+    if isinstance(raw["target_modules"], str) and raw["target_modules"].lower() == ALL_LINEAR:
         raw["target_modules"] = peft_format.names_for(all_linear(model, modules), modules)
-    if config.target_modules is not None:
+    if raw["target_modules"] is not None:
+        return
+    if config.kind == PeftType.TRAINABLE_TOKENS:
+        raw["target_modules"] = [token_path(model)]
         return
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    table: Any = targets.LORA if isinstance(config, LoraConfig) else targets.IA3
+    table: Any = targets.IA3 if isinstance(config, IA3Config) else targets.BY_TYPE.get(str(config.kind), targets.LORA)
     if kind not in table:
         raise IngraftError(
             f"{type(config).__name__}: target_modules is missing, and there is no usual choice for models of type {kind or 'unknown'!r}. "
@@ -104,8 +113,25 @@ def _fill_targets(
         plain, forward = targets.IA3[kind]
         raw["target_modules"], raw["feedforward_modules"] = [*plain, *forward], list(forward)
     else:
-        chosen = targets.ADALORA.get(kind, targets.LORA[kind]) if config.kind == "ADALORA" else targets.LORA[kind]
+        chosen = table[kind]
         raw["target_modules"] = chosen if isinstance(chosen, str) else list(chosen)
+
+
+def _refuse_idle(config: TableConfig) -> None:
+    """Fields that say something about training, and that the method here does not have: a file may hold them, a script means them."""
+    assert config.kind is not None
+    layouts = (registry.load(name).peft for name in registry.records())
+    idle = {
+        name for layout in layouts if layout is not None and layout.peft_type == config.kind for name in layout.ignored
+    }
+    usual = registry.incumbents()[config.kind.value].defaults
+    problems = [
+        f"{type(config).__name__}: {name} = {value!r} has no effect here; leave it out."
+        for name in sorted(idle)
+        if (value := getattr(config, name, None)) != usual.get(name) and not config.inference_mode
+    ]
+    if problems:
+        raise IngraftError(*problems)
 
 
 def _start(config: PromptTuningConfig) -> dict[str, Any]:

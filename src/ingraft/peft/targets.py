@@ -60,3 +60,33 @@ IA3: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "deberta": (("in_proj",), ("output.dense",)),
 }
 """IA3: modules scaled at their output, and feed-forward modules scaled at their input."""
+
+_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+_GEMMA_NORMS = (*_NORMS[:2], "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm")
+
+LN_TUNING: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "gemma"), _NORMS),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_NORMS),
+    **dict.fromkeys(("bloom", "falcon"), (*_NORMS[:2], "ln_f")),
+    **dict.fromkeys(("t5", "mt5"), ("layer_norm", "final_layer_norm")),
+    **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)),
+    "llava": ("multi_modal_projector", *_NORMS, "embed_tokens", "lm_head"),
+    "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "gptj": ("ln_1", "ln_f"),
+    "blip-2": ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"),
+    "phi": ("input_layernorm", "final_layernorm"),
+}
+"""LN tuning, which has nothing in common with LoRA's."""
+
+_PROJECTIONS = dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",))
+_PHI = {"phi": _QV}
+
+BY_TYPE: dict[str, dict[str, tuple[str, ...] | str]] = {
+    "ADALORA": {**LORA, **ADALORA},
+    "VBLORA": {**LORA, **ADALORA, "roberta": _QUERY_VALUE},
+    "LN_TUNING": {**LN_TUNING},
+    **{key: {**LORA, **_PROJECTIONS} for key in ("FOURIERFT", "C3A")},
+    **{key: {**LORA, **_PHI} for key in ("SHIRA", "VERA")},
+}
+"""By peft_type, where it differs from LoRA."""
