@@ -515,7 +515,7 @@ def test_configs_are_saved_and_read(tmp_path: Path) -> None:
     ("config", "words"),
     [
         (LoraConfig(bias="all"), "bias = 'all'"),
-        (LoraConfig(use_rslora=True, use_dora=True), "use_rslora = True"),
+        (LoraConfig(use_dora=True, init_lora_weights="pissa"), "got 'pissa'"),
         (LoraConfig(rank_pattern={"q_proj": 0}), "rank_pattern"),
         (LoraConfig(r=33, target_modules=["q_proj"]), "it must be at most 32"),
         (LoraConfig(r=0), "r must be at least 1"),

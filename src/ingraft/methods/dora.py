@@ -12,6 +12,7 @@ Legend: O out, I in, R rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -29,9 +30,20 @@ from ingraft.methods.ranked import rank_above
 
 @dataclass(frozen=True, kw_only=True)
 class DoraConfig(LoraConfig):
-    """LoRA's hyperparameters; see `LoraConfig`."""
+    """LoRA's hyperparameters; see `LoraConfig`.
+
+    Attributes:
+        use_rslora: the scale s is rsLoRA's lora_alpha / sqrt(r).
+    """
 
     method: ClassVar[str] = "dora"
+
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """s in the equation."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -87,7 +99,7 @@ METHOD = Method(
     peft=replace(
         LORA_LAYOUT,
         experts={},
-        constants={"use_dora": True, "use_rslora": False},
+        constants={"use_dora": True},
         tensors={**LORA_LAYOUT.tensors, "magnitude": "lora_magnitude_vector"},
         embedding_tensors={**LORA_LAYOUT.embedding_tensors, "magnitude": "lora_magnitude_vector"},
         shapes={**LORA_LAYOUT.shapes, "magnitude": {"conv": (1, -1, "ones")}},

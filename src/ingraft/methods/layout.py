@@ -35,6 +35,8 @@ class PeftLayout:
             that version, and what was otherwise, in words to end a warning.
         ignored: their fields that say nothing about what a trained adapter computes.
         aliases: values of theirs that mean one of ours, by our field.
+        nearly: their fields -> a regular expression of values that mean one of the constants but for what a file does not hold, that constant, and
+            what to say.
         unreadable: values of their fields that cannot be honoured -> why, and what to do.
         role_fields: our field that lists sites by name -> the role of those sites.
         transposed_field: their field that is true where the adapted layers store (in, out).
@@ -73,6 +75,7 @@ class PeftLayout:
     changed_in: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict[str, Mapping[str, object]])
+    nearly: Mapping[str, tuple[str, str, str]] = field(default_factory=dict[str, tuple[str, str, str]])
     unreadable: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
     transposed_field: str | None = None

@@ -75,5 +75,16 @@ METHOD = Method(
     compact=compact,
     reopen=reopen,
     # Their own files hold A and B alone, and mean the exact decomposition of the base they are put into.
-    peft=replace(LORA_LAYOUT, constants={**LORA_LAYOUT.constants, "init_lora_weights": "pissa"}),
+    peft=replace(
+        LORA_LAYOUT,
+        constants={**LORA_LAYOUT.constants, "init_lora_weights": "pissa"},
+        nearly={
+            "init_lora_weights": (
+                r"pissa_niter_\d+",
+                "pissa",
+                "what came off the base's weights was found approximately and is not in the file; the exact decomposition is taken in its place. "
+                "Measure the adapter before you trust it.",
+            )
+        },
+    ),
 )

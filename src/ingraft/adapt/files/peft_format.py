@@ -207,6 +207,7 @@ def read_config(
     if own is not None:
         _unknown(raw, {*_UNREAD, *_option_names(own)}, ours=True, where=where)
         return _make(own, {name: value for name, value in raw.items() if name in _option_names(own)}, where), None
+    raw = _respelt(methods, kind, raw, where)
     found, layout = _identify(sorted(methods, key=lambda one: one.name != method), kind, raw, where)
     if problems := _ill_typed(raw, layout, where):
         raise IngraftError(*problems)
@@ -301,6 +302,16 @@ def _ill_typed(raw: Mapping[str, Any], layout: PeftLayout, where: str) -> list[s
         for name in ("task_type", "base_model_name_or_path")
         if not isinstance(raw.get(name), str | None)
     ]
+
+
+def _respelt(methods: list[Method], kind: str, raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The config with the values that are nearly those of a method replaced by them, which is said."""
+    for layout in (method.peft for method in methods if method.peft is not None and method.peft.peft_type == kind):
+        for name, (pattern, value, words) in layout.nearly.items():
+            if isinstance(given := raw.get(name), str) and re.fullmatch(pattern, given):
+                warnings.warn(f"{where}: {name} = {given!r}: {words}", stacklevel=3)
+                raw = {**raw, name: value}
+    return raw
 
 
 def _identify(methods: list[Method], kind: str, raw: Mapping[str, Any], where: str) -> tuple[Method, PeftLayout]:
