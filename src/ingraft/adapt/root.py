@@ -38,7 +38,7 @@ class SequentialRoot(Container, Root):
     around = Root.around
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Rows of the batch, repeated ones counted; 0 if no input tells. By name, one number for each entry is less sure to be a batch than more
     (a position in a cache, a time that all rows share)."""
     named = [value for value in kwargs.values() if isinstance(value, Tensor)]
@@ -85,7 +85,7 @@ def outermost(
     """
     if control.running:
         return run()
-    size = _batch_size(args, kwargs)
+    size = batch_size(args, kwargs)
     _check_rows(stack, control, size)
     if control.call.rows is not None and control.call.size != size:
         control.call = replace(control.call, size=size)

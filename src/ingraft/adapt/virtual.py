@@ -349,11 +349,12 @@ def _positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor
     if not batch.prompt or not batch.first:
         return given + front_B + batch.behind[:, None]
     slot_P = torch.arange(batch.prompt, device=batch.device)
-    virtual_BP = (slot_P - (batch.prompt - batch.own[:, None])).clamp(min=0) + batch.prefix[:, None]
+    start = 0 if (counting := _counted_from_ids(inner)) is None else counting.padding_idx + 1
+    virtual_BP = (slot_P - (batch.prompt - batch.own[:, None])).clamp(min=0) + batch.prefix[:, None] + start
     if batch.ends is None:
         return torch.cat([virtual_BP, given + front_B], 1)
     ends_B = batch.ends[:, None]
-    before_B = torch.where(ends_B > 0, given.gather(1, (ends_B - 1).clamp(min=0)) + 1, 0)
+    before_B = torch.where(ends_B > 0, given.gather(1, (ends_B - 1).clamp(min=0)) + 1, start)
     slot_BP = slot_P - (batch.prompt - batch.behind[:, None])
     virtual_BP = torch.where(slot_BP >= 0, before_B + front_B + slot_BP, virtual_BP)
     answer_BT = torch.arange(batch.tokens, device=batch.device) >= ends_B
@@ -362,13 +363,18 @@ def _positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor
 
 def _default_positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor:
     """(1 or B, T) the positions the model would work out itself for a first call."""
+    counting = _counted_from_ids(inner)
+    if counting is None:
+        return torch.arange(batch.tokens, device=batch.device)[None]
+    if named.get("input_ids") is not None:
+        return counting.create_position_ids_from_input_ids(named["input_ids"], counting.padding_idx)
+    return counting.padding_idx + 1 + torch.arange(batch.tokens, device=batch.device)[None]
+
+
+def _counted_from_ids(inner: nn.Module) -> Any:
+    """The embeddings that count positions as RoBERTa's do: from behind their padding index, padding left out. None in other models."""
     embeddings = getattr(inner, "embeddings", None)
-    from_ids = getattr(embeddings, "create_position_ids_from_input_ids", None)
-    if (
-        embeddings is not None and from_ids is not None and named.get("input_ids") is not None
-    ):  # RoBERTa counts from its padding index
-        return from_ids(named["input_ids"], embeddings.padding_idx)
-    return torch.arange(batch.tokens, device=batch.device)[None]
+    return embeddings if hasattr(embeddings, "create_position_ids_from_input_ids") else None
 
 
 def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch) -> Tensor | None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,18 +28,14 @@ from ingraft.adapt.control import control_of, require_control
 from ingraft.adapt.files.peft_format import base_name, task_of
 from ingraft.adapt.hooks import after_step
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap
-from ingraft.adapt.virtual import lengths
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import InputPart
 from ingraft.peft.configs import PeftConfig, PeftType, TaskType
 from ingraft.peft.convert import DESCRIBED, describe, method_config
 from ingraft.peft.hub import folder_of
+from ingraft.peft.per_row import keeps_virtual, rows, with_room
 from ingraft.peft.soft_configs import source_values
 
-BASE = "__base__"
-"""In `adapter_names`: the row is the base's alone."""
-
-IGNORED_LABEL = -100
 _RESTING = "resting"
 _BEFORE_MERGE = "active before merge_adapter"
 _DISABLED = "active before disable_adapters"
@@ -57,13 +53,8 @@ class PeftMethods(Mixin):
 
     @staticmethod
     def around(module: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _rows(module, kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)):
-            control = require_control(module)
-            labels = kwargs.get("labels")
-            if control.keep_virtual and isinstance(labels, Tensor):
-                room = max(lengths(control, control.call, InputPart).values(), default=0)
-                kwargs["labels"] = nn.functional.pad(labels, (room, 0), value=IGNORED_LABEL)
-            return base(*args, **kwargs)
+        with rows(module, kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None), args, kwargs):
+            return base(*args, **with_room(require_control(module), kwargs))
 
     def generate(
         self: Any,
@@ -73,7 +64,7 @@ class PeftMethods(Mixin):
         **kwargs: Any,
     ) -> Any:
         """As in transformers; `adapter_names` gives each row its adapter, `task_ids` its task."""
-        with _rows(self, adapter_names, task_ids):
+        with rows(self, adapter_names, task_ids, args, kwargs):
             return beneath(self, PeftMethods).generate(*args, **kwargs)
 
     # -- what there is
@@ -402,14 +393,6 @@ class LoraModel(PeftModel):
 # ------------------------------------------------------------------------------------------------------------------ inside
 
 
-@contextmanager
-def _rows(model: Any, names: Sequence[str] | None, tasks: Sequence[int] | Tensor | None) -> Iterator[None]:
-    """Adapters and tasks per row in the incumbent's spelling."""
-    rows = nullcontext() if names is None else lifecycle.rows(model, [None if name == BASE else name for name in names])
-    with rows, nullcontext() if tasks is None else lifecycle.context(model, tasks=tasks):
-        yield
-
-
 def _add(model: Any, config: PeftConfig, name: str) -> None:
     made, flags = method_config(model, config), _trainability(model)
     lifecycle.attach(model, made, name, strict=False, fill=source_values(config))
@@ -449,8 +432,8 @@ def _settle(model: Any, name: str, config: PeftConfig) -> None:
     adapter.facts[DESCRIBED] = config
     if config.task_type is not None:
         adapter.facts["task_type"] = TaskType(config.task_type).value
-    if issubclass(adapter.method.part, InputPart) and config.task_type == TaskType.CAUSAL_LM:
-        control.keep_virtual = True  # the incumbent's logits have the prompt's positions in front
+    if issubclass(adapter.method.part, InputPart) and keeps_virtual(control, adapter.facts.get("task_type")):
+        control.keep_virtual = True
     if not is_swapped(model, (PeftMethods,)):
         swap(model, PeftMethods)
         control.laid.append(PeftMethods)
