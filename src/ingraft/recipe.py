@@ -295,6 +295,13 @@ def _parse(values: dict[str, Any]) -> tuple[Recipe, list[str], set[str]]:
     known_set = set(known)
     problems: dict[str, str] = {}
     remaining = plain(values)
+    for key, kind, _ in recipe_fields():  # Python counts true as 1, and pydantic with it
+        *parents, last = key.split(".")
+        inside: Any = remaining
+        for name in parents:
+            inside = inside.get(name) if isinstance(inside, dict) else None
+        if isinstance(inside, dict) and isinstance(inside.get(last), bool) and _is_number(kind):
+            problems[key] = f"{key}: should be a number, got {inside.pop(last)!r}."
     # A round removes each key found wrong and reads again, so that the rest is still checked; required keys get a placeholder.
     for _ in range(3):
         try:
@@ -318,6 +325,14 @@ def _parse(values: dict[str, Any]) -> tuple[Recipe, list[str], set[str]]:
             elif key in ("model", "data.train"):
                 _put(remaining, key, "")
     raise AssertionError(f"recipe did not settle: {problems}")
+
+
+def _is_number(kind: Any) -> bool:
+    """Whether a field's type has numbers and no true or false."""
+    from ingraft.methods.config import leaves
+
+    found = set(leaves(kind))
+    return bool(found & {int, float}) and bool not in found
 
 
 def _drop(values: dict[str, Any], key: str) -> None:
@@ -393,11 +408,13 @@ def _method_options(method: str, options: dict[str, Any], over: tuple[str, ...])
     from ingraft.methods import registry
 
     if method not in registry.records():
+        if (reason := registry.why_not(method)) is not None:
+            return options, [f"method: {reason}"]
         hint = nearest(method, registry.records())
         return options, [f"method: there is no method {method!r}{hint}; `ingraft methods` lists them."]
     acts_over = registry.load(method).over
     if over and acts_over is None:
-        others = [name for name in registry.records() if registry.load(name).over is not None]
+        others = [other.name for other in registry.methods() if other.over is not None]
         return options, [
             f"adapters: {method} acts on the base alone; leave adapters out ({', '.join(others)} uses them)."
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -26,6 +26,12 @@ def tuple_of_names(value: object) -> tuple[str, ...]:
     if isinstance(value, list | tuple):
         return tuple(value)
     raise IngraftError(f"Expected a name or a list of names, got {value!r}.")
+
+
+def no_scale(alphas: Mapping[str, float]) -> list[str]:
+    """A sentence for each numerator of a scale that is zero."""
+    words = "must not be 0: the change is multiplied by it, so nothing would act and nothing would be trained."
+    return [f"{name} {words}" for name, value in alphas.items() if value == 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +120,32 @@ def _wrong_types(config: MethodConfig) -> list[str]:
         except ValidationError:
             found.append(f"{name} must be {_in_words(kind)}, got {value!r}.")
     return found
+
+
+def truths(cls: type[MethodConfig], options: Mapping[str, object]) -> dict[str, str]:
+    """Options that say true or false where the field wants something else, each a sentence by name. Python counts them as numbers, so that `r: true`
+    would be a rank of 1."""
+    kinds = _kinds(cls)
+    return {
+        name: f"{name} must be {_in_words(kinds[name][0])}, got {value!r}."
+        for name, value in options.items()
+        if name in kinds and _holds_truth(value) and not {bool, object, Any} & set(leaves(kinds[name][0]))
+    }
+
+
+def _holds_truth(value: Any) -> bool:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or any(map(_holds_truth, inside))
+
+
+def leaves(kind: Any) -> Iterator[Any]:
+    """The types that a type is made of."""
+    if isinstance(kind, type) and not get_args(kind):
+        yield kind
+    for inside in get_args(kind) if get_origin(kind) is not Literal else map(type, get_args(kind)):
+        yield from leaves(inside)
+    if kind is Any:
+        yield kind
 
 
 @functools.cache

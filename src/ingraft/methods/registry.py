@@ -10,8 +10,9 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.resources
+import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from ingraft.methods.contract import Method, MethodConfig
 
 
+log = logging.getLogger(__name__)
+
 _HERE = "ingraft.methods"
+
+GROUP = "ingraft.methods"
+"""Entry points under which a package offers methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,7 @@ TOKENS = "trainable-tokens"
 LOW_RANK = "lora"
 """The method that a change of low rank becomes when adapters are combined or converted."""
 
+
 @functools.cache
 def _own() -> Mapping[str, MethodRecord]:
     """The package's own methods, from `catalogue.toml`."""
@@ -97,35 +104,89 @@ def _own() -> Mapping[str, MethodRecord]:
 
 @functools.cache
 def records() -> Mapping[str, MethodRecord]:
-    """Every method known here, by name: the package's own, then those of installed packages."""
+    """Every method known here, by name: the package's own, then those of installed packages. A package whose entry point cannot be used is named in
+    the log and left out; the others are not the worse for it."""
     found = dict(_own())
-    for entry in importlib.metadata.entry_points(group="ingraft.methods"):
-        record = entry.load()
+    _left_out.clear()
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            record = entry.load()
+        except Exception as error:  # whatever a package of somebody else's does
+            _leave_out(entry.name, entry, f"cannot be imported: {type(error).__name__}: {error}")
+            continue
         if not isinstance(record, MethodRecord):
-            raise IngraftError(
-                f"The entry point {entry.name!r} of group 'ingraft.methods' is no MethodRecord but {type(record).__name__}."
-            )
-        found.setdefault(record.name, record)
+            _leave_out(entry.name, entry, f"is no MethodRecord but {type(record).__name__}")
+        elif found.setdefault(record.name, record) is not record:
+            _leave_out(record.name, entry, "is a method that is here already")
+        else:
+            _origins[record.name] = entry
     return found
+
+
+_left_out: dict[str, str] = {}
+"""Why a method of an installed package is not here, by name."""
+_origins: dict[str, importlib.metadata.EntryPoint] = {}
+"""Where the methods of installed packages come from."""
+
+
+def _leave_out(name: str, entry: importlib.metadata.EntryPoint, reason: str) -> str:
+    """Note and log why a method is not here; the sentence."""
+    package = "a package" if entry.dist is None else f"the package {entry.dist.name}"
+    text = (
+        f"The method {name!r} of {package} (entry point {entry.name} = {entry.value}, group {entry.group}) is left out: it {reason}. "
+        "Mend or uninstall the package."
+    )
+    if _left_out.get(name) != text:
+        log.warning(text)
+    _left_out[name] = text
+    return text
+
+
+def why_not(name: str) -> str | None:
+    """Why an installed package's method of this name is not here; None of any other name."""
+    records()
+    return _left_out.get(name)
 
 
 def record(name: str) -> MethodRecord:
     """The record of a method.
 
     Raises:
-        IngraftError: with the nearest names, if there is none.
+        IngraftError: with the nearest names, if there is none, or with why an installed package's is not here.
     """
     known = records()
     if name not in known:
+        if (reason := why_not(name)) is not None:
+            raise IngraftError(reason)
         raise IngraftError(f"There is no method named {name!r}{nearest(name, known)}. Known: {', '.join(known)}.")
     return known[name]
 
 
 @functools.cache
 def load(name: str) -> Method:
-    """Import a method's file (which needs torch) and return its record of facts."""
+    """Import a method's file (which needs torch) and return its record of facts.
+
+    Raises:
+        IngraftError: there is no such method, or the file of an installed package cannot be imported.
+    """
     module, _, attribute = record(name).target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    if name not in _origins or name in _own():
+        return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        reason = f"cannot be imported from {module}: {type(error).__name__}: {error}"
+        raise IngraftError(_leave_out(name, _origins[name], reason)) from error
+
+
+def methods() -> Iterator[Method]:
+    """Every method that can be imported."""
+    for name in records():
+        try:
+            yield load(name)
+        except IngraftError:
+            if name not in _left_out:
+                raise
 
 
 def make_config(name: str, options: Mapping[str, Any]) -> MethodConfig:
@@ -136,12 +197,20 @@ def make_config(name: str, options: Mapping[str, Any]) -> MethodConfig:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    from ingraft.methods.config import truths
+
     config = load(name).config
     known = [f.name for f in fields(config)]
     problems = [
         f"method_config: {name} has no option {key!r}{nearest(key, known)}." for key in options if key not in known
     ]
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key in known}
+    wrong = truths(config, options)
+    problems += [f"method_config.{name}: {text.removeprefix(name).strip()}" for name, text in wrong.items()]
+    plain = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in options.items()
+        if key in known and key not in wrong
+    }
     try:
         made = TypeAdapter(config).validate_python(plain)
     except ValidationError as error:

@@ -120,7 +120,7 @@ def _fill_targets(
 def _refuse_idle(config: TableConfig) -> None:
     """Fields that say something about training, and that the method here does not have: a file may hold them, a script means them."""
     assert config.kind is not None
-    layouts = (registry.load(name).peft for name in registry.records())
+    layouts = (method.peft for method in registry.methods())
     idle = {
         name for layout in layouts if layout is not None and layout.peft_type == config.kind for name in layout.ignored
     }

@@ -257,7 +257,7 @@ def _lookup(place: tuple[str, str, bool], paths: list[str], there: str, gone: st
 
 def _method(modules: Mapping[str, Mapping[str, Tensor]], file: Path) -> Method:
     """The one method that all modules are of."""
-    methods = [method for name in registry.records() if (method := registry.load(name)).foreign is not None]
+    methods = [method for method in registry.methods() if method.foreign is not None]
     found: dict[str, list[str]] = {}
     for path, own in modules.items():
         names = set(own) - {"alpha"}

@@ -94,8 +94,7 @@ def open_folder(model: nn.Module, folder: Path, raw: Mapping[str, Any]) -> Opene
 
 
 def _method(settings: Mapping[str, Any], folder: Path) -> tuple[Method, HubLayout, MethodConfig]:
-    for name in registry.records():
-        method = registry.load(name)
+    for method in registry.methods():
         try:
             config = method.hub.read(settings) if method.hub is not None else None
         except TypeError as error:

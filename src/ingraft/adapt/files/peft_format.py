@@ -202,7 +202,7 @@ def read_config(
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         raise IngraftError(f"{where}: has no peft_type, so it is not the config of an adapter.")
-    methods = [registry.load(name) for name in registry.records()]
+    methods = list(registry.methods())
     own = next((method for method in methods if kind == own_type(method)), None)
     if own is not None:
         _unknown(raw, {*_UNREAD, *_option_names(own)}, ours=True, where=where)
