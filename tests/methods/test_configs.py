@@ -67,6 +67,17 @@ def test_a_config_is_frozen_and_survives_its_own_options(name: str) -> None:
             ["r must be", "lora_dropout", "init_lora_weights"],
         ),
         ("dora", {"r": -1}, ["r must be"]),
+        ("lora", {"lora_alpha": 0, "alpha_pattern": {"q": 0}}, ["lora_alpha must not be 0", "'q' must not be 0"]),
+        ("loha", {"alpha": 0}, ["alpha must not be 0"]),
+        ("adalora", {"lora_alpha": 0.0}, ["lora_alpha must not be 0"]),
+        ("gralora", {"alpha": 0}, ["alpha must not be 0"]),
+        ("randlora", {"randlora_alpha": 0}, ["randlora_alpha must not be 0"]),
+        (
+            "lora",
+            {"r": True, "lora_dropout": False, "rank_pattern": {"q": True}},
+            ["method_config.r: must be a whole number, got True", "lora_dropout", "rank_pattern"],
+        ),
+        ("loha", {"r": [True], "init_weights": True}, ["method_config.r: must be a whole number"]),
         (
             "houlsby",
             {"reduction_factor": 0, "non_linearity": "step", "dropout": -0.1},

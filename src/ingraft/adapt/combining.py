@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ from ingraft.adapt.building import WHOLE_ROLE, parameters
 from ingraft.adapt.changes import change_of
 from ingraft.adapt.control import Adapter, child_name, part_of, require_control
 from ingraft.adapt.files.peft_format import names_for
-from ingraft.adapt.lifecycle import attach
+from ingraft.adapt.lifecycle import attach, seed_of
 from ingraft.adapt.mixture import Place, Plan, SiteResult, even_ranks, fill_whole, low_at
 from ingraft.adapt.select import base_modules
 from ingraft.adapt.stacked import Stack
@@ -110,13 +111,14 @@ def combine(
     """
     how = ALIASES.get(how, how)
     adapters = _given(model, weights)
-    problems = _problems(adapters, how, rank, density, majority_sign_method, clamp)
+    problems = _no_numbers(weights, {"rank": rank, "density": density, "clamp": clamp})
+    problems = problems or _problems(adapters, how, rank, density, majority_sign_method, clamp)
     if problems:
         raise IngraftError(*problems)
+    seed = seed_of(seed, "combine")
     if how == PARAMETERS:
         return _of_parameters(model, adapters, weights, name, seed)
     mixing = Mixing(way=WAYS[how], density=1.0 if density is None else density, majority=majority_sign_method)
-    seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
     usual = _usual_rank(model, adapters)
     plan = Plan(mixing=mixing, weights=weights, rank=rank, usual=usual, clamp=clamp, seed=seed)
     return _of_changes(model, adapters, name, plan)
@@ -162,6 +164,10 @@ def convert(
 
 def _given(model: nn.Module, weights: Mapping[str, float], verb: str = "combine") -> list[Adapter]:
     control = require_control(model)
+    if not isinstance(weights, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise IngraftError(
+            f"{verb}: a weight for each adapter by its name is wanted, such as {{'a': 0.7}}, got {weights!r}."
+        )
     if not weights:
         raise IngraftError("combine: no adapter was given.")
     given = [control.require(name) for name in weights]
@@ -170,6 +176,21 @@ def _given(model: nn.Module, weights: Mapping[str, float], verb: str = "combine"
             f"{verb}: {', '.join(control.merged)} is merged into the base, which {', '.join(other)} does not stand on; call `unmerge` first."
         )
     return given
+
+
+def _no_numbers(weights: Mapping[str, object], options: Mapping[str, object]) -> list[str]:
+    """What stands where a number is wanted, each a sentence."""
+    found = [
+        f"combine: the weight of {name!r} must be a finite number, got {value!r}."
+        for name, value in weights.items()
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)
+    ]
+    return found + [
+        f"combine: {name} must be {'a whole' if name == 'rank' else 'a'} number, got {value!r}."
+        for name, value in options.items()
+        if value is not None
+        and (isinstance(value, bool) or not isinstance(value, Integral if name == "rank" else Real))
+    ]
 
 
 def _problems(

@@ -6,6 +6,7 @@ and `unmerge` live in `merging.py`, `save` and `load` in `files.py`.
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,7 +100,7 @@ def attach(
     sites, whole, remarks = select(model, config, method, strict=strict)
     models.check_method(model, method)
     tokens, _ = token_rows(model, config, (*sites, *whole))
-    seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
+    seed = seed_of(seed, "attach")
     adapter = Adapter(
         name=name,
         config=config,
@@ -147,6 +148,19 @@ def attach(
     models.settle(model)
     _act(control, replace(control.call, active=(name,), rows=None))
     return model
+
+
+def seed_of(seed: int | None, verb: str) -> int:
+    """The seed as a number, drawn from torch's generator if None.
+
+    Raises:
+        IngraftError: it is no whole number.
+    """
+    if seed is None:
+        return int(torch.randint(2**31, ()).item())
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise IngraftError(f"{verb}: seed must be a whole number, or None to draw one, got {seed!r}.")
+    return operator.index(seed)
 
 
 def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module:

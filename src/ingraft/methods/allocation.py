@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ingraft.errors import IngraftError
+from ingraft.methods.config import no_scale
 from ingraft.methods.contract import Moment
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def no_time(config: AdaLoraConfig, total: int) -> str | None:
 
 
 def schedule_problems(config: AdaLoraConfig) -> list[str]:
-    """What is wrong with the budget and with when it falls, as far as the config alone tells."""
-    found: list[str] = []
+    """What is wrong with the scale, with the budget and with when it falls, as far as the config alone tells."""
+    found = no_scale({"lora_alpha": config.lora_alpha})
     if config.target_r > config.init_r:
         found.append(
             f"target_r = {config.target_r} is above init_r = {config.init_r}; the budget can only fall. Lower target_r, or raise init_r."

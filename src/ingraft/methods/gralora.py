@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ingraft.methods.config import no_scale
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pieces import divisors, used
 from ingraft.methods.ranked import above
@@ -53,6 +54,7 @@ class GraloraConfig(MethodConfig):
         ]
         if self.hybrid_r < 0:
             found.append(f"hybrid_r must be at least 0, got {self.hybrid_r}.")
+        found += no_scale({"alpha": self.alpha})
         if not found and self.r % self.gralora_k:
             found.append(f"gralora_k = {self.gralora_k} must divide r = {self.r}. Numbers that do: {divisors(self.r)}.")
         return found

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ingraft.methods.config import no_scale
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pieces import Bank, bank_of, frozen, largest, recomputed, used
 
@@ -51,9 +52,9 @@ class RandLoraConfig(MethodConfig):
     init_weights: bool = True
 
     def problems(self) -> list[str]:
-        dropout = f"randlora_dropout must lie in [0, 1), got {self.randlora_dropout}."
-        found = [] if self.r >= 1 else [f"r must be at least 1, got {self.r}."]
-        return found if 0.0 <= self.randlora_dropout < 1.0 else [*found, dropout]
+        p, found = self.randlora_dropout, no_scale({"randlora_alpha": self.randlora_alpha})
+        found += [] if self.r >= 1 else [f"r must be at least 1, got {self.r}."]
+        return found if 0.0 <= p < 1.0 else [*found, f"randlora_dropout must lie in [0, 1), got {p}."]
 
 
 def shared(config: RandLoraConfig, sites: tuple[SiteFacts, ...]) -> nn.Module:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from ingraft.methods.config import no_scale
 from ingraft.methods.contract import SiteFacts
 from ingraft.methods.pattern import PatternedConfig
 
@@ -29,7 +30,9 @@ class RankedConfig(PatternedConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float], hash=False)
 
     def problems(self) -> list[str]:
-        return super().problems() + self.below_one("rank_pattern")
+        name = self.patterns["alpha_pattern"]
+        of_sites = {f"alpha_pattern: {key!r}": value for key, value in self.alpha_pattern.items()}
+        return super().problems() + self.below_one("rank_pattern") + no_scale({name: getattr(self, name), **of_sites})
 
 
 def by_site(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha_field: str) -> dict[str, Any]:
