@@ -64,12 +64,15 @@ def adapted(model: nn.Module, method: str) -> Any:
 
 def text(model: Any, **more: Any) -> Tensor:
     ids = SUBJECTS["t5"].batch(2)["input_ids"][:, :5]
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **more)
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("name", MODELS)
+WRITING = [*(("bart", method) for method in CONFIGS if method != "prefix"), ("t5", "prefix-projection")]
+"""What no law tries: another family, and a prefix that comes out of an encoder."""
+
+
+@pytest.mark.parametrize(("name", "method"), WRITING)
 def test_an_encoder_decoder_writes_before_any_forward(name: str, method: str) -> None:
     """Text straight after attach is the text after a forward, and what whole passes say; beams too, and rows of their own adapters."""
     first = {beams: text(adapted(MODELS[name](), method), num_beams=beams) for beams in (1, 2)}
@@ -79,7 +82,7 @@ def test_an_encoder_decoder_writes_before_any_forward(name: str, method: str) ->
         same(text(model, num_beams=beams), found, f"{beams} beams")
     ids = batch["input_ids"][:, :5]
     by_hand = first[1][:, :1]
-    for _ in range(5):
+    for _ in range(3):
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": by_hand}
         logits = run(model, given)[:, -1]
         logits[:, 1] = float("-inf")
