@@ -359,10 +359,11 @@ def test_unknown_fields_are_refused_in_our_files_and_warned_of_in_others(tmp_pat
         ({"layers_to_transform": ["1"]}, "layers_to_transform must be"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path must be"),
         ({"bias": "all"}, "bias = 'all' is not supported"),
-        ({"use_rslora": True, "use_dora": True}, "does not have"),
+        ({"use_rslora": True, "init_lora_weights": "olora"}, "init_lora_weights must be"),
+        ({"use_dora": "yes"}, "does not have"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "pissa_niter_x"}, "pissa_niter_x"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ],
 )

@@ -120,14 +120,14 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 32,
-    "num_labels": 3,
     "initializer_range": 0.3,
 }
 
 
-def bert(cls: type[nn.Module] = BertForSequenceClassification) -> Any:
+def bert(cls: type[nn.Module] = BertForSequenceClassification, labels: int = 3) -> Any:
     torch.manual_seed(0)
-    return cls(BertConfig(**SIZES | ({"num_labels": 2} if cls is BertForQuestionAnswering else {}))).eval()
+    labels = 2 if cls is BertForQuestionAnswering else labels
+    return cls(BertConfig(**SIZES, num_labels=labels)).eval()
 
 
 def distilbert() -> Any:
@@ -260,8 +260,7 @@ def test_a_head_that_an_older_file_does_not_name(tmp_path: Path, tiny: SimpleNam
 
 def llama() -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "num_labels"}
-    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
 
 
 TIED = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
@@ -351,3 +350,24 @@ def test_the_class_is_found_without_a_task(tmp_path: Path) -> None:
     with theirs_alone():
         theirs = peft.AutoPeftModel.from_pretrained(str(tmp_path / "a"))
     assert isinstance(theirs.get_base_model(), BertForSequenceClassification)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_another_number_of_labels_is_refused_with_what_to_do(method: str, tmp_path: Path) -> None:
+    model = bert()
+    options = METHODS[method][0] | {"modules_to_save": ["classifier"]}
+    ingraft.attach(model, make_config(method, options))
+    ingraft.save(model, tmp_path / "a")
+    other = bert(labels=5)
+    with pytest.raises(ingraft.IngraftError) as caught:
+        ingraft.load(other, tmp_path / "a")
+    (text,) = caught.value.problems
+    assert "classifier was trained in full with 3 outputs, and this base's has 5" in text and "num_labels=3" in text
+    ingraft.load(bert(labels=3), tmp_path / "a")
+
+
+def test_what_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
+    with theirs_alone():
+        peft.get_peft_model(bert(), peft.LoraConfig(**R, bias="all")).save_pretrained(str(tmp_path))
+    with pytest.raises(ingraft.IngraftError, match=r"bias = 'all' is not supported.*Merge it into its base"):
+        ingraft.load(bert(), tmp_path)

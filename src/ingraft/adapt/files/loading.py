@@ -117,11 +117,13 @@ def load(
             parts, shared = make_parts(model, adapter, finished=True)
             parts |= {path: mine[path] for path in adapter.beside}
         if layout is not None and (reason := uncovered(layout, model, adapter.method, adapter.config, adapter.sites)):
-            raise IngraftError(f"{folder}: {reason}, so the file cannot be read as it is meant.")
+            raise IngraftError(
+                f"{folder}: {reason}, so the file cannot be read as it is meant. {peft_format.remedy(adapter.method)}"
+            )
         _untie(weights, header, adapter, parts, inside_of(layout))
         wanted = entries(model, adapter.method, adapter.sites, parts, shared, layout)
         kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))
-        _fill(model, weights, header, wanted)
+        _fill(model, weights, header, wanted, tuple(inside_of(layout) + path for path in adapter.saved_whole))
         if own is not config:
             _put_back(own, mine, config, parts, folder)
 
@@ -314,8 +316,12 @@ def _untie(weights: Path, header: Header, adapter: Adapter, parts: Mapping[str, 
                     parts[path]._parameters[name] = nn.Parameter(own.detach().clone())
 
 
-def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) -> None:
-    """Copy a file's tensors into the parts, once everything about them is known to be right."""
+def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry], whole: tuple[str, ...]) -> None:
+    """Copy a file's tensors into the parts, once everything about them is known to be right.
+
+    Args:
+        whole: the names of the modules that are trained in full, as the file begins them.
+    """
     known = {entry.key: entry for entry in wanted}
     problems = [
         f"{weights}: {key} is missing (shape {list(entry.shape)})." for key, entry in known.items() if key not in header
@@ -326,6 +332,11 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) 
             entry = known.get(key)
             if entry is None:
                 problems += _extra(weights, key, base, handle, known)
+            elif shape != entry.shape and key.rpartition(".")[0] in whole and shape[1:] == entry.shape[1:]:
+                problems.append(
+                    f"{weights}: {key.rpartition('.')[0].removeprefix(PREFIX)} was trained in full with {shape[0]} outputs, and this base's has "
+                    f"{entry.shape[0]}. Load the base with as many (a classifier: num_labels={shape[0]}); the adapter brings their values."
+                )
             elif shape != entry.shape:
                 problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
             elif dtype not in (known_dtypes := INDICES if entry.indices else DTYPES):
@@ -333,7 +344,7 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry]) 
             elif not torch.isfinite(handle.get_tensor(key)).all():
                 problems.append(f"{weights}: {key} holds values that are not finite; the adapter is damaged.")
         if problems:
-            raise IngraftError(*problems)
+            raise IngraftError(*dict.fromkeys(problems))
         for key, entry in known.items():
             value = handle.get_tensor(key)
             entry.put(value if entry.indices else value.float())

@@ -226,7 +226,7 @@ def read_config(
     _unknown(raw, known | ({layout.transposed_field} if layout.transposed_field else set()), ours=ours, where=where)
     raw = _filled(raw, ours=ours)
     problems = [
-        f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else."
+        f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else. {remedy(found)}"
         for name in sorted({*layout.accepted, *layout.off} & set(raw))
         if not (raw[name] in layout.accepted[name] if name in layout.accepted else not raw[name])
     ]
@@ -265,6 +265,13 @@ def read_config(
         options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)
     config = _make(found, options, where)
     return config, layout
+
+
+def remedy(method: Method) -> str:
+    """What can be done with an adapter that cannot be read."""
+    if method.mergeable:
+        return "Merge it into its base with the library that wrote it, and use the merged model."
+    return "Use it with the library that wrote it, or train it again here."
 
 
 def _filled(raw: Mapping[str, Any], *, ours: bool) -> dict[str, Any]:
