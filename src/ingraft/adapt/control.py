@@ -96,6 +96,7 @@ class Control:
         merged, kept: the adapters written into the base, and the parameters they displaced.
         required_grad: which base parameters required gradients before the first attach.
         unchecked: the next forward verifies that no host is bypassed.
+        rows_found: stacks whose hosts know whether what they see goes with rows (`probe.py`); watch: where they note it while that is found out.
         auto_step: dropout moves on with every forward; False once a trainer says where it stands.
         causal: whether the model's tokens see only what comes before them, and the model has no encoder.
         keep_virtual: leave virtual positions in the output (PEFT's habit).
@@ -113,6 +114,8 @@ class Control:
     kept: list[Kept] = field(default_factory=list[Kept])
     required_grad: dict[str, bool] = field(default_factory=dict[str, bool])
     unchecked: bool = True
+    rows_found: set[str] = field(default_factory=set[str])
+    watch: Any = None
     causal: bool = False
     keep_virtual: bool = False
     auto_step: bool = True
@@ -164,7 +167,8 @@ class HostState:
         path: full name in the model; it salts dropout, so that no two sites share a mask.
         kind: how its weight is stored; None for modules that are no layer of their own.
         known_forward: whether the module's own forward is the product its kind knows, so that shortcuts hold.
-        carries_rows: whether dimension 0 of its input goes with the rows of the batch.
+        carries_rows: whether dimension 0 of its input goes with the rows of the batch, as far as its place in the model tells.
+        by_row: the same, as found out by changing a row; None if nobody asked yet.
         projections: names of the layers within an attention that make its keys and values, where that is known.
         opens: exits of the spans that begin at this module's input (the MLP that a parallel adapter runs beside).
         seen: the acting sets of forward passes since the last backward, for recomputation outside transformers' checkpointing.
@@ -175,6 +179,7 @@ class HostState:
     kind: Kind | None
     known_forward: bool
     carries_rows: bool = True
+    by_row: bool | None = None
     roles: dict[str, str] = field(default_factory=dict[str, str])
     projections: tuple[str, ...] = ()
     opens: dict[str, set[str]] = field(default_factory=dict[str, set[str]])

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from ingraft.adapt.compose import composed, own_parameters
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, host_state, part_of
 from ingraft.adapt.offload import present
+from ingraft.adapt.probe import note
 from ingraft.adapt.rows import Call, entries_of, spread
 from ingraft.adapt.site import LayerSite
 from ingraft.adapt.stacked import Read, Stack, reads, sliced
@@ -62,6 +63,8 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
     for name in reads(host):
         if (inner := host_state(host.get_submodule(name))) is not None:
             inner.ran = True
+    if state.control.watch is not None:
+        note(state.control.watch, state, _first(args, kwargs))
     if state.opens:
         _open_spans(state, call, args, kwargs)
     work = [(acting_parts(host, state, group.names), group.rows) for group in call.groups]
@@ -145,6 +148,11 @@ def _mixed(
         )
     split = [(*_by_kind(parts), rows) for parts, rows in work]
     x = _first(args, kwargs)
+    if state.by_row is False and not (x.shape[0] == 1 and not x.is_floating_point()):
+        raise IngraftError(
+            f"rows: what {state.path} sees does not go with the rows of the batch (a change in one row changes other entries of its input, or "
+            "none), so its adapter cannot differ from row to row. Leave this module out of target_modules, or run the rows in separate batches."
+        )
     fast = (
         all(not on_weight or _shortcuts(state, on_weight) for on_weight, _, _ in split)
         and len(args) == 1

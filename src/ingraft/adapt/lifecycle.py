@@ -223,7 +223,7 @@ def _trained(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 def _act(control: Control, call: Call) -> None:
     control.call = call
-    control.unchecked = True
+    control.unchecked, control.rows_found = True, set()
 
 
 def _refuse_merged(control: Control, verb: str, names: Iterable[str] = ()) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, host_state, part_of, require_control
+from ingraft.adapt.probe import find_rows
 from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart
@@ -89,6 +90,8 @@ def outermost(
     _check_rows(stack, control, size)
     if control.call.rows is not None and control.call.size != size:
         control.call = replace(control.call, size=size)
+    if len(control.call.groups) > 1 and path not in control.rows_found and not torch.compiler.is_compiling():
+        find_rows(stack, path, control, size, args, kwargs)
     acting = {name for group in control.call.groups for name in group.names}
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # recomputed, in backward
     if not again and control.auto_step and any(control.adapters[name].dropout for name in acting):

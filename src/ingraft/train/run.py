@@ -21,13 +21,13 @@ from ingraft import adapt, durable
 from ingraft.adapt.control import Adapter, require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS, base_of, save_members, serialised
 from ingraft.adapt.files import load as load_adapter
-from ingraft.bases import load_base, load_tokenizer
+from ingraft.bases import load_base, load_tokenizer, reserve
 from ingraft.data import load, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.data.records import Labelled
 from ingraft.errors import IngraftError, nearest
-from ingraft.evaluate import ChoiceRow, choice_rows
+from ingraft.evaluate import ChoiceRow, choice_rows, virtual_tokens
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, samples
@@ -135,6 +135,7 @@ def train(
 def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, allow_base_mismatch: bool) -> Prepared:
     """Data, base, adapter and objective, nothing written yet."""
     tokenizer = load_tokenizer(recipe.model, trust_remote_code, recipe.quantization)
+    reserve(tokenizer, virtual_tokens(recipe.method, recipe.method_config, recipe.init_adapter))
     wanted = recipe.data
     data = load(
         wanted.train,
