@@ -33,6 +33,7 @@ from ingraft.adapt.control import (
     require_control,
 )
 from ingraft.adapt.host import Host, SequentialHost
+from ingraft.adapt.joint import forget
 from ingraft.adapt.roles import blocks, key_value_layers
 from ingraft.adapt.rows import Call, rows_of
 from ingraft.adapt.select import base_modules, select
@@ -224,6 +225,7 @@ def _trained(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def _act(control: Control, call: Call) -> None:
     control.call = call
     control.unchecked, control.rows_found = True, set()
+    forget(control)
 
 
 def _refuse_merged(control: Control, verb: str, names: Iterable[str] = ()) -> None:

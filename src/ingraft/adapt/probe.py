@@ -67,7 +67,9 @@ def find_rows(
         )
         if state is not None:
             state.by_row = by_row
-        elif not by_row and not all(torch.equal(one, other) for (one, _), (other, _) in zip(before, after, strict=True)):
+        elif not by_row and not all(
+            torch.equal(one, other) for (one, _), (other, _) in zip(before, after, strict=True)
+        ):
             raise IngraftError(
                 "rows: a change in the first row of this batch changes the model's output elsewhere, so dimension 0 of its input does not go "
                 "with rows (time may come first). Put the batch first, or use `activate` to let one adapter act on all of it."

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, host_state, part_of, require_control
+from ingraft.adapt.joint import refresh
 from ingraft.adapt.probe import find_rows
 from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.errors import IngraftError
@@ -92,6 +93,7 @@ def outermost(
         control.call = replace(control.call, size=size)
     if len(control.call.groups) > 1 and path not in control.rows_found and not torch.compiler.is_compiling():
         find_rows(stack, path, control, size, args, kwargs)
+    refresh(control)
     acting = {name for group in control.call.groups for name in group.names}
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # recomputed, in backward
     if not again and control.auto_step and any(control.adapters[name].dropout for name in acting):

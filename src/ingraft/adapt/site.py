@@ -52,6 +52,9 @@ class LayerSite(Site):
     def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
         return self._kind().mix(self._host, u, matrix_OK)
 
+    def own(self, u: Tensor) -> Tensor:
+        return u
+
     def low_rank(
         self, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float = 1.0, dropout: float = 0.0
     ) -> Tensor:
@@ -72,7 +75,8 @@ class LayerSite(Site):
         return self._base(x)
 
     def out(self, v_O: Tensor) -> Tensor:
-        return self._kind().along_out(self._host, v_O)
+        kind = self._state.kind
+        return v_O if kind is None else kind.along_out(self._host, v_O)
 
     def inp(self, v_I: Tensor) -> Tensor:
         return self._kind().along_in(self._host, v_I)

@@ -10,8 +10,9 @@ Legend: W width, K bottleneck.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,8 @@ class BottleneckConfig(NarrowConfig):
 class Bottleneck(AddingPart):
     """f in the equation. Abstract: the three methods say what it sees."""
 
+    stacks: ClassVar[Mapping[str, int | None] | None] = {"down": 0, "down_bias": 0, "up": 1, "up_bias": None}
+
     def __init__(self, config: BottleneckConfig, facts: SiteFacts) -> None:
         super().__init__()
         inner = config.inner(facts.width)
@@ -96,8 +99,8 @@ class Bottleneck(AddingPart):
         """scaling f(h), in the dtype of h."""
         # Of another layout, torch folds it in another way where a weight requires grad than where none does.
         h = site.dropout(h, self.p).contiguous()
-        inner_K = self.activation(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
-        return self.scaling * F.linear(inner_K, self.up.to(h.dtype), self.up_bias.to(h.dtype))
+        inner_K = site.own(self.activation(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype))))
+        return self.scaling * (F.linear(inner_K, self.up.to(h.dtype)) + site.out(self.up_bias.to(h.dtype)))
 
 
 def count(config: BottleneckConfig, facts: SiteFacts) -> int:

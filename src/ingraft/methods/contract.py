@@ -60,6 +60,10 @@ class Site(ABC):
         """Apply a matrix pointwise to the output channels of `op`."""
 
     @abstractmethod
+    def own(self, u: Tensor) -> Tensor:
+        """Hidden units (..., K) with those of other rows' adapters at zero (`Part.stacks`); u itself where one adapter is served."""
+
+    @abstractmethod
     def low_rank(
         self, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float = 1.0, dropout: float = 0.0
     ) -> Tensor:
@@ -139,6 +143,14 @@ class Part(nn.Module, ABC):
 
     training_state: ClassVar[tuple[str, ...]] = ()
     """Names of persistent buffers that `Method.update` keeps book in: checkpoints hold them, an adapter's file does not."""
+
+    stacks: ClassVar[Mapping[str, int | None] | None] = None
+    """For a part whose code can serve rows of several adapters at once: all its tensors, each with the dimension that runs over hidden units
+    (a rank, a bottleneck), or None where it has none and is given row by row; and its numbers that may differ, as a factor on hidden units.
+    Such code sends hidden units through `site.own` (or `mix`, or `low_rank`) before they mix, and row vectors through `site.out` or `inp`."""
+
+    neutral: ClassVar[float] = 0.0
+    """What a tensor that is given row by row holds for rows without such an adapter."""
 
     reads_context: ClassVar[bool] = False
     """Whether the part asks what the rows are about: which tokens are the prompt, which task a row has."""

@@ -55,6 +55,8 @@ class IA3(ShortcutPart):
     """See the file's header."""
 
     composition = "chain"
+    stacks: ClassVar[Mapping[str, int | None] | None] = {"l": None}
+    neutral = 1.0
 
     def __init__(self, config: IA3Config, facts: SiteFacts) -> None:
         del config

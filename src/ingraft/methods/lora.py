@@ -70,6 +70,7 @@ class LoRA(LowRank):
     """See the file's header."""
 
     additive = True
+    stacks: ClassVar[Mapping[str, int | None] | None] = {"lora_A": 0, "lora_B": 1, "scale": 0}
 
     def __init__(self, config: LoraConfig, facts: SiteFacts) -> None:
         super().__init__(config, facts)
