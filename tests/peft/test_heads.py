@@ -266,10 +266,15 @@ def llama() -> Any:
 TIED = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
 
 
-def test_a_tied_embedding_and_head_are_both_in_the_file(tmp_path: Path, tiny: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", TIED), ("ln-tuning", {"modules_to_save": TIED["modules_to_save"]})]
+)
+def test_a_tied_embedding_and_head_are_both_in_the_file(
+    method: str, options: dict[str, Any], tmp_path: Path, tiny: SimpleNamespace
+) -> None:
     """PEFT gives each a tensor of its own, and misses the one that is not there."""
     model = llama()
-    ingraft.attach(model, make_config("lora", TIED), seed=3)
+    ingraft.attach(model, make_config(method, options), seed=3)
     tiny.perturb(ingraft.parameters(model, "default").values())
     ingraft.save(model, tmp_path / "a")
     assert difference(in_peft(llama(), tmp_path / "a"), output(model)) < TOLERANCE

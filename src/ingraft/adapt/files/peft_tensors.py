@@ -99,8 +99,8 @@ def entries(
         inside = "token_adapter.trainable_tokens_delta" if sites[path] == TOKENS_ROLE else None
         for name, parameter in saved_tensors(part):
             if (first := seen.setdefault(id(parameter), len(found))) < len(found):
-                suffix = inside or (name if layout is None else layout.tensors.get(name, name))
                 whole = sites[path] == WHOLE_ROLE
+                suffix = inside or (name if layout is None or whole else layout.tensors.get(name, name))
                 found[first] = replace(found[first], copies=(*found[first].copies, start + suffix), each_copy=whole)
                 continue
             if layout is None or sites[path] in BESIDE:
