@@ -102,7 +102,7 @@ def test_what_sites_share_is_evaluated_once_a_forward(method: str) -> None:
     """Once for the root's forward, and once for each stack called from outside; nothing is left over."""
     model, batch = adapted(MODELS["t5"](), method), SUBJECTS["t5"].batch(2)
     made: list[int] = []
-    model._modules["adapter:a"].register_forward_hook(lambda *_: made.append(1))
+    model._modules["adapter:a:shared"].register_forward_hook(lambda *_: made.append(1))
     run(model, batch)
     assert len(made) == 1
     encoder = model.get_encoder()
@@ -115,7 +115,11 @@ def test_what_sites_share_is_evaluated_once_a_forward(method: str) -> None:
     control = require_control(model)
     assert not control.shared and not control.running
     twin = copy.deepcopy(model)
-    assert require_control(twin).encoders["a"] is twin._modules["adapter:a"] is not model._modules["adapter:a"]
+    assert (
+        require_control(twin).encoders["a"]
+        is twin._modules["adapter:a:shared"]
+        is not model._modules["adapter:a:shared"]
+    )
     adapt.detach(model)
     assert not control.encoders
 

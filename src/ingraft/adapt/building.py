@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt import models
-from ingraft.adapt.control import Adapter, child_name, part_of, require_control
+from ingraft.adapt.control import Adapter, part_of, require_control, shared_of
 from ingraft.adapt.offload import first_owner, is_offloaded, present
 from ingraft.adapt.select import base_modules, chosen_parameters, select
 from ingraft.adapt.stacked import Matrix, Stack, matrices, own_tensors
@@ -255,8 +255,7 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[f"{path}.{tensor}" if path else tensor] = parameter
-    shared = model._modules.get(child_name(name))
-    if shared is not None and not isinstance(shared, Part):
+    if (shared := shared_of(model, name)) is not None:
         found.update({f"shared.{tensor}": parameter for tensor, parameter in shared.named_parameters()})
     return found
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ingraft.adapt.arithmetic import ALIASES, WAYS, Mixing
 from ingraft.adapt.building import WHOLE_ROLE, parameters
 from ingraft.adapt.changes import change_of
-from ingraft.adapt.control import Adapter, child_name, part_of, require_control
+from ingraft.adapt.control import Adapter, part_of, require_control, shared_of
 from ingraft.adapt.files.peft_format import names_for
 from ingraft.adapt.lifecycle import attach, seed_of
 from ingraft.adapt.mixture import Place, Plan, SiteResult, even_ranks, fill_whole, low_at
@@ -382,5 +382,5 @@ def _modules_of(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """An adapter's parts by path, and its shared module."""
     parts = {path: part_of(model.get_submodule(path), adapter.name) for path in adapter.sites}
     found: dict[str, nn.Module] = {path: part for path, part in parts.items() if part is not None}
-    shared = model._modules.get(child_name(adapter.name))
-    return found | ({} if shared is None or isinstance(shared, Part) else {_SHARED: shared})
+    shared = shared_of(model, adapter.name)
+    return found | ({} if shared is None else {_SHARED: shared})

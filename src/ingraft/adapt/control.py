@@ -36,6 +36,11 @@ def child_name(adapter: str) -> str:
     return "adapter:" + adapter.replace(".", "%2E")
 
 
+def shared_name(adapter: str) -> str:
+    """The name under which what all sites of an adapter share is registered at the root, which may host a part of the adapter as well."""
+    return child_name(adapter) + ":shared"
+
+
 @dataclass(kw_only=True)
 class Adapter:
     """One attached adapter.
@@ -256,6 +261,11 @@ def require_control(model: nn.Module) -> Control:
 def host_state(module: nn.Module) -> HostState | None:
     """The host state of a module, or None if it hosts nothing."""
     return module.__dict__.get(HOST_ATTRIBUTE)
+
+
+def shared_of(model: nn.Module, adapter: str) -> nn.Module | None:
+    """What all sites of an adapter share, or None."""
+    return model._modules.get(shared_name(adapter))
 
 
 def part_of(host: nn.Module, adapter: str) -> Part | None:

@@ -31,10 +31,10 @@ from ingraft.adapt.control import (
     STEP,
     Control,
     HostState,
-    child_name,
     control_of,
     host_state,
     require_control,
+    shared_of,
 )
 from ingraft.adapt.roles import projects, sites_of_role
 from ingraft.adapt.root import Root, outermost
@@ -42,7 +42,7 @@ from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_cla
 from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, names_of, reads_context
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart, InputPart, Method, Part, SiteFacts
+from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
 
 
 @dataclass(frozen=True)
@@ -361,9 +361,7 @@ def settle(model: nn.Module) -> None:
     control.encoders = {
         name: shared
         for name, adapter in control.adapters.items()
-        if issubclass(adapter.method.part, AttentionPart | InputPart)
-        and (shared := model._modules.get(child_name(name))) is not None
-        and not isinstance(shared, Part)
+        if issubclass(adapter.method.part, AttentionPart | InputPart) and (shared := shared_of(model, name)) is not None
     }
     inside = any(issubclass(kind, AttentionPart | InputPart) or kind.reads_context for kind in kinds)
     _lay_inner(model, control, inside)

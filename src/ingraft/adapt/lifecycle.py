@@ -31,6 +31,8 @@ from ingraft.adapt.control import (
     host_state,
     part_of,
     require_control,
+    shared_name,
+    shared_of,
 )
 from ingraft.adapt.host import Host, SequentialHost
 from ingraft.adapt.joint import forget
@@ -142,7 +144,7 @@ def attach(
     for path, part in parts.items():
         _host(model, control, path, adapter.sites[path]).add_module(child_name(name), part)
     if shared is not None:
-        model.add_module(child_name(name), shared)
+        model.add_module(shared_name(name), shared)
     for part in _trained(model, name):
         part.requires_grad_(True)
     _assign_roles(model, control, name)
@@ -214,8 +216,7 @@ def _trained(model: nn.Module, name: str) -> Iterator[nn.Module]:
         part = part_of(model.get_submodule(path), name)
         if part is not None:
             yield part
-    shared = model._modules.get(child_name(name))
-    if shared is not None and not isinstance(shared, Part):
+    if (shared := shared_of(model, name)) is not None:
         yield shared
 
 
@@ -371,7 +372,7 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
         for path in control.adapters[name].sites:
             host = model.get_submodule(path)
             host._modules.pop(child_name(name), None)
-        model._modules.pop(child_name(name), None)
+        model._modules.pop(shared_name(name), None)
         del control.adapters[name]
     models.settle(model)
     for module in base_modules(model).values():

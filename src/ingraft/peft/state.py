@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.control import child_name, part_of, require_control
+from ingraft.adapt.control import part_of, require_control, shared_of
 from ingraft.adapt.files.peft_tensors import Entry, entries, layout_of
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import Part
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,8 @@ class Loaded:
 def _entries(model: nn.Module, name: str) -> list[Entry]:
     adapter = require_control(model).require(name)
     parts = {path: part for path in adapter.sites if (part := part_of(model.get_submodule(path), name)) is not None}
-    shared = model._modules.get(child_name(name))
     layout = layout_of(model, adapter.method, adapter.config, adapter.sites)
-    return entries(model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout)
+    return entries(model, adapter.method, adapter.sites, parts, shared_of(model, name), layout)
 
 
 def get_peft_model_state_dict(

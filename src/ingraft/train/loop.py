@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ingraft import adapt
-from ingraft.adapt.control import child_name
+from ingraft.adapt.control import child_name, shared_name
 from ingraft.data import batches
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
@@ -303,7 +303,7 @@ def adapting(model: nn.Module, learners: Sequence[Learner], mode: bool) -> None:
     The base stays in evaluation mode: frozen, it needs no dropout of its own. Blocks that recompute themselves in backward ask their own
     flag whether to, so with gradient checkpointing that one flag is set, without what lies inside.
     """
-    names = {child_name(learner.name) for learner in learners}
+    names = {of(learner.name) for learner in learners for of in (child_name, shared_name)}
     for path, module in model.named_modules():
         if names.intersection(path.split(".")) or getattr(module, "gradient_checkpointing", False):
             module.training = mode

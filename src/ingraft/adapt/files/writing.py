@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ingraft import durable
 from ingraft.adapt.building import base_parameters, parameters
-from ingraft.adapt.control import STEP, Adapter, child_name, part_of, require_control
+from ingraft.adapt.control import STEP, Adapter, part_of, require_control, shared_of
 from ingraft.adapt.files import peft_format
 from ingraft.adapt.files.fingerprint import fingerprint, main_dtype
 from ingraft.adapt.files.folders import (
@@ -231,8 +231,7 @@ def _as_written(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, 
 
 
 def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None, parts: Mapping[str, Part]) -> list[Entry]:
-    shared = model._modules.get(child_name(adapter.name))
-    return entries(model, adapter.method, adapter.sites, parts, None if isinstance(shared, Part) else shared, layout)
+    return entries(model, adapter.method, adapter.sites, parts, shared_of(model, adapter.name), layout)
 
 
 def _version(package: str) -> str | None:
