@@ -116,3 +116,15 @@ def test_other_rows_are_other_products() -> None:
     ids = torch.randint(1, 64, (3, 5))
     for rows in (["a0", "a1", None], ["a1", "a0", None], [None, "a1", "a0"]):
         torch.testing.assert_close(together(model, ids, rows), alone(model, ids, rows), atol=2e-5, rtol=1e-4)
+
+
+def test_in_training_every_adapter_drops_inputs_of_its_own() -> None:
+    """Also without gradients; and scoring after training is joint again."""
+    model = made([("lora", {"r": 2, "lora_dropout": 0.5}), ("lora", {"r": 2, "lora_dropout": 0.5})])
+    ids, rows = torch.randint(1, 64, (3, 5)), ["a0", "a1", "a1"]
+    scored = together(model, ids, rows)
+    model.train()
+    dropped = together(model, ids, rows)
+    assert not torch.allclose(dropped, scored)
+    model.eval()
+    torch.testing.assert_close(together(model, ids, rows), scored)

@@ -63,12 +63,19 @@ class Joint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What a host does for one assignment of rows; `possible` is False where rows must be served group by group."""
+    """What a host does for one assignment of rows.
+
+    Attributes:
+        parts: those that act; training: whether one of them is in training mode, in which dropout is each adapter's own.
+        possible: False where rows must be served group by group.
+    """
 
     call: Call
     merged: tuple[str, ...]
     generation: int
     dtype: torch.dtype
+    parts: tuple[Part, ...]
+    training: bool
     possible: bool = False
     on_weight: tuple[Joint, ...] = ()
     on_output: tuple[Joint, ...] = ()
@@ -113,15 +120,19 @@ def plan_of(host: nn.Module, state: HostState, call: Call, parts: Sequence[Seque
         parts: of each of the call's groups.
     """
     control = state.control
-    facts: dict[str, Any] = {"call": call, "merged": control.merged, "generation": control.generation, "dtype": x.dtype}
     kind, rows = state.kind, call.rows
     lone = [group[0] if group else None for group in parts]
+    acting = tuple(part for part in lone if part is not None)
+    training = any(part.training for part in acting)
+    facts: dict[str, Any] = {"call": call, "merged": control.merged, "generation": control.generation, "dtype": x.dtype}
+    facts |= {"parts": acting, "training": training}
     if (
         rows is None
+        or training
         or any(len(group) > 1 for group in parts)
         or not x.is_floating_point()
         or state.by_row is not True
-        or any(not _joinable(part, x.dtype) for part in lone if part is not None)
+        or not all(map(_joinable, acting))
     ):
         return Plan(**facts)
     on_weight = [part for part in lone if isinstance(part, ShortcutPart)]
@@ -139,8 +150,8 @@ def plan_of(host: nn.Module, state: HostState, call: Call, parts: Sequence[Seque
     joints = [_joined(host, alike, call, x.dtype) for alike in _alike(lone)]
     if any(joint.mask_nH is not None and joint.mask_nH.shape[1] > MOST_UNITS for joint in joints):
         return Plan(**facts)
-    control.joined += [(part._parameters, name) for part in lone if part is not None for name in part._parameters]
-    control.joined += [(part._buffers, name) for part in lone if part is not None for name in part._buffers]
+    control.joined += [(part._parameters, name) for part in acting for name in part._parameters]
+    control.joined += [(part._buffers, name) for part in acting for name in part._buffers]
     control.joined_sum = summed(control)
     return Plan(
         **facts,
@@ -159,6 +170,7 @@ def fits(plan: Plan | None, control: Control, call: Call, x: object) -> bool:
         and plan.merged == control.merged
         and isinstance(x, Tensor)
         and x.dtype == plan.dtype
+        and any(part.training for part in plan.parts) == plan.training
     )
 
 
@@ -229,7 +241,7 @@ def _options(part: Part) -> dict[str, Any]:
     return {name: value for name, value in vars(part).items() if name[0] != "_" and name not in own}
 
 
-def _joinable(part: Part, dtype: torch.dtype) -> bool:
+def _joinable(part: Part) -> bool:
     return (
         isinstance(part, ShortcutPart | OutputPart)
         and part.stacks is not None
