@@ -36,10 +36,11 @@ from ingraft.adapt.control import (
     require_control,
     shared_of,
 )
+from ingraft.adapt.counting import COUNTING, UNEVEN, counting_of, names_of
 from ingraft.adapt.roles import projects, sites_of_role
 from ingraft.adapt.root import Root, outermost
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
-from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, names_of, reads_context
+from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, reads_context
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
@@ -247,7 +248,12 @@ def inner_path(model: nn.Module) -> str:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inner = model.get_encoder()  # type: ignore[operator]
     else:
-        inner = getattr(model, model.base_model_prefix, model)  # type: ignore[arg-type]
+        whole: Any = model
+        inner = getattr(whole, whole.base_model_prefix, None)
+        if inner is None:  # a model without a head, or one whose prefix names something else (Llama 4)
+            tokens = whole.get_input_embeddings()
+            models = [child for child in whole.children() if hasattr(child, "base_model_prefix")]
+            inner = next((child for child in models if any(m is tokens for m in child.modules())), whole)
         while (
             inner is not model
             and getattr(inner, "decoder", None) is not None
@@ -271,6 +277,14 @@ def check_method(model: nn.Module, method: Method) -> None:
         raise IngraftError(
             f"{method.name}: {what} gives pictures positions along several axes, which virtual tokens would shift by one. Choose a weight method or "
             "a bottleneck."
+        )
+    if (
+        issubclass(method.part, AttentionPart | InputPart)
+        and counting_of(model.get_submodule(inner_path(model)), control_of(model)) is None
+    ):
+        raise IngraftError(
+            f"{method.name}: {what} counts positions in a way that is not known here, and virtual tokens move them. Choose a weight method or a "
+            "bottleneck."
         )
     if issubclass(method.part, InputPart):
         parameters = inspect.signature(original_class(model.get_submodule(inner_path(model))).forward).parameters
@@ -418,10 +432,14 @@ def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
             if host_state(module) is None:
                 module.__dict__[HOST_ATTRIBUTE] = HostState(control=control, path=path, kind=None, known_forward=False)
             names_of(original_class(module))
+            if mixin is Inner:
+                module.__dict__[COUNTING] = counting_of(module, control)
             swap(module, mixin)
             control.causal = _is_causal(model, module)
         elif not wanted and is_swapped(module, (mixin,)):
             unswap(module, mixin)
+            for remembered in (COUNTING, UNEVEN):
+                module.__dict__.pop(remembered, None)
 
 
 def _is_causal(model: nn.Module, inner: nn.Module) -> bool:

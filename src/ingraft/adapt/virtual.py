@@ -21,7 +21,6 @@ Legend: B batch, T tokens, P longest prompt, D width.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from ingraft.adapt.context import end_of_prompt, last_of, tasks_of, tokens_of
 from ingraft.adapt.control import Control, HostState, host_state, part_of
+from ingraft.adapt.counting import COUNTING, leaves_slots_alone, names_of
 from ingraft.adapt.offload import present
 from ingraft.adapt.root import outermost
 from ingraft.adapt.rows import Call, Group, entries_of
@@ -159,17 +159,6 @@ def rows_at_hand(call: Call, group: Group, size: int, where: str, like: Tensor) 
     return entries, RowsAtHand(count=count, dtype=like.dtype, tasks=tasks_of(call.context, size, entries, where))
 
 
-_NAMES: dict[type[nn.Module], tuple[str, ...]] = {}
-"""What `names_of` has found; a plain dictionary, because compiled code can look into one and cannot run `inspect`."""
-
-
-def names_of(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Parameter names of a class's forward, `self` left out."""
-    if cls not in _NAMES:
-        _NAMES[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
-    return _NAMES[cls]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
     """What one call of the inner model is about.
@@ -268,6 +257,8 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
         raise IngraftError(f"{original_class(inner).__name__}: virtual tokens need input_ids or inputs_embeds.")
     batch = _batch(state, call, tokens, named)
     P = batch.prompt
+    if not batch.even:
+        _check_uneven(inner, state, call, base, batch)
     order = batch.order(batch.tokens) if batch.first else None
     if "position_ids" in names_of(original_class(inner)):
         named["position_ids"] = _arranged(_positions(inner, named, batch), order)
@@ -293,6 +284,21 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
         place = _places(batch, order, causal=state.control.causal, keep=keep)
         return _each(output, lambda x: _arranged(x, place))
     return output if keep else _each(output, lambda x: x[:, P:])
+
+
+def _check_uneven(inner: nn.Module, state: HostState, call: Call, base: Forward, batch: _Batch) -> None:
+    """Refuse rows of different lengths where the model cannot serve each as it would be served alone."""
+    what, none = original_class(inner).__name__, len(lengths(state.control, call, InputPart)) < len(call.groups)
+    if none and not inner.__dict__[COUNTING].alike:
+        raise IngraftError(
+            f"{what} makes something else of embeddings than of tokens, so that rows without virtual tokens beside rows with some would not be "
+            "the base's. Run them separately."
+        )
+    if not leaves_slots_alone(inner, base, state.control, trailing=batch.trailing):
+        raise IngraftError(
+            f"{what} does not leave masked positions out everywhere, so that rows with different numbers of virtual tokens would change each other "
+            "in one batch. Run them separately."
+        )
 
 
 def _arranged(x: Tensor, order: Tensor | None) -> Tensor:
@@ -340,16 +346,18 @@ def _prompts(inner: nn.Module, state: HostState, call: Call, batch: _Batch, like
 
 def _positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor:
     """(B, [P+]T) positions of the slots and of the real tokens, the row's virtual tokens counted."""
-    given = named.get("position_ids")
+    given, counting = named.get("position_ids"), inner.__dict__[COUNTING]
     if given is None:
-        behind = batch.past - batch.prompt if not batch.first else 0
-        given = _default_positions(inner, named, batch) + behind
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        given = counting.positions(ids, mask, batch.tokens, batch.device)
+        if not batch.first and (counting.over != "mask" or mask is None or mask.dim() != 2):
+            given = given + batch.past - batch.prompt
     given = given.expand(batch.size, -1)
     front_B = (batch.own - batch.behind + batch.prefix)[:, None]
     if not batch.prompt or not batch.first:
         return given + front_B + batch.behind[:, None]
     slot_P = torch.arange(batch.prompt, device=batch.device)
-    start = 0 if (counting := _counted_from_ids(inner)) is None else counting.padding_idx + 1
+    start = counting.start
     virtual_BP = (slot_P - (batch.prompt - batch.own[:, None])).clamp(min=0) + batch.prefix[:, None] + start
     if batch.ends is None:
         return torch.cat([virtual_BP, given + front_B], 1)
@@ -359,22 +367,6 @@ def _positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor
     virtual_BP = torch.where(slot_BP >= 0, before_B + front_B + slot_BP, virtual_BP)
     answer_BT = torch.arange(batch.tokens, device=batch.device) >= ends_B
     return torch.cat([virtual_BP, given + front_B + answer_BT * batch.behind[:, None]], 1)
-
-
-def _default_positions(inner: nn.Module, named: dict[str, Any], batch: _Batch) -> Tensor:
-    """(1 or B, T) the positions the model would work out itself for a first call."""
-    counting = _counted_from_ids(inner)
-    if counting is None:
-        return torch.arange(batch.tokens, device=batch.device)[None]
-    if named.get("input_ids") is not None:
-        return counting.create_position_ids_from_input_ids(named["input_ids"], counting.padding_idx)
-    return counting.padding_idx + 1 + torch.arange(batch.tokens, device=batch.device)[None]
-
-
-def _counted_from_ids(inner: nn.Module) -> Any:
-    """The embeddings that count positions as RoBERTa's do: from behind their padding index, padding left out. None in other models."""
-    embeddings = getattr(inner, "embeddings", None)
-    return embeddings if hasattr(embeddings, "create_position_ids_from_input_ids") else None
 
 
 def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch) -> Tensor | None:
