@@ -1,10 +1,11 @@
 """Finds the places of a transformer that methods speak of (the attention's output, the MLP, the block) by its structure.
 
 A *block* is an element of a `ModuleList` whose elements share one class and each hold an *attention core*: a module that knows how many heads
-it has. From there on it is counting linear layers in the order in which the model registers them:
+it has (in a block where none does, how wide they are). From there on it is counting linear layers in the order in which the model registers
+them, an output projection that is named so last:
 
-* A core with four linears (q, k, v, out) or two (fused, out) ends in its output projection; with three or one the projection is the next
-  linear of the block (BERT keeps it in a module of its own).
+* A core with four linears (q, k, v, out) or two (fused, out) ends in its output projection; with three or one, or where the last is named for a query, a
+  key or a value (Longformer), the projection is the next linear of the block (BERT keeps it in a module of its own).
 * torch's own `nn.MultiheadAttention` is one module whose output is the projection's.
 * Which of them make keys and values, their names say (`_keys_values`).
 * What remains is the MLP: its first linear is where it begins, its last linear back to the block's width is where it ends. They need not
@@ -40,6 +41,12 @@ HEAD_COUNTS = (
     "num_key_value_heads",
     "heads",
 )
+
+HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size")
+"""What an attention knows that leaves the number of its heads to its config (GPT-NeoX)."""
+
+OUTPUT_PROJECTIONS = ("o", "o_proj", "wo", "out", "out_proj", "out_lin")
+"""Names that only an attention's output projection has."""
 
 POST_NORM = {"distilbert": "output_layer_norm", "bart": "final_layer_norm", "marian": "final_layer_norm"}
 """Norms at the end of a block that structure alone does not show, by `config.model_type`."""
@@ -97,13 +104,17 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _cores(block: nn.Module) -> list[str]:
-    """Paths, within the block, of the innermost modules that know their number of heads and hold linear layers."""
-    knows = [
-        name
-        for name, module in block.named_modules()
-        if name and any(attribute in module.__dict__ for attribute in HEAD_COUNTS) and _linears(module)
-    ]
-    return [name for name in knows if not any(other.startswith(name + ".") for other in knows)]
+    """Paths, within the block, of the innermost modules that know their number of heads (where none does, their width) and hold linear
+    layers."""
+    for known in (HEAD_COUNTS, HEAD_WIDTHS):
+        knows = [
+            name
+            for name, module in block.named_modules()
+            if name and any(attribute in module.__dict__ for attribute in known) and _linears(module)
+        ]
+        if knows:
+            return [name for name in knows if not any(other.startswith(name + ".") for other in knows)]
+    return []
 
 
 def _linears(module: nn.Module) -> list[str]:
@@ -115,6 +126,12 @@ def _linears(module: nn.Module) -> list[str]:
     ]
 
 
+def _projections(attention: nn.Module) -> list[str]:
+    """Paths of an attention's linear layers, the output projection last: where names tell it, it need not be registered so (Phi-3)."""
+    names = _linears(attention)
+    return sorted(names, key=lambda name: name.rpartition(".")[2].lower() in OUTPUT_PROJECTIONS)
+
+
 def _width_out(layer: nn.Module) -> int:
     kind = kind_of(layer)
     assert kind is not None
@@ -123,7 +140,7 @@ def _width_out(layer: nn.Module) -> int:
 
 def _block(path: str, block: nn.Module, model_type: str) -> Block:
     cores = _cores(block)
-    inside = {core: [f"{core}.{name}" for name in _linears(block.get_submodule(core))] for core in cores}
+    inside = {core: [f"{core}.{name}" for name in _projections(block.get_submodule(core))] for core in cores}
     taken = {name for names in inside.values() for name in names}
     loose = [name for name in _linears(block) if name not in taken]
     outs: dict[str, str] = {}
@@ -132,7 +149,7 @@ def _block(path: str, block: nn.Module, model_type: str) -> Block:
             outs[core] = (
                 core  # torch's own attention reads its last projection; what the attention returns is that projection's output
             )
-        elif len(names) in (1, 3):
+        elif len(names) in (1, 3) or any(word in names[-1].rpartition(".")[2] for word in ("query", "key", "value")):
             order = [name for name, _ in block.named_modules()]
             behind = [name for name in loose if order.index(name) > order.index(names[-1])]
             outs[core] = behind[0] if behind else names[-1]
@@ -178,7 +195,7 @@ def _mixtures(block: nn.Module) -> list[str]:
 
 
 def _cores_in(module: nn.Module) -> bool:
-    return any(attribute in inner.__dict__ for inner in module.modules() for attribute in HEAD_COUNTS)
+    return any(attribute in inner.__dict__ for inner in module.modules() for attribute in (*HEAD_COUNTS, *HEAD_WIDTHS))
 
 
 def _keys_values(projections: list[str]) -> list[str]:
@@ -197,7 +214,7 @@ FUSED = ("gpt2", "phi3")
 def key_value_layers(attention: nn.Module) -> tuple[str, ...]:
     """Names of the layers within an attention that make its keys and its values, or of the one that makes them behind the query; () where
     that is not known."""
-    linears = [name for name in _linears(attention) if "adapter:" not in name]
+    linears = [name for name in _projections(attention) if "adapter:" not in name]
     made = _keys_values(linears[:-1] if len(linears) in (2, 4) else linears)
     if len(made) == 1:
         kind = getattr(getattr(attention, "config", None), "model_type", "")

@@ -153,11 +153,14 @@ def _checked(
     # A tied parameter that some other host computed with is in use, wherever else it is registered (T5's `shared`). Of offloaded ones
     # nobody can tell which are tied; they pass.
     used = {id(p) for path in hosts if _has_run(model, path) for name in acting for p in _tensors(model, path, name)}
+    # What lies beside one of its own shape that ran is called on some inputs only (Longformer's projections for global attention).
+    beside = {(path.rpartition(".")[0], _shape(model, path)) for path in hosts if _has_run(model, path)}
     bypassed = [
         path
         for path in hosts
         if path.rpartition(".")[0] in ran
         and not _has_run(model, path)
+        and (path.rpartition(".")[0], _shape(model, path)) not in beside
         and not all(id(p) in used or p.is_meta for name in acting for p in _tensors(model, path, name))
     ]
     if bypassed:
@@ -172,6 +175,12 @@ def _checked(
 def _has_run(model: nn.Module, path: str) -> bool:
     state = host_state(model.get_submodule(path))
     return state is None or state.ran
+
+
+def _shape(model: nn.Module, path: str) -> tuple[object, ...]:
+    """What two layers of one kind and size have in common."""
+    module = model.get_submodule(path)
+    return type(module), *((name, p.shape) for name, p in module._parameters.items() if p is not None)
 
 
 def _tensors(model: nn.Module, path: str, adapter: str) -> list[nn.Parameter]:
