@@ -288,9 +288,9 @@ def check_method(model: nn.Module, method: Method) -> None:
         )
     if issubclass(method.part, InputPart):
         parameters = inspect.signature(original_class(model.get_submodule(inner_path(model))).forward).parameters
-        if "inputs_embeds" not in parameters:
+        if "inputs_embeds" not in parameters or not _embeds(model.get_submodule(inner_path(model))):
             raise IngraftError(
-                f"{method.name}: {what} embeds no tokens (its forward takes no inputs_embeds), so there is nothing to put a prompt in front of."
+                f"{method.name}: {what} embeds no tokens (its forward takes no inputs_embeds, or it has no layer that makes them), so there is nothing to put a prompt in front of."
             )
     if issubclass(method.part, AttentionPart):
         outside = [
@@ -306,6 +306,14 @@ def check_method(model: nn.Module, method: Method) -> None:
                 f"{method.name}: works with the attention implementations {' and '.join(prefixes.OURS)}, and {what} uses {implementation}. "
                 "Load it with attn_implementation='sdpa'."
             )
+
+
+def _embeds(inner: Any) -> bool:
+    """Whether a model has a layer that embeds its tokens; one of pictures may take embeddings all the same (DETR)."""
+    try:
+        return isinstance(inner.get_input_embeddings(), nn.Module)
+    except NotImplementedError:
+        return False
 
 
 def text_path(model: Any) -> str:
@@ -334,6 +342,11 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
         ),
         None,
     )
+    what = f"{path} ({original_class(module).__name__})"
+    if not prefixes.uses_registry(module):
+        raise IngraftError(
+            f"{what} does not take its attention from transformers' registry, so a prefix cannot join it."
+        )
     config: Any = module.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if not isinstance(heads, int):
@@ -343,6 +356,11 @@ def site_facts(model: nn.Module, path: str, module: nn.Module, role: str) -> Sit
         )
     if width is None:
         width = config.hidden_size // config.num_attention_heads
+    if any(getattr(module, name, width) != width for name in ("qk_head_dim", "v_head_dim")):
+        raise IngraftError(
+            f"{what}: its keys are made of pieces and are not as wide as its values, so a prefix cannot join them. Choose a weight method, a "
+            "bottleneck or a prompt."
+        )
     return SiteFacts(
         path=path,
         role=role,

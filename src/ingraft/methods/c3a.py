@@ -78,6 +78,8 @@ class C3A(ShortcutPart):
         return (W.float() + blocks_MNBB.transpose(1, 2).reshape(W.shape) / W.shape[1]).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if not x.numel():  # no transform takes an empty batch
+            return y + 0 * self.c3a_kernel.sum().to(y.dtype)
         return y + recomputed(self._branch, x, self.c3a_kernel).to(y.dtype)
 
     def _branch(self, x: Tensor, kernel_MNB: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class FourierFT(ShortcutPart):
         return (W.float() + torch.fft.irfft2(half_OJ.to(torch.complex64), s=(high, wide))).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if not x.numel():  # no transform takes an empty batch
+            return y + 0 * self.fourierft_spectrum.sum().to(y.dtype)
         return y + recomputed(self._branch, x, self.fourierft_spectrum).to(y.dtype)
 
     def _branch(self, x: Tensor, spectrum_N: Tensor) -> Tensor:
@@ -93,13 +95,13 @@ class FourierFT(ShortcutPart):
         rows_K, rows_J = torch.minimum(i_N, high - i_N), torch.minimum(j_N, wide - j_N)
         with torch.autocast(x.device.type, enabled=False):  # transforms know float32 alone
             # A row for every frequency, so that picking and adding move whole rows; cosines and sines lie side by side in the last dimension.
-            x_JX = torch.fft.rfft(x.float().flatten(0, -2)).T.contiguous()
+            x_JX = torch.fft.rfft(x.float().reshape(-1, wide)).T.contiguous()
             picked_NX2 = (
                 torch.view_as_real(x_JX).index_select(0, rows_J) * torch.stack([c_N, turned * c_N], -1)[:, None]
             )
             y_KX2 = picked_NX2.new_zeros(high // 2 + 1, *picked_NX2.shape[1:]).index_add(0, rows_K, picked_NX2)
             y_XO = torch.fft.irfft(torch.view_as_complex(y_KX2).T, n=high)
-        return y_XO.unflatten(0, x.shape[:-1])
+        return y_XO.reshape(*x.shape[:-1], high)
 
 
 def refuses(config: FourierFTConfig, facts: SiteFacts) -> str | None:

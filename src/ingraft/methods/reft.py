@@ -109,6 +109,13 @@ def refuses(config: ReftConfig, facts: SiteFacts) -> str | None:
     """A subspace larger than the state, or a layer whose output has no tokens."""
     if config.r > facts.width:
         return f"reft: r={config.r} is more than the width {facts.width} of {facts.path}; choose a smaller r."
+    layers = [facts.module, *facts.module.children()]
+    norms = {p.shape[0] for layer in layers if (p := layer._parameters.get("weight")) is not None and p.dim() == 1}
+    if norms and facts.width not in norms:
+        return (
+            f"reft: {facts.path} works at a width of {min(norms)}, not at the model's {facts.width}, which differs from stage to stage here. Name modules "
+            "of that width in target_modules, or choose a weight method."
+        )
     return None
 
 

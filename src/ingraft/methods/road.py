@@ -75,7 +75,7 @@ class Road(ShortcutPart):
             self._by_output(p.to(dtype).float()) for p in (self.road_theta, self.road_alpha)
         )  # each (2, groups, 2, half): for c and for d
         c, d = (alpha[0] * theta[0].cos()).to(y.dtype), (alpha[1] * theta[1].sin()).to(y.dtype)
-        first, second = pairs = y.reshape(*y.shape[:-1], -1, 2, self.reach).unbind(-2)
+        first, second = pairs = y.unflatten(-1, (y.shape[-1] // (2 * self.reach), 2, self.reach)).unbind(-2)
         crossed = torch.stack((-second, first), dim=-2)
         return (torch.stack(pairs, dim=-2) * c + crossed * d).reshape(y.shape)
 
