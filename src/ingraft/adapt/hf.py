@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,7 +44,9 @@ from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_cla
 from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, reads_context
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
-from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
+from ingraft.methods.contract import AttentionPart, GatedPart, InputPart, Method, SiteFacts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -306,6 +309,23 @@ def check_method(model: nn.Module, method: Method) -> None:
                 f"{method.name}: works with the attention implementations {' and '.join(prefixes.OURS)}, and {what} uses {implementation}. "
                 "Load it with attn_implementation='sdpa'."
             )
+    _tell_of_windows(model, method)
+
+
+def _tell_of_windows(model: nn.Module, method: Method) -> None:
+    """Say that virtual tokens and windows get into each other's way, where the model has windows."""
+    if not issubclass(method.part, AttentionPart | InputPart) or issubclass(method.part, GatedPart):
+        return
+    configs = [config for config in _configs(model) if getattr(config, "use_sliding_window", True)]
+    windows = {w for config in configs if isinstance(w := getattr(config, "sliding_window", None), int)}
+    if windows:
+        log.warning(
+            "%s: %s has layers with a sliding window of %d tokens. A prompt moves out of it as the text grows, and with left padding the padding "
+            "takes part of it; a prefix stays in view, which in PEFT it does not beyond the window.",
+            method.name,
+            original_class(model).__name__,
+            min(windows),
+        )
 
 
 def _embeds(inner: Any) -> bool:
