@@ -68,10 +68,18 @@ pytest: $(VENV)/.test
 	@echo "== tests: pytest on $(JOBS) workers, warnings are errors"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# Against PEFT + Trainer, interleaved in fresh processes; most of an hour. BENCH_ROWS: a folder with train.jsonl[.gz] and dev.jsonl or heldout.jsonl.
+BENCH_ROWS ?= $(firstword $(wildcard ../shared/data/alpaca_en) .demo)
 bench: $(VENV)/.test
-	@$(BIN)/python examples/demo/prepare.py
-	@echo "== bench: supervised tuning against PEFT + Trainer, interleaved in fresh processes"
-	@$(BIN)/python benchmarks/sft.py
+	@test "$(BENCH_ROWS)" != .demo || $(BIN)/python examples/demo/prepare.py
+	@echo "== bench: bytes kept for backward"
+	@$(BIN)/python benchmarks/kept.py
+	@echo "== bench: rows with different adapters"
+	@$(BIN)/python benchmarks/serving.py
+	@echo "== bench: loading, imports, the merged model"
+	@$(BIN)/python benchmarks/lifecycle.py
+	@echo "== bench: supervised tuning"
+	@$(BIN)/python benchmarks/sft.py --rows $(BENCH_ROWS)
 
 study: $(VENV)/.test
 	@echo "== study: the long measurements"
