@@ -100,10 +100,9 @@ class Bottleneck(AddingPart):
         # Of another layout, torch folds it in another way where a weight requires grad than where none does.
         h = site.dropout(h, self.p).contiguous()
         inner_K = site.own(self.activation(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype))))
-        up_bias = self.up_bias.to(h.dtype)
-        if up_bias.dim() > 1:  # each row has its own (`stacks`)
-            return self.scaling * (F.linear(inner_K, self.up.to(h.dtype)) + site.out(up_bias))
-        return self.scaling * F.linear(inner_K, self.up.to(h.dtype), up_bias)
+        up, bias = self.up.to(h.dtype), self.up_bias.to(h.dtype)
+        own = bias.dim() > 1  # each row has its own (`stacks`)
+        return self.scaling * (F.linear(inner_K, up) + site.out(bias) if own else F.linear(inner_K, up, bias))
 
 
 def count(config: BottleneckConfig, facts: SiteFacts) -> int:

@@ -73,7 +73,7 @@ class DoRA(LowRank):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         factor_O = self._factor(site.weight()).to(y.dtype)
-        return site.out(factor_O) * self.plus(x, y, site)
+        return site.out(factor_O) * site.low_rank(x, y, self.lora_A, self.lora_B, self.scale, self.p)
 
 
 def count(config: DoraConfig, facts: SiteFacts) -> int:

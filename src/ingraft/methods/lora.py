@@ -83,7 +83,7 @@ class LoRA(LowRank):
         return (W.float() + self.delta(W)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        y = self.plus(x, y, site)
+        y = site.low_rank(x, y, self.lora_A, self.lora_B, self.scale, self.p)
         return y if self.lora_bias is None else y + site.out(self.scale * self.lora_bias.to(y.dtype))
 
     def low_rank(self) -> Factors:

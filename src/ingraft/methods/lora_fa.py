@@ -52,7 +52,7 @@ class LoRAFA(LowRank):
         return (W.float() + self.delta(W)).to(W.dtype), b
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return self.plus(x, y, site)
+        return site.low_rank(x, y, self.lora_A, self.lora_B, self.scale, self.p)
 
     def low_rank(self) -> Factors:
         return Factors(B_OR=self.lora_B, A_RI=self.lora_A, scale=self.scale)

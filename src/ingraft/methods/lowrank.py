@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ingraft.methods.contract import PeftLayout, ShortcutPart, Site, SiteFacts, fresh
+from ingraft.methods.contract import PeftLayout, ShortcutPart, SiteFacts, fresh
 
 if TYPE_CHECKING:
     from ingraft.methods.lora import LoraConfig
@@ -44,10 +44,6 @@ class LowRank(ShortcutPart):
         """s B A in float32, from A and B as they are used beside W."""
         A_RI, B_OR = self.lora_A.to(W_OI.dtype).float(), self.lora_B.to(W_OI.dtype).float()
         return self.scale * (B_OR @ A_RI)
-
-    def plus(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """y + s B A x."""
-        return site.low_rank(x, y, self.lora_A, self.lora_B, self.scale, self.p)
 
 
 LORA_LAYOUT = PeftLayout(

@@ -52,7 +52,8 @@ class Residual(LowRank):
 
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if site.drops(x, self.p):  # the start comes off what the base made of the whole input
-            return site.low_rank(x, self.plus(x, y, site), self.start_A, -self.start_B, self.scale)
+            y = site.low_rank(x, y, self.lora_A, self.lora_B, self.scale, self.p)
+            return site.low_rank(x, y, self.start_A, -self.start_B, self.scale)
         change = self.low_rank()
         return site.low_rank(x, y, change.A_RI, change.B_OR, change.scale)
 
