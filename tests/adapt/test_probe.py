@@ -11,6 +11,7 @@ from torch import nn
 
 import ingraft
 from ingraft.errors import IngraftError
+from ingraft.methods.registry import make_config
 
 NAMES = ["a", "b", None, "a"]
 
@@ -101,3 +102,15 @@ def test_it_is_asked_again_when_what_is_attached_changes() -> None:
     with torch.no_grad(), ingraft.rows(model, NAMES):
         model(ids())
     assert calls == 7
+
+
+def test_a_module_without_inputs_cannot_show_its_rows() -> None:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = transformers.SwinForImageClassification(config)
+    for seed, name in enumerate("ab"):
+        ingraft.attach(model, make_config("full", {}), name=name, seed=seed)
+    with torch.no_grad(), ingraft.rows(model.eval(), NAMES), pytest.raises(IngraftError, match="without an input"):
+        model(pixel_values=torch.randn(4, 3, 32, 32))

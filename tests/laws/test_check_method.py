@@ -21,7 +21,7 @@ def test_a_sound_method_passes() -> None:
 
 def test_a_broken_method_is_told_every_law_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     def after(self: LoRA, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        return y + 2 * self.branch(x, site)  # twice what `weight` says
+        return site.low_rank(x, y, self.lora_A, self.lora_B, 2 * self.scale)  # twice what `weight` says
 
     monkeypatch.setattr(LoRA, "after", after)
     with pytest.raises(AssertionError) as caught:

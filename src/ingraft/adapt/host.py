@@ -173,6 +173,11 @@ def _mixed(
         )
     split = [(*_by_kind(parts), rows) for parts, rows in work]
     x = _first(args, kwargs)
+    if not isinstance(x, Tensor):
+        raise IngraftError(
+            f"rows: {state.path} is called without an input that could show its rows, so its adapter cannot differ from row to row. Leave this "
+            "module out of target_modules, or run the rows in separate batches."
+        )
     if state.by_row is False and not (x.shape[0] == 1 and not x.is_floating_point()):
         raise IngraftError(
             f"rows: what {state.path} sees does not go with the rows of the batch (a change in one row changes other entries of its input, or "
@@ -448,9 +453,9 @@ def _outputs(
     return y
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The module's first input, however it was passed."""
-    return args[0] if args else next(iter(kwargs.values()))
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's first input, however it was passed; None if it takes none."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

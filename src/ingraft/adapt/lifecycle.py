@@ -59,6 +59,7 @@ def attach(
     *,
     seed: int | None = None,
     strict: bool = True,
+    train: bool = True,
     fill: Callable[[Adapter, dict[str, Part], nn.Module | None], None] | None = None,
 ) -> M:
     """Graft an adapter onto a model, in place. It alone acts and is trainable afterwards; the base is frozen.
@@ -71,6 +72,7 @@ def attach(
         config: a method's config, such as `LoraConfig(r=8)`.
         name: letters, digits, `.`, `_`, `-`; not one that is attached already.
         seed: of the initial values and of dropout; drawn from torch's generator if None, so `torch.manual_seed` governs.
+        train: let it, and no other, be trainable; False leaves the trainability of others as it is, and this one frozen.
         strict: refuse a pattern that matches nothing while others match; False warns.
         fill: called with the adapter, its parts by path and its shared module before the model is changed, to give them values of its own
             (a file's, when loading); what it raises stops the attaching.
@@ -138,15 +140,18 @@ def attach(
                 kind.settle(module)
         model.__dict__[ATTRIBUTE] = control
         swap(model, models.root_mixin(model))
-    for parameter in model.parameters():
+    for parameter in base_parameters(model).values():
         parameter.requires_grad_(False)
+    for other in control.adapters if train else ():
+        for part in _trained(model, other):
+            part.requires_grad_(False)
     control.adapters[name] = adapter
     for path, part in parts.items():
         _host(model, control, path, adapter.sites[path]).add_module(child_name(name), part)
     if shared is not None:
         model.add_module(shared_name(name), shared)
     for part in _trained(model, name):
-        part.requires_grad_(True)
+        part.requires_grad_(train)
     _assign_roles(model, control, name)
     models.settle(model)
     _act(control, replace(control.call, active=(name,), rows=None))

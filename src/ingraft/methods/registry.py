@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ingraft.errors import IngraftError, nearest
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from ingraft.methods.contract import Method, MethodConfig
 
 
@@ -189,13 +191,21 @@ def methods() -> Iterator[Method]:
                 raise
 
 
+@functools.cache
+def _reader(config: type[MethodConfig]) -> TypeAdapter[MethodConfig]:
+    """What makes a config of plain data; making it takes pydantic two milliseconds."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(config)
+
+
 def make_config(name: str, options: Mapping[str, Any]) -> MethodConfig:
     """A method's config from plain data, every wrong key and value reported at once.
 
     Raises:
         IngraftError: one problem for each unknown key (with the nearest), each value of a wrong type and each impossible value.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     from ingraft.methods.config import truths
 
@@ -212,7 +222,7 @@ def make_config(name: str, options: Mapping[str, Any]) -> MethodConfig:
         if key in known and key not in wrong
     }
     try:
-        made = TypeAdapter(config).validate_python(plain)
+        made = _reader(config).validate_python(plain)
     except ValidationError as error:
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"][:1])

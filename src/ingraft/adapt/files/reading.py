@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from ingraft.adapt.building import parameters
 from ingraft.adapt.control import Adapter, control_of, require_control
 from ingraft.adapt.files import foreign, hub
 from ingraft.adapt.lifecycle import NAME, attach
@@ -35,14 +34,7 @@ def free_name(model: nn.Module, name: str) -> str:
 
 def attach_read(model: nn.Module, config: MethodConfig, name: str, seed: int, fill: Fill, *, trainable: bool) -> None:
     """Attach what was read; unless it is to be trained, trainability of everything else stays as it is."""
-    control = control_of(model)
-    others = control.adapters if control is not None else {}
-    before = {id(p): p.requires_grad for other in others for p in parameters(model, other).values()}
-    attach(model, config, name, seed=seed, strict=False, fill=fill)
-    if not trainable:
-        for other in require_control(model).adapters:
-            for parameter in parameters(model, other).values():
-                parameter.requires_grad_(before.get(id(parameter), False))
+    attach(model, config, name, seed=seed, strict=False, train=trainable, fill=fill)
 
 
 def load_foreign(model: nn.Module, file: Path, name: str, *, trainable: bool) -> str:
