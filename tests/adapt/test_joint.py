@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import ingraft
 from ingraft import adapt
 from ingraft.adapt import joint
+from ingraft.adapt.control import require_control
 from ingraft.methods.registry import make_config
 
 KINDS: dict[str, list[dict[str, Any]]] = {
@@ -128,3 +129,15 @@ def test_in_training_every_adapter_drops_inputs_of_its_own() -> None:
     assert not torch.allclose(dropped, scored)
     model.eval()
     torch.testing.assert_close(together(model, ids, rows), scored)
+
+
+def test_one_plan_a_host_is_kept_and_none_after_the_rows() -> None:
+    """A server's batches come with other rows each time, and in prefill and decode with other inputs."""
+    model = made([("lora", {"r": 2}), ("lora", {"r": 2})])
+    assignments: list[list[str | None]] = [["a0", "a1"], ["a1", "a0"], [None, "a1"], ["a0", None]]
+    for rows in assignments:
+        with torch.no_grad(), ingraft.rows(model, rows):
+            for length in (5, 1):
+                model(torch.randint(1, 64, (2, length)))
+            assert len(require_control(model).joined) == 14  # two blocks of seven linear layers
+        assert not require_control(model).joined

@@ -103,8 +103,7 @@ class Control:
         unchecked: the next forward verifies that no host is bypassed.
         rows_found: stacks whose hosts know whether what they see goes with rows (`probe.py`); watch: where they note it while that is found out.
         auto_step: dropout moves on with every forward; False once a trainer says where it stands.
-        generation, joined, joined_sum: of what is kept of rows served together (`joint.py`): its age, its tensors (where each is found) and
-            what they summed up to.
+        generation, joined: of what is kept of rows served together (`joint.py`): its age; by host the plan, and what its tensors summed up to.
         causal: whether the model's tokens see only what comes before them, and the model has no encoder.
         keep_virtual: leave virtual positions in the output (PEFT's habit).
         spans: inputs remembered on the way through a span; empty between forwards.
@@ -124,8 +123,7 @@ class Control:
     rows_found: set[str] = field(default_factory=set[str])
     watch: Any = None
     generation: int = 0
-    joined: list[tuple[Any, str]] = field(default_factory=list[tuple[Any, str]])
-    joined_sum: int = 0
+    joined: dict[str, tuple[Any, int]] = field(default_factory=dict[str, tuple[Any, int]])
     causal: bool = False
     keep_virtual: bool = False
     auto_step: bool = True

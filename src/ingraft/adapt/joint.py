@@ -80,6 +80,13 @@ class Plan:
     on_weight: tuple[Joint, ...] = ()
     on_output: tuple[Joint, ...] = ()
 
+    def summed(self) -> int:
+        """A number that changes when a tensor of the parts does, or is replaced."""
+        tensors = [
+            t for part in self.parts for own in (part._parameters, part._buffers) for t in own.values() if t is not None
+        ]
+        return sum(tensor._version for tensor in tensors) + sum(map(torch.Tensor.data_ptr, tensors))
+
 
 class JointSite(LayerSite):
     """What a joint part may ask."""
@@ -147,18 +154,17 @@ def plan_of(host: nn.Module, state: HostState, call: Call, parts: Sequence[Seque
         )
     ):
         return Plan(**facts)
-    joints = [_joined(host, alike, call, x.dtype) for alike in _alike(lone)]
+    joints = [_joined(alike, call, x.dtype) for alike in _alike(lone)]
     if any(joint.mask_nH is not None and joint.mask_nH.shape[1] > MOST_UNITS for joint in joints):
         return Plan(**facts)
-    control.joined += [(part._parameters, name) for part in acting for name in part._parameters]
-    control.joined += [(part._buffers, name) for part in acting for name in part._buffers]
-    control.joined_sum = summed(control)
-    return Plan(
+    plan = Plan(
         **facts,
         possible=True,
         on_weight=tuple(joint for joint in joints if isinstance(joint.part, ShortcutPart)),
         on_output=tuple(joint for joint in joints if isinstance(joint.part, OutputPart)),
     )
+    control.joined[state.path] = plan, plan.summed()  # in place of the one for other rows
+    return plan
 
 
 def fits(plan: Plan | None, control: Control, call: Call, x: object) -> bool:
@@ -211,23 +217,16 @@ def serve(
     return (y, *result[1:]) if isinstance(result, tuple) else y
 
 
-def summed(control: Control) -> int:
-    """A number that changes when a joined tensor does."""
-    tensors = [owner[name] for owner, name in control.joined]
-    present = [tensor for tensor in tensors if tensor is not None]
-    return sum(tensor._version for tensor in present) + sum(map(torch.Tensor.data_ptr, present))
-
-
 def refresh(control: Control) -> None:
     """Drop what was joined if a tensor has changed since. Called ahead of every forward."""
-    if control.joined and summed(control) != control.joined_sum:
+    if any(plan.summed() != total for plan, total in control.joined.values()):
         forget(control)
 
 
 def forget(control: Control) -> None:
     """Drop what was joined."""
     control.generation += 1
-    control.joined, control.joined_sum = [], 0
+    control.joined = {}
 
 
 def _tensors(part: Part) -> dict[str, Tensor]:
@@ -263,9 +262,8 @@ def _alike(lone: Sequence[Part | None]) -> Iterator[list[Part | None]]:
         yield same
 
 
-def _joined(host: nn.Module, alike: Sequence[Part | None], call: Call, dtype: torch.dtype) -> Joint:
+def _joined(alike: Sequence[Part | None], call: Call, dtype: torch.dtype) -> Joint:
     """One part for all; `alike` gives each group's."""
-    del host
     assert call.rows is not None
     parts = [part for part in alike if part is not None]
     place = {id(part): index for index, part in enumerate(parts)}
@@ -287,8 +285,7 @@ def _joined(host: nn.Module, alike: Sequence[Part | None], call: Call, dtype: to
             made[name] = torch.cat(each, dim).to(dtype)
     device = next(iter(_tensors(like).values())).device
     for name in set(stacks) - set(_tensors(like)):
-        if isinstance(value := getattr(like, name, None), int | float):
-            del value
+        if isinstance(getattr(like, name, None), int | float):
             pieces = [
                 torch.full((count,), float(getattr(part, name))) for part, count in zip(parts, units, strict=True)
             ]

@@ -50,7 +50,6 @@ def find_rows(
     rows = control.call.rows
     if rows is None or not size or size % len(rows):
         return
-    control.rows_found.add(path)
     count = size // len(rows)
     plain: Seen = {}
     changed: Seen = {}
@@ -74,6 +73,7 @@ def find_rows(
                 "rows: a change in the first row of this batch changes the model's output elsewhere, so dimension 0 of its input does not go "
                 "with rows (time may come first). Put the batch first, or use `activate` to let one adapter act on all of it."
             )
+    control.rows_found.add(path)
 
 
 def _goes_with_rows(one: Tensor, other: Tensor, numbers: bool, n: int) -> bool:

@@ -17,6 +17,7 @@ from ingraft.data import check_source
 from ingraft.errors import IngraftError
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train import checkpoint
+from ingraft.train.journal import entries
 from ingraft.train.lock import NAME as LOCK
 
 RECIPE, LOG, METRICS, REPORT = "recipe.yaml", "log.jsonl", "metrics.json", "report.html"
@@ -95,13 +96,11 @@ def empty(folder: Path) -> None:
             durable.remove(item)
 
 
-def undo(folder: Path, *, made: bool) -> None:
-    """Take away what a run has written that ends before it got anywhere, and the folder if the run made it."""
-    if not folder.is_dir() or checkpoint.listed(folder) or (folder / durable.MANIFEST).exists():
-        return
-    empty(folder)
-    if made and not any(folder.iterdir()):
-        folder.rmdir()
+def undo(folder: Path) -> None:
+    """Take away what a run has written that ends before its first step. To be called by who holds the folder's lock: it may be another's run."""
+    begun = any(line.get("step", 0) > 0 for line in entries(folder / LOG))
+    if not begun and not checkpoint.listed(folder) and not (folder / durable.MANIFEST).exists():
+        empty(folder)
 
 
 def _own(name: str) -> bool:

@@ -6,6 +6,7 @@ tried before the first step, and the run folder becomes an adapter folder (its m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -124,11 +125,15 @@ def train(
         keep_freed_memory()
         prepared = _prepare(recipe, notes, trust_remote_code, allow_base_mismatch)
         with locked(folder):
-            return _run(prepared, folder, notes, resume_from_checkpoint, overwrite_output_dir, began)
-    except IngraftError:
-        place.undo(folder, made=not there)
-        raise
+            try:
+                return _run(prepared, folder, notes, resume_from_checkpoint, overwrite_output_dir, began)
+            except IngraftError:
+                place.undo(folder)
+                raise
     finally:
+        if not there:
+            with contextlib.suppress(OSError):  # it is not empty: as it should be
+                folder.rmdir()
         notes.hush()
 
 
