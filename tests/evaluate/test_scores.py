@@ -27,6 +27,7 @@ from ingraft.evaluate import (
     evaluate,
     generate,
     paired_difference,
+    score_along,
     score_choices,
     score_classes,
     score_loss,
@@ -134,6 +135,36 @@ def test_choice_scores_are_likelihoods(llama: Any, choices: tuple[tuple[int, ...
     per_token = score_choices(llama, rows, pad_id=0, batch_size=3, normalise="tokens")
     for row, whole, each in zip(rows, found.scores, per_token.scores, strict=True):
         assert each == pytest.approx([s / len(c) for s, c in zip(whole, row.choices, strict=True)])
+
+
+@pytest.mark.parametrize("choices", [((5,), (6,), (7,)), ((5,), (6, 8))], ids=["single", "several"])
+def test_choices_are_scored_along_with_the_loss(llama: Any, choices: tuple[tuple[int, ...], ...]) -> None:
+    """The same figures as one after the other, and where each answer is a token, no forward of their own."""
+    prompts = sequences(9)
+    examples = [
+        Example(input_ids=[*e.input_ids, 5, 2], labels=[-100] * len(e.input_ids) + [5, 2], row_id=e.row_id)
+        for e in prompts
+    ]
+    rows = [ChoiceRow(prompt=e.input_ids, choices=choices, answer=0, row_id=e.row_id) for e in reversed(prompts[1:])]
+    calls: list[Any] = []
+    handle = llama.register_forward_hook(lambda *args: calls.append(args))
+    losses, scores = score_along(llama, examples, rows, pad_id=0, batch_size=4)
+    handle.remove()
+    own = 3 + 2  # batches, and the probe of the head
+    assert (len(calls) == own) is (len(choices) == 3)
+    assert losses.sums == score_loss(llama, examples, pad_id=0, batch_size=4).sums
+    wanted = score_choices(llama, rows, pad_id=0, batch_size=4)
+    assert scores.answers == wanted.answers
+    for mine, other in zip(scores.scores, wanted.scores, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-4)
+
+
+def test_an_example_that_is_another_row_is_not_read_for_it(llama: Any) -> None:
+    (example,) = sequences(1)
+    asked = Example(input_ids=[*example.input_ids, 5], labels=[-100] * len(example.input_ids) + [5], row_id=0)
+    row = ChoiceRow(prompt=[*example.input_ids[:-1], 60], choices=((5,), (6,)), answer=0, row_id=0)
+    _, scores = score_along(llama, [asked], [row], pad_id=0)
+    assert scores.scores == score_choices(llama, [row], pad_id=0).scores
 
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "user", "assistant", "good", "bad", "very", "a", "film", "was"]

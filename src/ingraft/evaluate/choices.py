@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ingraft.data.examples import IGNORED, Example, as_chat, encode_chats
 from ingraft.data.records import Labelled
 from ingraft.data.rows import Row
 from ingraft.evaluate.classes import macro_f1
-from ingraft.evaluate.head import CausalHead
-from ingraft.evaluate.loss import Poll, by_length, device_of, score_loss
+from ingraft.evaluate.head import CausalHead, Seen
+from ingraft.evaluate.loss import LossScores, Poll, by_length, device_of, score_loss
 from ingraft.evaluate.modes import scoring
 
 if TYPE_CHECKING:
@@ -123,10 +123,9 @@ def score_choices(
         normalise: "sum", or "tokens" to divide by the answer's tokens.
         poll: called between batches; may raise to stop.
     """
-    single = all(len(choice) == 1 for row in rows for choice in row.choices)
     scores = (
         _of_single_tokens(model, rows, pad_id, batch_size, poll)
-        if single
+        if all(map(_single, rows))
         else _of_sequences(model, rows, pad_id, batch_size, poll)
     )
     if normalise == "tokens":
@@ -134,6 +133,63 @@ def score_choices(
             [s / len(c) for s, c in zip(line, row.choices, strict=True)] for line, row in zip(scores, rows, strict=True)
         ]
     return ChoiceScores(scores=tuple(map(tuple, scores)), answers=tuple(row.answer for row in rows))
+
+
+def score_along(
+    model: nn.Module,
+    examples: Sequence[Example],
+    rows: Sequence[ChoiceRow],
+    pad_id: int,
+    batch_size: int = 8,
+    poll: Poll | None = None,
+) -> tuple[LossScores, ChoiceScores]:
+    """The losses of examples and the scores of the same rows as choices, from one forward a row where that is possible: where every answer is
+    one token and the example is the row's prompt with an answer behind it. Elsewhere, one after the other.
+    """
+    place = {example.row_id: index for index, example in enumerate(examples)}
+    if not all(_single(row) and _continues(examples, place.get(row.row_id), row) for row in rows):
+        losses = score_loss(model, examples, pad_id, batch_size, poll)
+        return losses, score_choices(model, rows, pad_id, batch_size, poll=poll)
+    row_at = {place[row.row_id]: number for number, row in enumerate(rows)}
+    scores: list[list[float]] = [[] for _ in rows]
+
+    def visit(positions: Sequence[int], seen: Seen) -> None:
+        asked = [(line, row_at[position]) for line, position in enumerate(positions) if position in row_at]
+        if asked:
+            lines, numbers = zip(*asked, strict=True)
+            last_N = torch.tensor([len(rows[number].prompt) - 1 for number in numbers])
+            for number, likelihoods in zip(numbers, _likelihoods(seen, torch.tensor(lines), last_N), strict=True):
+                scores[number] = _chosen(likelihoods, rows[number])
+
+    losses = score_loss(model, examples, pad_id, batch_size, poll, visit)
+    return losses, ChoiceScores(scores=tuple(map(tuple, scores)), answers=tuple(row.answer for row in rows))
+
+
+def _single(row: ChoiceRow) -> bool:
+    return all(len(choice) == 1 for choice in row.choices)
+
+
+def _continues(examples: Sequence[Example], index: int | None, row: ChoiceRow) -> bool:
+    """Whether an example is the row's prompt, of which nothing is learned, with more behind it."""
+    if index is None:
+        return False
+    example, length = examples[index], len(row.prompt)
+    labels = example.labels or []
+    return (
+        len(example) > length
+        and example.input_ids[:length] == row.prompt
+        and all(label == IGNORED for label in labels[:length])
+        and labels[length] != IGNORED
+    )
+
+
+def _likelihoods(seen: Seen, rows_N: Tensor, at_N: Tensor) -> Tensor:
+    device = seen.states_BTX.device
+    return seen.logits(rows_N.to(device), at_N.to(device)).log_softmax(-1)
+
+
+def _chosen(likelihoods_V: Tensor, row: ChoiceRow) -> list[float]:
+    return likelihoods_V[[choice[0] for choice in row.choices]].tolist()
 
 
 def _of_single_tokens(
@@ -145,10 +201,9 @@ def _of_single_tokens(
         head = CausalHead(model)
         for positions, batch in by_length(prompts, pad_id, batch_size, device_of(model), poll):
             last_B = batch["attention_mask"].sum(1) - 1
-            logits_BV = head.logits(batch, torch.arange(len(positions), device=last_B.device), last_B)
-            likelihoods_BV = logits_BV.log_softmax(-1)
-            for line, position in zip(likelihoods_BV, positions, strict=True):
-                scores[position] = line[[choice[0] for choice in rows[position].choices]].tolist()
+            likelihoods_BV = _likelihoods(head.see(batch), torch.arange(len(positions)), last_B)
+            for likelihoods_V, position in zip(likelihoods_BV, positions, strict=True):
+                scores[position] = _chosen(likelihoods_V, rows[position])
     return scores
 
 

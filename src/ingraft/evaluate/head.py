@@ -48,6 +48,36 @@ class Behind:
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """What one forward left to be read: the states the head was handed, or the model's own logits where the head is not applied by pieces.
+
+    Attributes:
+        states_BTX: (B, T, D), or the logits (B, T, V) if `behind` is None.
+        behind, weight_VD, bias_V: the head.
+    """
+
+    states_BTX: Tensor
+    behind: Behind | None = None
+    weight_VD: Tensor | None = None
+    bias_V: Tensor | None = None
+
+    def losses(self, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Per learned token its negative log-likelihood in nats (N,) and its row (N,)."""
+        rows_N, at_N, targets_N = learned(labels_BT)
+        x_NX = self.states_BTX[rows_N, at_N]
+        if self.behind is None or self.weight_VD is None:
+            return F.cross_entropy(x_NX.float(), targets_N, reduction="none"), rows_N
+        return _PiecewiseLoss.apply(x_NX, self.weight_VD, self.bias_V, targets_N, self.behind)[1], rows_N
+
+    def logits(self, rows_N: Tensor, at_N: Tensor) -> Tensor:
+        """Float32 logits (N, V) at the given positions."""
+        x_NX = self.states_BTX[rows_N, at_N]
+        if self.behind is None or self.weight_VD is None:
+            return x_NX.float()
+        return self.behind.apply_(F.linear(x_NX, self.weight_VD, self.bias_V).float())
+
+
 class CausalHead:
     """How to get losses and logits of chosen positions out of a causal language model. Cheap to make: one probe of a few tokens."""
 
@@ -74,21 +104,21 @@ class CausalHead:
     @torch.no_grad()
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Per learned token its negative log-likelihood in nats (N,) and its row (N,)."""
-        rows_N, at_N, targets_N = learned(batch["labels"])
-        if self._behind is None:
-            return F.cross_entropy(self._logits(batch, rows_N, at_N), targets_N, reduction="none"), rows_N
-        h_ND = self._hidden(batch)[rows_N, at_N]
-        weight_VD, bias_V = self._matrix()
-        return _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[1], rows_N
+        return self.see(batch).losses(batch["labels"])
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
         """Float32 logits (N, V) at the given positions."""
+        return self.see(batch).logits(rows_N, at_N)
+
+    @torch.no_grad()
+    def see(self, batch: dict[str, Tensor]) -> Seen:
+        """One forward, from which losses and logits can be read as often as wanted."""
         if self._behind is None:
-            return self._logits(batch, rows_N, at_N)
-        h_ND = self._hidden(batch)[rows_N, at_N]
+            logits_BTV = self._run(batch).logits
+            return Seen(states_BTX=logits_BTV[:, -batch["input_ids"].shape[1] :])
         weight_VD, bias_V = self._matrix()
-        return self._behind.apply_(F.linear(h_ND, weight_VD, bias_V).float())
+        return Seen(states_BTX=self._hidden(batch), behind=self._behind, weight_VD=weight_VD, bias_V=bias_V)
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         """The head's weight (unpacked for the purpose, where it is kept packed) and bias."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ingraft.data import collate
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
-from ingraft.evaluate.head import CausalHead
+from ingraft.evaluate.head import CausalHead, Seen
 from ingraft.evaluate.modes import scoring
 
 Poll = Callable[[], None]
@@ -42,8 +42,17 @@ class LossScores:
         return math.exp(min(self.loss, 700.0))
 
 
+Visit = Callable[[Sequence[int], Seen], None]
+"""Called with the positions of a batch's rows and what its forward left to be read."""
+
+
 def score_loss(
-    model: nn.Module, examples: Sequence[Example], pad_id: int, batch_size: int = 8, poll: Poll | None = None
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int = 8,
+    poll: Poll | None = None,
+    visit: Visit | None = None,
 ) -> LossScores:
     """Score every example. The order and the batches depend on lengths and `batch_size` alone, so equal calls give equal bits.
 
@@ -51,12 +60,16 @@ def score_loss(
         model: a causal language model, with whatever adapters act.
         pad_id: what to fill short rows with.
         poll: called between batches; may raise to stop.
+        visit: reads more from the forwards that are made anyway.
     """
     sums, counts = [0.0] * len(examples), [0] * len(examples)
     with scoring(model):
         head = CausalHead(model)
         for positions, batch in by_length(examples, pad_id, batch_size, device_of(model), poll):
-            losses_N, rows_N = head.losses(batch)
+            seen = head.see(batch)
+            if visit is not None:
+                visit(positions, seen)
+            losses_N, rows_N = seen.losses(batch["labels"])
             sums_B = torch.zeros(len(positions), dtype=torch.float64).index_add_(
                 0, rows_N.cpu(), losses_N.double().cpu()
             )

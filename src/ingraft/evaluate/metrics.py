@@ -9,7 +9,7 @@ from torch import nn
 
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
-from ingraft.evaluate.choices import ChoiceRow, ChoiceScores, score_choices
+from ingraft.evaluate.choices import ChoiceRow, ChoiceScores, score_along
 from ingraft.evaluate.classes import ClassScores, score_classes
 from ingraft.evaluate.loss import LossScores, Poll, score_loss
 
@@ -59,10 +59,12 @@ def evaluate(
         return Evaluation(metrics=metrics, classes=classes)
     if task not in ("sft", "lm"):
         raise IngraftError(f"task: {task!r} has no evaluation yet; today sft, lm and classify have one.")
-    losses = score_loss(model, examples, pad_id, batch_size, poll)
+    scores = None
+    if choices:
+        losses, scores = score_along(model, examples, choices, pad_id, batch_size, poll)
+    else:
+        losses = score_loss(model, examples, pad_id, batch_size, poll)
     metrics = {"loss": losses.loss, "perplexity": losses.perplexity}
-    if not choices:
-        return Evaluation(metrics=metrics, losses=losses)
-    scores = score_choices(model, choices, pad_id, batch_size, poll=poll)
-    metrics |= {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+    if scores is not None:
+        metrics |= {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
     return Evaluation(metrics=metrics, losses=losses, choices=scores)
