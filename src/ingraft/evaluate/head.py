@@ -89,14 +89,16 @@ class CausalHead:
 
     @property
     def by_pieces(self) -> bool:
-        """Whether the loss is computed in pieces from hidden states, rather than from the model's own logits."""
-        return self._behind is not None
+        """Whether the loss to train on is computed in pieces from hidden states, rather than from the model's own logits. Not with a trained
+        head: pieces give it no gradient."""
+        return self._behind is not None and not any(p.requires_grad for p in cast(nn.Module, self._head).parameters())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed negative log-likelihood (nats) of the batch's learned tokens; `labels` (B, T) holds -100 elsewhere. Differentiable."""
         rows_N, at_N, targets_N = learned(batch["labels"])
-        if self._behind is None:
+        if not self.by_pieces:
             return F.cross_entropy(self._logits(batch, rows_N, at_N), targets_N, reduction="sum")
+        assert self._behind is not None
         h_ND = self._hidden(batch)[rows_N, at_N]
         weight_VD, bias_V = self._matrix()
         return cast(Tensor, _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[0])
@@ -164,8 +166,8 @@ class CausalHead:
         kind = kind_of(head) if head is not None else None
         if head is None or kind is None or kind.name != "linear":
             return None
-        if host_state(head) is not None or any(p.requires_grad for p in head.parameters()):
-            return None  # an adapted or trained head: its own forward and its gradient are wanted
+        if host_state(head) is not None:
+            return None  # an adapted head: its own forward is wanted
         vocabulary, width = kind.shape_of(head)
         weight_VD, bias_V = self._matrix()
         config = cast(Any, self._model).config.get_text_config()
