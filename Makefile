@@ -45,7 +45,7 @@ setup: $(VENV)/.test
 
 demo: $(VENV)/.base
 	@$(BIN)/python examples/demo/prepare.py
-	@echo "== demo: LoRA on SmolLM2-135M-Instruct, 100 steps of 8 reviews; accuracy on held-out reviews before and after"
+	@echo "== demo: LoRA on SmolLM2-135M-Instruct, 75 steps of 8 reviews; accuracy on held-out reviews before and after"
 	$(BIN)/ingraft train --config examples/demo/recipe.yaml --overwrite-output-dir
 
 test: lint types pytest
