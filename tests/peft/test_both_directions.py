@@ -117,6 +117,18 @@ CASES: dict[str, Case] = {
         {"r": 4, "lora_alpha": 3},
         peft.LoraConfig(r=4, init_lora_weights="olora", target_modules=["q_proj", "v_proj"], lora_alpha=6),
     ),
+    "pissa-rslora-llama": (
+        "llama",
+        "pissa",
+        {"r": 4, "use_rslora": True, "rank_pattern": {"down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+        peft.LoraConfig(r=4, use_rslora=True, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"]),
+    ),
+    "olora-rslora-llama": (
+        "llama",
+        "olora",
+        {"r": 4, "use_rslora": True, "lora_alpha": 3},
+        peft.LoraConfig(r=4, use_rslora=True, init_lora_weights="olora", target_modules=["q_proj", "v_proj"]),
+    ),
     "dora-llama": (
         "llama",
         "dora",

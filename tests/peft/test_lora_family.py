@@ -32,6 +32,12 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "pissa": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
     "olora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"),
+    "pissa-rslora": lambda: peft.LoraConfig(
+        r=4, target_modules=TARGETS, init_lora_weights="pissa", use_rslora=True, lora_alpha=5
+    ),
+    "olora-rslora": lambda: peft.LoraConfig(
+        r=4, target_modules=TARGETS, init_lora_weights="olora", use_rslora=True, lora_alpha=3
+    ),
 }
 
 
@@ -83,13 +89,16 @@ def test_gradients_and_ten_steps_are_theirs(name: str, tmp_path: Path, tiny: Sim
     assert float((forward(ours, batch) - forward(theirs, batch)).detach().abs().max()) < 1e-3
 
 
-@pytest.mark.parametrize("method", ["pissa", "olora", "lora-plus"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("pissa", {}), ("olora", {}), ("lora-plus", {}), ("pissa", {"use_rslora": True}), ("olora", {"use_rslora": True})],
+)
 def test_a_file_is_a_lora_to_others_and_goes_on_as_what_it_is_here(
-    method: str, tmp_path: Path, tiny: SimpleNamespace
+    method: str, options: dict[str, Any], tmp_path: Path, tiny: SimpleNamespace
 ) -> None:
     batch = tiny.example("llama")
     model = tiny.make("llama")
-    ingraft.attach(model, make_config(method, {"r": 3, "rank_pattern": {"down_proj": 5}}), seed=1)
+    ingraft.attach(model, make_config(method, {"r": 3, "rank_pattern": {"down_proj": 5}, **options}), seed=1)
     tiny.perturb(ingraft.parameters(model, "default").values())
     expected = tiny.output(model, batch)
     ingraft.save(model, tmp_path / "a")
@@ -103,7 +112,7 @@ def test_a_file_is_a_lora_to_others_and_goes_on_as_what_it_is_here(
     (tmp_path / "a" / "ingraft.json").unlink()  # without our manifest it is what everyone sees
     plain = tiny.make("llama")
     ingraft.load(plain, tmp_path / "a")
-    assert ingraft.status(plain).adapters[0].method == "lora"
+    assert ingraft.status(plain).adapters[0].method == ("rslora" if options else "lora")
     assert float((tiny.output(plain, batch) - expected).abs().max()) < 1e-5
 
 
@@ -335,6 +344,8 @@ def habit(tiny: SimpleNamespace, config: Any) -> Any:
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "pissa_niter_4", "use_rslora": True}, "pissa"),
+        ({"init_lora_weights": "olora", "use_rslora": True}, "olora"),
         ({"init_lora_weights": "eva"}, "eva"),
         ({"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}, "lora_bias": True}, "lora"),
     ],

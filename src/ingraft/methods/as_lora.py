@@ -5,29 +5,30 @@ Our own manifest says what they were, so that they can be trained further as tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from ingraft.methods.layout import Modules
 from ingraft.methods.lora import LoRA, LoraConfig
+from ingraft.methods.rslora import EitherScaleConfig, RsLoraConfig
 
 
 def as_lora(config: LoraConfig, times: int = 1) -> LoraConfig:
-    """A variant's options as those of a LoRA of the same scale, with `times` its rank."""
+    """A variant's options as those of a LoRA of the same scale, whichever of the two it has, with `times` its rank."""
     own: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(LoraConfig)}
-    for name in ("r", "lora_alpha"):
-        own[name] = times * own[name]
-    for name in ("rank_pattern", "alpha_pattern"):
-        own[name] = {key: times * value for key, value in own[name].items()}
-    own["init_lora_weights"] = True
-    return LoraConfig(**own)
+    stabilised = isinstance(config, EitherScaleConfig) and config.use_rslora
+    more = math.sqrt(times) if stabilised else times
+    own |= {"r": times * config.r, "lora_alpha": more * config.lora_alpha, "init_lora_weights": True}
+    for name, factor in (("rank_pattern", times), ("alpha_pattern", more)):
+        own[name] = {key: factor * value for key, value in own[name].items()}
+    return (RsLoraConfig if stabilised else LoraConfig)(**own)
 
 
-def kept_as_lora(
-    config: LoraConfig, parts: Mapping[str, LoRA]
-) -> tuple[LoraConfig, Mapping[str, Mapping[str, Tensor]]]:
+def kept_as_lora(config: LoraConfig, parts: Mapping[str, LoRA]) -> tuple[LoraConfig, Modules]:
     """`Method.compact` of a variant that differs in its start or its training alone."""
     return as_lora(config), tensors_of(parts)
 

@@ -12,7 +12,6 @@ Legend: O out, I in, R rank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,29 +20,18 @@ from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, Site, SiteFacts
 from ingraft.methods.layout import Foreign, Modules
-from ingraft.methods.lora import LoraConfig
 from ingraft.methods.lora import count as count_lora
 from ingraft.methods.lowrank import LORA_LAYOUT, LowRank
 from ingraft.methods.lycoris import LYCORIS_LORA, dora_options
 from ingraft.methods.ranked import rank_above
+from ingraft.methods.rslora import EitherScaleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoraConfig(LoraConfig):
-    """LoRA's hyperparameters; see `LoraConfig`.
-
-    Attributes:
-        use_rslora: the scale s is rsLoRA's lora_alpha / sqrt(r).
-    """
+class DoraConfig(EitherScaleConfig):
+    """LoRA's hyperparameters and either scale; see `LoraConfig` and `EitherScaleConfig`."""
 
     method: ClassVar[str] = "dora"
-
-    use_rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """s in the equation."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def problems(self) -> list[str]:
         found = super().problems()

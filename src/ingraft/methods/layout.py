@@ -27,7 +27,7 @@ class PeftLayout:
         peft_type: their upper-case name.
         kinds: the kinds of layer on which they have the method ("linear", "conv2d", ...); empty for all.
         fields: our field -> theirs, where the names differ; None where they have none (it concerns the start of training alone).
-        constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`).
+        constants: their fields that must have these values for the adapter to be of this method (`use_dora: True`); a tuple: any of these.
         accepted: their fields with the values at which they change nothing; any other value is refused by name.
         off: their fields that must be empty (null, false, nothing in them), likewise.
         written: their fields that we always write so, and do not read.

@@ -22,11 +22,12 @@ from ingraft.methods.lora import LoraConfig, count
 from ingraft.methods.lowrank import LORA_LAYOUT
 from ingraft.methods.ranked import rank_above
 from ingraft.methods.residual import Residual, compact, reopen
+from ingraft.methods.rslora import EitherScaleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class OloraConfig(LoraConfig):
-    """LoRA's hyperparameters; see `LoraConfig`. The start has one form only."""
+class OloraConfig(EitherScaleConfig):
+    """LoRA's hyperparameters and either scale; see `LoraConfig` and `EitherScaleConfig`. The start has one form only."""
 
     method: ClassVar[str] = "olora"
     starts: ClassVar[str] = "olora"
@@ -53,5 +54,5 @@ METHOD = Method(
     refuses=rank_above,
     compact=compact,
     reopen=reopen,
-    peft=replace(LORA_LAYOUT, constants={**LORA_LAYOUT.constants, "init_lora_weights": "olora"}),
+    peft=replace(LORA_LAYOUT, constants={"use_dora": False, "use_rslora": (False, True), "init_lora_weights": "olora"}),
 )

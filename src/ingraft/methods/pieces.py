@@ -42,9 +42,7 @@ def kernel_of(facts: SiteFacts) -> tuple[int, ...]:
 
 def groups_of(facts: SiteFacts) -> int:
     """How many groups of channels a convolution treats alike; 1 for other layers."""
-    groups = facts.module.groups if kernel_of(facts) else 1
-    assert isinstance(groups, int)
-    return groups
+    return int(facts.module.groups) if kernel_of(facts) else 1  # type: ignore[arg-type]
 
 
 class Bank(nn.Module):

@@ -24,11 +24,12 @@ from ingraft.methods.lora import LoraConfig, count
 from ingraft.methods.lowrank import LORA_LAYOUT
 from ingraft.methods.ranked import rank_above
 from ingraft.methods.residual import Residual, compact, reopen
+from ingraft.methods.rslora import EitherScaleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PissaConfig(LoraConfig):
-    """LoRA's hyperparameters; see `LoraConfig`.
+class PissaConfig(EitherScaleConfig):
+    """LoRA's hyperparameters and either scale; see `LoraConfig` and `EitherScaleConfig`.
 
     Attributes:
         init_lora_weights: "pissa_niter_N": N subspace iterations for the singular vectors (16 find them in a fraction of a second); "pissa":
@@ -77,7 +78,7 @@ METHOD = Method(
     # Their own files hold A and B alone, and mean the exact decomposition of the base they are put into.
     peft=replace(
         LORA_LAYOUT,
-        constants={**LORA_LAYOUT.constants, "init_lora_weights": "pissa"},
+        constants={"use_dora": False, "use_rslora": (False, True), "init_lora_weights": "pissa"},
         nearly={
             "init_lora_weights": (
                 r"pissa_niter_\d+",

@@ -22,6 +22,22 @@ from ingraft.methods.lowrank import LORA_LAYOUT
 
 
 @dataclass(frozen=True, kw_only=True)
+class EitherScaleConfig(LoraConfig):
+    """What variants share that take either scale.
+
+    Attributes:
+        use_rslora: the scale s is rsLoRA's lora_alpha / sqrt(r).
+    """
+
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """s in the equation."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RsLoraConfig(LoraConfig):
     """LoRA's hyperparameters; see `LoraConfig`. The change is scaled by lora_alpha / sqrt(r)."""
 

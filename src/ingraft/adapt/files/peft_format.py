@@ -341,7 +341,10 @@ def _identify(methods: list[Method], kind: str, raw: Mapping[str, Any], where: s
     fitting = [
         (method, layout)
         for method, layout in candidates
-        if all((raw.get(name) or False) == value for name, value in layout.constants.items())
+        if all(
+            (raw.get(name) or False) in (value if isinstance(value, tuple) else (value,))
+            for name, value in layout.constants.items()
+        )
     ]
     if fitting:
         return max(fitting, key=lambda pair: len(pair[1].constants))  # a variant says more than what it varies
