@@ -219,6 +219,18 @@ CASES: dict[str, Case] = {
         {"num_virtual_tokens": 5, "modules_to_save": ["classifier"]},
         peft.PromptTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS"),
     ),
+    "prompt-mt5": (
+        "mt5",
+        "prompt",
+        {"num_virtual_tokens": 5},
+        peft.PromptTuningConfig(num_virtual_tokens=5, task_type="SEQ_2_SEQ_LM"),
+    ),
+    "p-tuning-mt5": (
+        "mt5",
+        "p-tuning",
+        {"num_virtual_tokens": 5},
+        peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=12, task_type="SEQ_2_SEQ_LM"),
+    ),
     "p-tuning-llama": (
         "llama",
         "p-tuning",

@@ -60,6 +60,7 @@ class PeftLayout:
         shapes: our tensor name -> shape on disk by "<kind> <role>", kind or role of the site ("conv" for every convolution that has no rule of
             its own, "" for all others): 0 keeps the dimension, -1 is inferred, "kernel" stands for a convolution's inputs and kernel, "ones"
             for a one in place of each dimension of its kernel. None: they do something else there.
+        spare_rows: the stacked tensor may hold as many rows again, which they save and never read (for the decoder of an encoder-decoder).
         stacked: the one method-wide tensor that holds every site's tensors side by side, (P, ...), or None.
         beside: tensors that stand beside the stacked one -> their name in the file, by itself.
         shared_tensors: tensor of the shared module -> their name behind `base_model.`; one that is not listed is kept under a name of ours.
@@ -95,6 +96,7 @@ class PeftLayout:
         default_factory=dict[str, Mapping[str, "tuple[int | str, ...] | None"]]
     )
     stacked: str | None = None
+    spare_rows: bool = False
     beside: Mapping[str, str] = field(default_factory=dict[str, str])
     shared_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
 

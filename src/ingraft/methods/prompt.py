@@ -114,7 +114,8 @@ METHOD = Method(
         peft_type="PROMPT_TUNING",
         fields={"prompt_init": None, "prompt_init_ids": None, "position": None},
         only={"position": "front"},
-        accepted={"num_transformer_submodules": (None, 1)},
+        accepted={"num_transformer_submodules": (None, 1, 2)},
+        spare_rows=True,
         written={"num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"},
         ignored=(
             *("token_dim", "num_attention_heads", "num_layers"),

@@ -332,12 +332,12 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry], 
             entry = known.get(key)
             if entry is None:
                 problems += _extra(weights, key, base, handle, known)
-            elif shape != entry.shape and key.rpartition(".")[0] in whole and shape[1:] == entry.shape[1:]:
+            elif not entry.takes(shape) and key.rpartition(".")[0] in whole and shape[1:] == entry.shape[1:]:
                 problems.append(
                     f"{weights}: {key.rpartition('.')[0].removeprefix(PREFIX)} was trained in full with {shape[0]} outputs, and this base's has "
                     f"{entry.shape[0]}. Load the base with as many (a classifier: num_labels={shape[0]}); the adapter brings their values."
                 )
-            elif shape != entry.shape:
+            elif not entry.takes(shape):
                 problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
             elif dtype not in (known_dtypes := INDICES if entry.indices else DTYPES):
                 problems.append(f"{weights}: {key} has dtype {dtype}; it is stored in {', '.join(known_dtypes)}.")
@@ -347,6 +347,7 @@ def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry], 
             raise IngraftError(*dict.fromkeys(problems))
         for key, entry in known.items():
             value = handle.get_tensor(key)
+            value = value[: entry.shape[0]] if value.shape != entry.shape else value
             entry.put(value if entry.indices else value.float())
 
 

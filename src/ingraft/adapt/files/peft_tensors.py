@@ -48,6 +48,7 @@ class Entry:
         put: write the file's values into the adapter.
         copies: other names under which PEFT repeats it, where the base ties two of its sites.
         each_copy: PEFT misses these in a file that lacks them, since it gives each of the modules a tensor of its own.
+        spare_rows: a file may hold as many rows again behind those that count.
         used_in: the dtype in which the adapter computes with it, where that is not the base's (indices: integers).
     """
 
@@ -58,6 +59,11 @@ class Entry:
     used_in: torch.dtype | None = None
     copies: tuple[str, ...] = ()
     each_copy: bool = False
+    spare_rows: bool = False
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape holds its values."""
+        return shape == self.shape or (self.spare_rows and shape == (2 * self.shape[0], *self.shape[1:]))
 
     @property
     def indices(self) -> bool:
@@ -222,7 +228,7 @@ def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | No
         for tensor, piece in zip(own, pieces, strict=True):
             _rows(tensor).copy_(piece.reshape(_rows(tensor).shape))
 
-    return Entry(key=layout.stacked, shape=tuple(take().shape), take=take, put=put)
+    return Entry(key=layout.stacked, shape=tuple(take().shape), take=take, put=put, spare_rows=layout.spare_rows)
 
 
 def _rows(tensor: Tensor) -> Tensor:
