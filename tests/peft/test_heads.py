@@ -313,6 +313,61 @@ def test_tied_modules_that_parted_there_stay_apart_here(tmp_path: Path, tiny: Si
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.*shares its weight")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+    ids=str,
+)
+def test_files_that_keep_ties(options: dict[str, Any], tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """`ensure_weight_tying`: what shares a parameter with a named module is adapted there, and in the file, without being named."""
+    torch.manual_seed(2)
+    with theirs_alone():
+        model = peft.get_peft_model(llama(), peft.LoraConfig(ensure_weight_tying=True, **options)).eval()
+        tiny.perturb(p for p in model.parameters() if p.requires_grad)
+        theirs = output(model)
+        model.save_pretrained(str(tmp_path / "theirs"))
+    here = llama()
+    assert difference(output(here), theirs) > 10 * TOLERANCE
+    ingraft.load(here, tmp_path / "theirs")
+    assert difference(output(here), theirs) < TOLERANCE
+    ingraft.save(here, tmp_path / "ours")
+    assert difference(in_peft(llama(), tmp_path / "ours"), theirs) < TOLERANCE
+
+
+def test_ties_in_a_script(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """A tied embedding that is trained in full stays tied; two adapters on one weight could not, and are refused."""
+    from ingraft.peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    )
+    tiny.perturb(ingraft.parameters(model, "default").values())
+    model.save_pretrained(tmp_path / "a")
+    assert difference(in_peft(llama(), tmp_path / "a"), output(model)) < TOLERANCE
+    with pytest.raises(
+        ingraft.IngraftError, match=r"ensure_weight_tying: lm_head and model\.embed_tokens share a weight"
+    ):
+        get_peft_model(llama(), LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True))
+
+
+def test_biases_of_a_base_that_has_none(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """`bias="all"` says nothing on a Llama; on a base with biases it stays refused."""
+    with theirs_alone():
+        model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], bias="all")).eval()
+        tiny.perturb(p for p in model.parameters() if p.requires_grad)
+        model.save_pretrained(str(tmp_path))
+    here = llama()
+    ingraft.load(here, tmp_path)
+    assert difference(output(here), output(model)) < TOLERANCE
+
+
 def test_a_copy_of_the_head_may_be_coarser_than_the_base(tmp_path: Path, tiny: SimpleNamespace) -> None:
     """The copy of the base's head beside a soft prompt is this base's if it is so in the coarser dtype of the two."""
     model = bert()

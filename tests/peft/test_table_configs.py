@@ -48,6 +48,18 @@ def test_every_method_of_both_libraries_has_its_class() -> None:
         assert own.name in ours.__all__
 
 
+@pytest.mark.parametrize("name", [own.name for own in incumbents().values()])
+def test_no_field_of_theirs_is_a_type_error(name: str) -> None:
+    """What cannot be honoured is refused by name when the config is used; a file of theirs reads without a word about their fields."""
+    theirs = getattr(peft, name)(**({"total_step": 100} if name == "AdaLoraConfig" else {}))
+    values = theirs.to_dict()
+    known = {field.name for field in dataclasses.fields(getattr(ours, name))}
+    assert set(values) - known <= {"peft_type", "peft_version"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(ours.get_peft_config(values)) is getattr(ours, name)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_class_has_their_fields_and_defaults(name: str, tmp_path: Path) -> None:
     mine, theirs = getattr(ours, name)(), getattr(peft, name)(**({"total_step": 1} if name == "AdaLoraConfig" else {}))
@@ -91,10 +103,12 @@ def test_a_script_makes_the_adapter_that_theirs_makes(name: str, tmp_path: Path,
     ("config", "words"),
     [
         (ours.LoHaConfig(module_dropout=0.1, rank_dropout=0.2), ("module_dropout = 0.1 has no effect", "rank_dropout")),
-        (ours.OFTConfig(bias="all"), ("bias = 'all'",)),
+        (ours.OFTConfig(r=4, oft_block_size=4), ("exactly one of oft_block_size and r",)),
         (ours.VBLoRAConfig(save_only_topk_weights=True), ("save_only_topk_weights = True",)),
         (ours.VeraConfig(r=0), ("r must be at least 1",)),
         (ours.TrainableTokensConfig(), ("token_indices",)),
+        (ours.LoraConfig(use_qalora=True, kasa_config={"r": 1}), ("use_qalora = True", "kasa_config")),
+        (ours.PrefixTuningConfig(num_virtual_tokens=2, init_weights="one"), ("init_weights",)),
     ],
 )
 def test_what_a_config_cannot_mean_is_refused(config: Any, words: tuple[str, ...], tiny: SimpleNamespace) -> None:

@@ -40,6 +40,7 @@ class PeftLayout:
         unreadable: values of their fields that cannot be honoured -> why, and what to do.
         role_fields: our field that lists sites by name -> the role of those sites.
         transposed_field: their field that is true where the adapted layers store (in, out).
+        ties: their field with which modules that share a parameter with a named one are adapted, or trained in full, unnamed.
         experts: our tensor name -> the dimension along which they set the tensors of stacked experts side by side before folding it away; empty
             where they have the method neither there nor in `nn.MultiheadAttention`.
         twice: our tensors of which they keep half in the layer that an `nn.MultiheadAttention` reads: they add its change two times.
@@ -80,6 +81,7 @@ class PeftLayout:
     unreadable: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     role_fields: Mapping[str, str] = field(default_factory=dict[str, str])
     transposed_field: str | None = None
+    ties: str | None = None
     experts: Mapping[str, int] = field(default_factory=dict[str, int])
     twice: tuple[str, ...] = ()
     unshared: Mapping[str, object] = field(default_factory=dict[str, object])

@@ -53,7 +53,7 @@ LORA_LAYOUT = PeftLayout(
     off=(
         *("layer_replication", "alora_invocation_tokens"),
         *("use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-        *("velora_config", "monteclora_config", "ensure_weight_tying"),
+        *("velora_config", "monteclora_config"),
     ),
     written={"bias": "none"},
     ignored=(
@@ -70,6 +70,7 @@ LORA_LAYOUT = PeftLayout(
         )
     },
     transposed_field="fan_in_fan_out",
+    ties="ensure_weight_tying",
     tokens="trainable_token_indices",
     experts={"lora_A": 0, "lora_B": -1},
     twice=("lora_B",),

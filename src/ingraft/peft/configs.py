@@ -144,13 +144,26 @@ class LoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+    megatron_config: Any = None
+    megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: Any = field(default_factory=dict[str, Any])
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
     use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
     lora_bias: bool = False
-    loftq_config: Any = None
-    eva_config: Any = None
     target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
 
 
 @dataclass(kw_only=True)
@@ -185,6 +198,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     kind: ClassVar[PeftType | None] = PeftType.PREFIX_TUNING
 
+    init_weights: str | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
@@ -235,7 +249,8 @@ def from_dict(values: Mapping[str, Any]) -> PeftConfig:
 
     A type that the incumbent does not have gives a plain `PeftConfig`.
     """
-    cls = CLASSES.get(str(values.get("peft_type")), PeftConfig)
+    kind = values.get("peft_type")
+    cls = CLASSES.get(str(getattr(kind, "value", kind)), PeftConfig)
     known = {f.name for f in dataclasses.fields(cls)}
     if cls is not PeftConfig:
         unknown = sorted(

@@ -23,6 +23,7 @@ from ingraft.peft.configs import (
     LoraConfig,
     PeftConfig,
     PeftType,
+    PrefixTuningConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
@@ -30,6 +31,9 @@ from ingraft.peft.configs import (
 )
 from ingraft.peft.lora_configs import file_terms, variant
 from ingraft.peft.table_configs import TableConfig
+
+NEWEST = "0.21"
+"""The incumbent's version whose meaning a script has."""
 
 DESCRIBED = "peft"
 """Key of the user's config in an adapter's facts."""
@@ -41,7 +45,7 @@ def method_config(model: nn.Module, config: PeftConfig) -> MethodConfig:
     Raises:
         IngraftError: everything in the config that this model or this library cannot honour, by name.
     """
-    raw = config.to_dict()
+    raw = config.to_dict() | {"peft_version": NEWEST}
     where = type(config).__name__
     modules = base_modules(model)
     raw["modules_to_save"] = _whole(modules, config)
@@ -56,6 +60,10 @@ def method_config(model: nn.Module, config: PeftConfig) -> MethodConfig:
     made, _ = peft_format.read_config(model, raw, shared=True, ours=False, where=where)
     if isinstance(config, LoraConfig):
         made = variant(config, made)
+        if config.ensure_weight_tying:
+            _refuse_tied_targets(modules, made)
+    if isinstance(config, PrefixTuningConfig) and config.init_weights is not None:
+        made = dataclasses.replace(made, **_zero_prefix(config))  # pyright: ignore[reportArgumentType]
     if isinstance(config, PromptTuningConfig):
         made = dataclasses.replace(made, **_start(config))  # pyright: ignore[reportArgumentType]
     return made
@@ -132,6 +140,28 @@ def _refuse_idle(config: TableConfig) -> None:
     ]
     if problems:
         raise IngraftError(*problems)
+
+
+def _refuse_tied_targets(modules: dict[str, nn.Module], made: MethodConfig) -> None:
+    """The incumbent gives an embedding and a head that share a weight one adapter, turned over for one of them; here they would be two."""
+    names = made.target_modules or ()
+    first: dict[int, str] = {}
+    for path in [path for path in modules if any(matches(name, path) for name in names)]:
+        for p in modules[path]._parameters.values():
+            if p is not None and (other := first.setdefault(id(p), path)) != path:
+                raise IngraftError(
+                    f"LoraConfig: ensure_weight_tying: {path} and {other} share a weight, and two adapters on them would be trained apart. Leave it off, "
+                    "or train the embedding in full (modules_to_save) or some of its rows (trainable_token_indices), which stay tied here."
+                )
+
+
+def _zero_prefix(config: PrefixTuningConfig) -> dict[str, Any]:
+    """A prefix that starts at zero, in native terms."""
+    if config.init_weights != "zero" or config.prefix_projection:
+        raise IngraftError(
+            f"PrefixTuningConfig: init_weights must be None, or 'zero' without prefix_projection; got {config.init_weights!r}."
+        )
+    return {"init_std": 0.0}
 
 
 def _start(config: PromptTuningConfig) -> dict[str, Any]:

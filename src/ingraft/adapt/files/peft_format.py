@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ingraft.adapt.building import BESIDE
+from ingraft.adapt.building import BESIDE, base_parameters
 from ingraft.adapt.control import Adapter
 from ingraft.adapt.files.peft_heads import inside_of, read_whole, within, written_class, written_task, written_whole
 from ingraft.adapt.files.peft_heads import task_of as task_of
@@ -222,13 +222,14 @@ def read_config(
         *layout.written,
         *layout.ignored,
     }
-    known |= {name for name in (*theirs.values(), layout.tokens) if name is not None}
+    known |= {name for name in (*theirs.values(), layout.tokens, layout.ties) if name is not None}
     _unknown(raw, known | ({layout.transposed_field} if layout.transposed_field else set()), ours=ours, where=where)
     raw = _filled(raw, ours=ours)
     problems = [
         f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else. {remedy(found)}"
         for name in sorted({*layout.accepted, *layout.off} & set(raw))
         if not (raw[name] in layout.accepted[name] if name in layout.accepted else not raw[name])
+        and not _idle(model, name)
     ]
     problems += [
         f"{where}: {name} = {raw[name]!r}: {layout.unreadable[name][raw[name]]}"
@@ -260,11 +261,30 @@ def read_config(
         options |= layout.unshared
     if layout.tokens is not None and raw.get(layout.tokens):
         options["trainable_token_indices"] = raw[layout.tokens]
-    options["modules_to_save"] = tuple(read_whole(model, raw, inside_of(layout)))
+    whole = list(read_whole(model, raw, inside_of(layout)))
+    options["modules_to_save"] = tuple(_followed(model, raw, layout, whole))
     if not layout.stacked and not layout.bare:
         options |= _read_sites(model, raw, layout, set(options["modules_to_save"]), where)
     config = _make(found, options, where)
     return config, layout
+
+
+def _idle(model: nn.Module, name: str) -> bool:
+    """Whether a field says nothing of this base: `bias` where no parameter is one."""
+    return name == "bias" and not any("bias" in key for key in base_parameters(model))
+
+
+def _followed(model: nn.Module, raw: Mapping[str, Any], layout: PeftLayout, paths: list[str]) -> list[str]:
+    """These modules, and where the file says that ties are kept those that share a parameter with one of them."""
+    if layout.ties is None or not raw.get(layout.ties):
+        return paths
+    modules = base_modules(model)
+    own = {id(p) for path in paths for p in modules[path]._parameters.values() if p is not None}
+    return [
+        path
+        for path, module in modules.items()
+        if path in paths or any(id(p) in own for p in module._parameters.values() if p is not None)
+    ]
 
 
 def remedy(method: Method) -> str:
@@ -391,6 +411,7 @@ def _read_sites(
     if targets is None:
         raise IngraftError(f"{where}: target_modules is missing.")
     paths = [path for path in modules if path and not within(path, whole) and peft_matches(raw, path)]
+    paths = _followed(model, raw, layout, paths)
     if not paths:
         raise IngraftError(
             f"{where}: target_modules = {targets!r} matches no module of {original_class(model).__name__}. The adapter is for another base."
