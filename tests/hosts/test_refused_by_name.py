@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,87 @@ def test_no_batch_and_a_batch_of_nothing(method: str, options: dict[str, Any], s
     assert all(p.grad is not None for p in ingraft.parameters(model, "default").values())
     if x.numel():
         torch.testing.assert_close(y, model(x[None])[0])
+
+
+def swin_v2() -> Any:
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "window_size": 4}
+    config = t.Swinv2Config(**sizes, drop_path_rate=0.0)
+    return t.Swinv2ForImageClassification(config)
+
+
+def llama4() -> Any:
+    return t.Llama4ForCausalLM(
+        t.Llama4TextConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            intermediate_size_mlp=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=64,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            pad_token_id=0,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "options"),
+    [
+        (swin_v2, "full", {"target_modules": ["attention.self.query", "layernorm"]}),
+        (swin_v2, "freeze", {}),
+        (llama4, "houlsby", {"reduction_factor": 4}),
+        (llama4, "parallel", {"reduction_factor": 4}),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])  # joined, and group by group
+def test_rows_where_a_module_returns_what_others_do_not(
+    make: Callable[[], Any], method: str, options: dict[str, Any], training: bool
+) -> None:
+    """Tuples of one, tokens in one long list: each row is what it is alone, or the refusal names the module."""
+    torch.manual_seed(0)
+    model = make().eval()
+    for name in ("a", "b"):
+        ingraft.attach(model, make_config(method, options), name, seed=1)
+        with torch.no_grad():
+            for parameter in ingraft.parameters(model, name).values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.train(training)
+    key, value = (
+        ("pixel_values", torch.randn(2, 3, 32, 32)) if make is swin_v2 else ("input_ids", torch.randint(3, 60, (2, 7)))
+    )
+    with torch.no_grad():
+        alone = []
+        for row, name in enumerate(("a", "b")):
+            ingraft.activate(model, name)
+            alone.append(model(**{key: value[row : row + 1]}).logits)
+        assert float((alone[0] - alone[1]).abs().max()) > 1e-3
+        try:
+            with ingraft.rows(model, ["a", "b"]):
+                together = model(**{key: value}).logits
+        except ingraft.IngraftError as error:
+            assert method == "freeze" and "Leave this module out" in str(error)
+        else:
+            assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["0", "2"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_layers_without_sizes(method: str, target: str) -> None:
+    """A lazy layer anywhere: the base must run once first."""
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4))
+    config = make_config(method, {"target_modules": [target]})
+    with pytest.raises(IngraftError, match=r"0: no weights yet \(a lazy layer\)\. Run the base once"):
+        adapt.attach(model, config)
+    model(torch.randn(2, 5))
+    adapt.attach(model, make_config(method, {"target_modules": [target], **({"r": 2} if method == "lora" else {})}))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("method", ["lora", "bitfit", "full", "freeze", "ln-tuning"])
+def test_a_weight_that_is_computed_ahead_of_the_forward(method: str) -> None:
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 4))
+    with pytest.raises(IngraftError, match=r"^0.*(computed|no norm)"):
+        adapt.attach(model, make_config(method, {"target_modules": ["0"]}))

@@ -30,7 +30,7 @@ from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, host_state, part_of
 from ingraft.adapt.joint import Plan, fits, plan_of, serve
 from ingraft.adapt.offload import present
 from ingraft.adapt.probe import note
-from ingraft.adapt.rows import Call, entries_of, spread
+from ingraft.adapt.rows import Call, entries_of, spread, unflattened
 from ingraft.adapt.site import LayerSite
 from ingraft.adapt.stacked import Read, Stack, reads, sliced
 from ingraft.adapt.swap import Container, Forward, Mixin
@@ -150,8 +150,9 @@ def _whole(
         return y
     x = _span_input(state, args, kwargs)
     first = y[0] if isinstance(y, tuple) else y
-    entries = None
-    first = _outputs(host, state, call, on_output, x, first, entries, first.shape[0], base, args, kwargs)
+    apart = unflattened(first, x)
+    changed = _outputs(host, state, call, on_output, x, apart, None, apart.shape[0], base, args, kwargs)
+    first = changed if apart is first else changed.flatten(0, 1)
     return (first, *y[1:]) if isinstance(y, tuple) else first
 
 
@@ -201,7 +202,8 @@ def _mixed(
     size = x.shape[0]
     pieces: list[Tensor] = []
     order: list[Tensor] = []
-    rest: tuple[Any, ...] = ()
+    returned = x
+    rest: tuple[Any, ...] | None = None
     further: list[tuple[Any, ...]] = []
     y_all: Tensor | None = None
     if not (touches_weight and not fast):
@@ -226,8 +228,9 @@ def _mixed(
             if isinstance(y, tuple):
                 further.append(y[1:])
                 y = y[0]
+            returned, y = y, unflattened(y, x_rows)
         else:
-            y = y_all.index_select(0, entries)
+            returned, y = y_all, unflattened(y_all, x).index_select(0, entries)
             if on_weight:
                 y = _after(host, state, call, _shortcuts(state, on_weight), x_rows, y, entries, size, base, bare)
             elif bare and (b := bias_of(host)) is not None and state.kind is not None:
@@ -240,12 +243,13 @@ def _mixed(
     state.control.spans.pop(state.path, None)
     inverse = torch.argsort(torch.cat(order))
     y = torch.cat(pieces).index_select(0, inverse)
+    y = y.flatten(0, 1) if returned.dim() < y.dim() else y
     if further:
         rest = tuple(
             torch.cat(each).index_select(0, inverse) if isinstance(each[0], Tensor) else each[0]
             for each in zip(*further, strict=True)
         )
-    return (y, *rest) if rest else y
+    return y if rest is None else (y, *rest)
 
 
 @contextmanager
@@ -268,8 +272,8 @@ def _base_once(
     base: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Tensor, tuple[Any, ...], bool]:
-    """The one base call of a mixed batch, each group's rows seen through its own `before`. Returns y, other outputs, bias left out."""
+) -> tuple[Tensor, tuple[Any, ...] | None, bool]:
+    """The one base call of a mixed batch, each group's rows seen through its own `before`. Returns y, other outputs (None: y is no tuple), bias left out."""
     bare = False
     changed: list[tuple[Tensor, Tensor]] = []
     for on_weight, _, rows in split:
@@ -286,9 +290,9 @@ def _base_once(
     for entries, x_rows in changed:
         x = x.index_copy(0, entries, x_rows.to(x.dtype))
     if bare and state.kind is not None:
-        return state.kind.bare(host, base, x), (), True
+        return state.kind.bare(host, base, x), None, True
     y = base(x, *args[1:], **kwargs) if args else base(**kwargs)
-    return (y[0], tuple(y[1:]), False) if isinstance(y, tuple) else (y, (), False)
+    return (y[0], tuple(y[1:]), False) if isinstance(y, tuple) else (y, None, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts on weights

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.adapt.control import Control, HostState
-from ingraft.adapt.rows import Call
+from ingraft.adapt.rows import Call, unflattened
 from ingraft.adapt.site import LayerSite
 from ingraft.adapt.swap import Forward
 from ingraft.methods.contract import OutputPart, Part, ShortcutPart
@@ -211,9 +211,11 @@ def serve(
         again = base(x, *args[1:], **kwargs) if args else base(**{**kwargs, next(iter(kwargs)): x})
         return again[0] if isinstance(again, tuple) else again
 
-    y = result[0] if isinstance(result, tuple) else result
+    first = result[0] if isinstance(result, tuple) else result
+    y = unflattened(first, span)
     for joint in plan.on_output:
         y = joint.part.after(span, y, JointSite(joint, host, state, call, y.shape, rerun))
+    y = y.flatten(0, 1) if first.dim() < y.dim() else y
     return (y, *result[1:]) if isinstance(result, tuple) else y
 
 

@@ -94,6 +94,7 @@ def attach(
         )
     if problems:
         raise IngraftError(*problems)
+    models.check_sizes(model)
     control = control_of(model) or Control()
     if not isinstance(name, str) or not NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise IngraftError(

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, host_state
 from ingraft.adapt.root import Root, SequentialRoot
@@ -177,7 +178,16 @@ def width_of(model: nn.Module, module: nn.Module) -> int:
         return 0
     last = kind_of(inner[-1])
     assert last is not None
-    return last.shape_of(inner[-1])[0]
+    return next(iter(last.shape_of(inner[-1])), 0)  # a computed weight has no shape of its own
+
+
+def check_sizes(model: nn.Module) -> None:
+    """Refuse a model with layers that do not know their sizes yet (torch's lazy ones)."""
+    lazy = [path for path, module in model.named_modules() if any(map(is_lazy, module._parameters.values()))]
+    if lazy:
+        raise IngraftError(
+            f"{', '.join(lazy)}: no weights yet (a lazy layer). Run the base once, which gives them their sizes, and attach then."
+        )
 
 
 def carries_rows(model: nn.Module, path: str) -> bool:

@@ -170,6 +170,12 @@ def spread(x: Tensor, call: Call) -> Tensor:
     return x.expand(call.size if call.size and call.size % n == 0 else n, *x.shape[1:])
 
 
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """What a module returned, (B T, ...) as (B, T, ...) where its input x has tokens in rows: mixtures of experts return one long list of them."""
+    flat = 1 < y.dim() == x.dim() - 1 and y.shape[0] == x.shape[0] * x.shape[1]
+    return y.unflatten(0, x.shape[:2]) if flat else y
+
+
 def row_keys(call: Call, salt: int, size: int, entries: Tensor | None, device: torch.device) -> Tensor:
     """(len(entries),) int32 keys, one an entry of dimension 0, from (adapter seed and site in `salt`, step, row identity).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ingraft.adapt import models
 from ingraft.adapt.control import control_of
@@ -417,6 +417,8 @@ def _site_problem(
             return f"{what}: {method.name} needs a layer with a weight matrix (linear, embedding, convolution). Name such layers instead{_raw(module)}."
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return f"{what}: its weight is computed (parametrized or weight-normed), so changing it would do nothing. Remove the parametrization first."
+    elif issubclass(part, ParameterPart) and isinstance(module.__dict__.get("weight"), Tensor):
+        return f"{what}: its weight is computed ahead of its forward (weight norm), so what it is computed from cannot be replaced there. Remove the norm first."
     elif (
         issubclass(part, OutputPart) and role == "weight" and isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
     ):
