@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -140,47 +140,60 @@ def recipe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + item.name, kind, item
 
 
-def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    also: Callable[[Recipe], list[str]] | None = None,
+) -> Recipe:
     """Read a YAML recipe, lay `overrides` over it and check the whole.
 
     Args:
         path: the YAML file, or None to build the recipe from overrides alone.
         overrides: values by dotted key (`{"data.max_length": 512}`); they win over the file. `method_config` merges key by key, unless
             the override changes the method, whose keys would then belong to another method.
+        also: as in `as_recipe`.
 
     Raises:
         IngraftError: the file cannot be read, or the recipe is wrong; every problem is listed.
     """
     values = {} if path is None else read_yaml(path)
     merge_values(values, overrides or {})
-    return as_recipe(values, source="" if path is None else str(path))
+    return as_recipe(values, source="" if path is None else str(path), also=also)
 
 
 def as_recipe(
-    recipe: Recipe | Mapping[str, Any] | str | Path, *, source: str = "", check_method: bool = True
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    source: str = "",
+    check_method: bool = True,
+    also: Callable[[Recipe], list[str]] | None = None,
 ) -> Recipe:
     """A checked, fully resolved recipe from whatever the caller holds: a `Recipe`, a mapping with the same keys, or a YAML file.
 
     Args:
         source: where a mapping came from, to be named in the messages.
         check_method: look into the method's own keys as well, which imports the method and with it torch.
+        also: asked for further problems, of the files that it names, where a recipe is refused: all are told at once.
 
     Raises:
         IngraftError: every problem found.
     """
     if isinstance(recipe, str | Path):
-        return load_recipe(recipe)
+        return load_recipe(recipe, also=also)
     values = dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else dict(recipe)
     if isinstance(values.get("data"), str):  # `data: rows.jsonl`, as `--data rows.jsonl`
         values["data"] = {"train": values["data"]}
     parsed, problems, wrong = _parse(values)
     problems += [text for keys, text in _impossible(parsed) if not wrong.intersection(keys)]
     if check_method and not wrong.intersection(("method", "method_config")):
-        options, method_problems = _method_options(parsed.method, parsed.method_config, tuple(parsed.adapters))
+        over, steps = tuple(parsed.adapters), parsed.max_steps
+        options, method_problems = _method_options(parsed.method, parsed.method_config, over, steps)
         problems += method_problems
         parsed = dataclasses.replace(parsed, method_config=options)
     if problems:
-        raise IngraftError(*(f"{source}: {text}" if source else text for text in problems))
+        inside = [f"{source}: {text}" if source else text for text in problems]
+        raise IngraftError(*inside, *(also(parsed) if also is not None else ()))
     if parsed.learning_rate is None:
         parsed = dataclasses.replace(parsed, learning_rate=record(parsed.method).learning_rate)
     if not parsed.output_dir:
@@ -399,11 +412,14 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (key, "eval_steps"), f"{key}: needs evaluations during training; eval_steps is 0."
 
 
-def _method_options(method: str, options: dict[str, Any], over: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+def _method_options(
+    method: str, options: dict[str, Any], over: tuple[str, ...], steps: int
+) -> tuple[dict[str, Any], list[str]]:
     """The method's options with its defaults filled in, or the problems with its name or its keys.
 
     Args:
         over: the names of the adapters the recipe brings, for a method that acts over others; such a method calls its option `adapters`.
+        steps: how long training is, if that is known yet (above 0).
     """
     from ingraft.methods import registry
 
@@ -434,7 +450,8 @@ def _method_options(method: str, options: dict[str, Any], over: tuple[str, ...])
                 f"adapters: {method} acts over two trained adapters or more, and needs the folder of each "
                 f"(--adapters.NAME FOLDER); it is to act over {said}, and there are folders for {', '.join(over) or 'none'}."
             ]
-    return plain(dataclasses.asdict(cast(Any, config))), []
+    found = [f"method_config: {text}" for text in (config.in_steps(steps) if steps > 0 else ())]
+    return plain(dataclasses.asdict(cast(Any, config))), found
 
 
 def _stem(data: str) -> str:

@@ -30,6 +30,11 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
             ["seed: should be", "task: 'dpo' comes"],
         ),
         (["train", "--model", "m", "--data", "d", "--method", "lorra"], ["did you mean 'lora'"]),
+        (
+            ["train", "--model", "./none", "--data", "no.jsonl", "--init-adapter", "nowhere", "--seed", "x"],
+            ["seed: should be", "./none: there is no such", "no.jsonl does not exist", "there is no nowhere"],
+        ),
+        (["train", "--model", "./none", "--data", "no.jsonl", "--sed=1"], ["'--seed'", "./none", "no.jsonl"]),
         (["merge"], ["--adapter DIR is needed", "--output-dir DIR is needed"]),
         (["inspect"], ["name an adapter folder"]),
         (["inspect", "--adapter", "none"], ["there is no such folder"]),

@@ -98,6 +98,10 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"method": "lorra"}, "method"),
         ({"method_config": {"r": 0}}, "method_config"),
+        (
+            {"method": "adalora", "method_config": {"tinit": 5, "tfinal": 5}, "max_steps": 10},
+            "method_config",
+        ),
         ({"method_config": {"r": "many"}}, "method_config.r"),
         ({"method_config": {"r": True}}, "method_config.r"),
         ({"method_config": {"layers_to_transform": [True]}}, "method_config.layers_to_transform"),

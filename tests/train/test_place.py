@@ -85,3 +85,13 @@ def test_what_training_starts_from_is_what_the_recipe_says(recipe: Make, tmp_pat
     second = train(recipe(**start, method_config={}), quiet=True)
     written = as_recipe(second.folder / "recipe.yaml")
     assert (written.method_config["r"], written.method_config["lora_alpha"]) == (4, 4)
+
+
+def test_a_training_too_short_for_its_method_is_refused_before_the_base_is_loaded(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many steps an epoch has is known with the data."""
+    monkeypatch.setattr("ingraft.train.run.load_base", None)
+    values = recipe(method="adalora", method_config={"tinit": 500, "tfinal": 500}, max_steps=-1, num_train_epochs=1)
+    with pytest.raises(IngraftError, match=r"tinit = 500 and tfinal = 500 leave none of \d+ steps"):
+        train(values, quiet=True)

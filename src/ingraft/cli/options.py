@@ -93,9 +93,10 @@ class VerbCommand(click.Command):
             return super().invoke(ctx)
         if self.whole_recipe:
             from ingraft.recipe import load_recipe
+            from ingraft.train.place import absent
 
             try:
-                load_recipe(ctx.params.get("config"), given(ctx.params))
+                unknown += absent(load_recipe(ctx.params.get("config"), given(ctx.params), also=absent))
             except IngraftError as error:
                 unknown += error.problems
         raise click.UsageError("\n".join(unknown), ctx)

@@ -33,7 +33,9 @@ def command(
     from ingraft.recipe import load_recipe
 
     output = Output(as_json=as_json)
-    recipe = load_recipe(config, given(arguments))
+    from ingraft.train.place import absent
+
+    recipe = load_recipe(config, given(arguments), also=absent)
     from ingraft.train.run import train
 
     run = train(

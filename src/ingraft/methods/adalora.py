@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.methods.adalora_layout import ADALORA_LAYOUT
-from ingraft.methods.allocation import TENSORS, compact, penalty, schedule_problems, update
+from ingraft.methods.allocation import TENSORS, compact, no_time, penalty, schedule_problems, update
 from ingraft.methods.contract import Factors, Method, MethodConfig, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.ranked import above
 
@@ -72,14 +72,16 @@ class AdaLoraConfig(MethodConfig):
             found.append(f"orth_reg_weight must not be negative, got {self.orth_reg_weight}.")
         return found + schedule_problems(self)
 
+    def in_steps(self, total: int) -> list[str]:
+        reason = no_time(self, self.total_step or total)
+        return [] if reason is None else [reason]
+
     def idle(self, paths: Iterable[str]) -> list[str]:
         known = tuple(paths)
         return super().idle(known) + [
             f"rank_pattern: {key!r} is none of the adapted modules; its keys are their whole paths."
             for key in self.rank_pattern
-            if not any(
-                key == path or key.startswith(path + ".") for path in known
-            )  # a module may hold several matrices
+            if not any(f"{key}.".startswith(path + ".") for path in known)  # a module may hold several matrices
         ]
 
     def rank(self, path: str) -> int:

@@ -49,9 +49,7 @@ def schedule_problems(config: AdaLoraConfig) -> list[str]:
         )
     delays = {"tinit": config.tinit, "tfinal": config.tfinal}
     found += [f"{n} must not be negative, got {v}." for n, v in delays.items() if v is not None and v < 0]
-    if not found and config.total_step is not None and (reason := no_time(config, config.total_step)) is not None:
-        found.append(reason)
-    return found
+    return found or ([] if config.total_step is None else config.in_steps(config.total_step))
 
 
 def penalty(config: AdaLoraConfig, parts: Mapping[str, AdaLoRA]) -> Tensor:

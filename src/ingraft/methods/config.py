@@ -98,6 +98,11 @@ class MethodConfig:
         del paths
         return []
 
+    def in_steps(self, total: int) -> list[str]:
+        """What is wrong with the options in a training of so many optimiser steps, each a sentence."""
+        del total
+        return []
+
     def options(self) -> dict[str, object]:
         """The fields as plain data, in order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -27,22 +27,33 @@ _OWN = {RECIPE, LOG, METRICS, REPORT, CONFIG, WEIGHTS, MEMBERS, durable.MANIFEST
 
 def check(recipe: Recipe, resume: str | None, *, overwrite: bool) -> None:
     """Refuse, all in one message, a base, data or an output folder that cannot be, before anything is loaded."""
+    folder = partial(_check_folder, Path(recipe.output_dir), to_yaml(recipe), resume, overwrite)
+    if problems := [*absent(recipe), *_problems([folder])]:
+        raise IngraftError(*problems)
+
+
+def absent(recipe: Recipe) -> list[str]:
+    """What is wrong with the base, the data and the adapters that a recipe names, each a sentence; a recipe may name none, and be refused for that."""
     wanted = recipe.data
-    checks: list[Callable[[], None]] = [
-        partial(check_base, recipe.model, recipe.quantization, recipe.task),
-        *(partial(check_source, path) for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str)),
-        *(partial(_check_adapter, f"adapters.{name}", path) for name, path in recipe.adapters.items()),
-        *([partial(_check_adapter, "init_adapter", recipe.init_adapter)] if recipe.init_adapter else []),
-        partial(_check_folder, Path(recipe.output_dir), to_yaml(recipe), resume, overwrite),
-    ]
+    sources = [path for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str) and path.strip()]
+    return _problems(
+        [
+            *([partial(check_base, recipe.model, recipe.quantization, recipe.task)] if recipe.model.strip() else []),
+            *(partial(check_source, path) for path in sources),
+            *(partial(_check_adapter, f"adapters.{name}", path) for name, path in recipe.adapters.items()),
+            *([partial(_check_adapter, "init_adapter", recipe.init_adapter)] if recipe.init_adapter else []),
+        ]
+    )
+
+
+def _problems(checks: list[Callable[[], None]]) -> list[str]:
     problems: list[str] = []
     for check in checks:
         try:
             check()
         except IngraftError as error:
             problems += error.problems
-    if problems:
-        raise IngraftError(*problems)
+    return problems
 
 
 def _check_adapter(key: str, folder: str) -> None:

@@ -115,7 +115,7 @@ def train(
         SystemExit: with code 143 after SIGTERM, likewise.
     """
     began = time.perf_counter()
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe, also=place.absent)
     folder = Path(recipe.output_dir)
     place.check(recipe, resume_from_checkpoint, overwrite=overwrite_output_dir)
     there = folder.exists()
@@ -157,6 +157,10 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
         notes.say(line)
     if not any(example.learned for example in data.train):
         raise IngraftError(f"{wanted.train}: no row has a learned token, so there is nothing to train on.")
+    if problems := registry.make_config(recipe.method, recipe.method_config).in_steps(
+        plan(recipe, len(data.train)).total
+    ):
+        raise IngraftError(*(f"method_config: {text}" for text in problems))
     torch.manual_seed(recipe.seed)  # the fresh head of a classifier
     labels = list(data.labels) if data.labels is not None else None
     held = recipe.quantization
