@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ingraft.adapt.offload import first_owner, is_offloaded, present
 from ingraft.adapt.select import base_modules, chosen_parameters, select
 from ingraft.adapt.stacked import Matrix, Stack, matrices, own_tensors
 from ingraft.adapt.tokens import tokens_beside
+from ingraft.adapt.walk import walked
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -237,17 +239,26 @@ def facts_of(model: nn.Module, path: str, module: nn.Module, role: str, *, value
         b=bias_of(module),
         takes_bias="bias" in module._parameters,
         parameters={name: p for name, p in module._parameters.items() if p is not None},
-        width=models.width_of(model, module),
+        width=models.width_of(model, module, kind),
     )
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's own parameters, those of adapters left out."""
+    return _tensors_of(model, "_parameters")
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters and buffers."""
+    return {**_tensors_of(model, "_parameters"), **_tensors_of(model, "_buffers")}
+
+
+def _tensors_of(model: nn.Module, kind: str) -> dict[str, Any]:
     return {
-        f"{path}.{name}" if path else name: parameter
-        for path, module in base_modules(model).items()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
+        f"{path}.{name}" if path else name: tensor
+        for path, module in walked(model).modules.items()
+        for name, tensor in module.__dict__[kind].items()
+        if tensor is not None
     }
 
 

@@ -27,13 +27,17 @@ STEP = "adapter:step"
 """The step of dropout, beside the adapters' tensors in a Trainer's checkpoint."""
 
 
+CHILD = "adapter:"
+"""How the names of modules that hold an adapter's tensors begin."""
+
+
 def child_name(adapter: str) -> str:
     """The name under which an adapter's part is registered in its host.
 
     The colon keeps it apart from every attribute a module could have (an adapter may be called `mlp` or `forward`); dots are not
     allowed in child names.
     """
-    return "adapter:" + adapter.replace(".", "%2E")
+    return CHILD + adapter.replace(".", "%2E")
 
 
 def shared_name(adapter: str) -> str:
@@ -109,6 +113,7 @@ class Control:
         spans: inputs remembered on the way through a span; empty between forwards.
         encoders: the modules at the root whose results the attention and input parts of an adapter are handed.
         shared: these results, as far as they were asked for in this forward; empty between forwards.
+        walk: the model's own modules as they were last found (`walk.py`); moulds: what was learned of adapters' files (`files/mould.py`).
         running: a forward is under way, of the model or of a stack of it that was called from outside.
         restore: what to put back when adapters go.
     """
@@ -130,10 +135,16 @@ class Control:
     spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     encoders: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     shared: dict[str, Any] = field(default_factory=dict[str, Any])
+    walk: Any = None
+    moulds: list[Any] = field(default_factory=list[Any])
     running: bool = False
     restore: dict[str, Any] = field(default_factory=dict[str, Any])
     laid: list[type[Mixin]] = field(default_factory=list["type[Mixin]"])
     """Further mixins over the root (`ingraft.peft`'s), which come off with the last adapter."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which learn about themselves."""
+        return {**self.__dict__, "walk": None, "moulds": []}
 
     def shared_of(self, name: str) -> Any:
         """What the adapter's shared module returns for this forward, None if it has none. Outside a forward nothing is kept of it."""
@@ -270,3 +281,8 @@ def part_of(host: nn.Module, adapter: str) -> Part | None:
     """The part that an adapter has in this host, or None."""
     part = host._modules.get(child_name(adapter))
     return part if isinstance(part, Part) else None
+
+
+def holds_parts(host: nn.Module) -> bool:
+    """Whether any adapter has a part in this host. Parts are registered last, so the first look finds one if there are any."""
+    return any(name.startswith(CHILD) and isinstance(host._modules[name], Part) for name in reversed(host._modules))

@@ -42,6 +42,7 @@ from ingraft.adapt.roles import projects, sites_of_role
 from ingraft.adapt.root import Root, outermost
 from ingraft.adapt.swap import Forward, Mixin, beneath, is_swapped, original_class, swap, unswap
 from ingraft.adapt.virtual import Decoder, Inner, behinds, lengths, reads_context
+from ingraft.adapt.walk import path_of, walked
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, GatedPart, InputPart, Method, SiteFacts
@@ -263,7 +264,9 @@ def inner_path(model: nn.Module) -> str:
             and "input_ids" in inspect.signature(inner.decoder.forward).parameters
         ):
             inner = inner.decoder  # OPT nests the stack that works out masks once more
-    return next(path for path, module in model.named_modules() if module is inner)
+    path = path_of(model, inner)
+    assert path is not None, "it was reached from the model"
+    return path
 
 
 def check_method(model: nn.Module, method: Method) -> None:
@@ -341,7 +344,7 @@ def text_path(model: Any) -> str:
     if "text_config" not in getattr(model.config, "sub_configs", {}):
         return ""
     inner = model.get_decoder()
-    return next((path for path, module in model.named_modules() if module is inner), "")
+    return path_of(model, inner) or ""
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -421,7 +424,7 @@ def settle(model: nn.Module) -> None:
 
 def _carry(model: nn.Module, control: Control | None) -> None:
     """Wrap (or unwrap) the checkpointing functions that blocks hold."""
-    for module in model.modules():
+    for module in walked(model).modules.values():
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is None:
             continue
@@ -433,7 +436,7 @@ def _configs(model: nn.Module) -> list[Any]:
     """Every config object in the model, once; T5's stacks have copies of their own."""
     found = {
         id(config): config
-        for module in model.modules()
+        for module in walked(model).modules.values()
         if hasattr(config := getattr(module, "config", None), "_attn_implementation")
     }
     return list(found.values())
@@ -463,7 +466,7 @@ def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
     places: list[tuple[str, type[Mixin]]] = [(inner_path(model), Inner)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = model.get_decoder()  # type: ignore[operator]
-        places.append((next(path for path, module in model.named_modules() if module is decoder), Decoder))
+        places.append((path_of(model, decoder) or "", Decoder))
     for path, mixin in places:
         module = model.get_submodule(path)
         if wanted and not is_swapped(module, (mixin,)):

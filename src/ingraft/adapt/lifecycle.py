@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -28,6 +28,7 @@ from ingraft.adapt.control import (
     HostState,
     child_name,
     control_of,
+    holds_parts,
     host_state,
     part_of,
     require_control,
@@ -38,9 +39,10 @@ from ingraft.adapt.host import Host, SequentialHost
 from ingraft.adapt.joint import forget
 from ingraft.adapt.roles import blocks, key_value_layers
 from ingraft.adapt.rows import Call, rows_of
-from ingraft.adapt.select import base_modules, select
+from ingraft.adapt.select import select
 from ingraft.adapt.stacked import reads
 from ingraft.adapt.swap import is_swapped, original_class, swap, unswap
+from ingraft.adapt.walk import walked
 from ingraft.adapt.weights import kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -96,10 +98,7 @@ def attach(
         raise IngraftError(*problems)
     models.check_sizes(model)
     control = control_of(model) or Control()
-    if not isinstance(name, str) or not NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise IngraftError(
-            f"{name!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit."
-        )
+    check_adapter_name(name)
     if name in control.adapters:
         raise IngraftError(f"An adapter named {name!r} is attached already; detach it first or choose another name.")
     method = registry.load(config.method)
@@ -133,30 +132,61 @@ def attach(
         fill(adapter, parts, shared)
     for remark in remarks:
         warnings.warn(f"{name}: {remark}", stacklevel=2)
-    # From here on nothing can fail.
+    for part in (*parts.values(), *((shared,) if shared is not None else ())):
+        part.requires_grad_(train)
+    put(model, control, adapter, parts, shared, train)
+    return model
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse what cannot be an adapter's name.
+
+    Raises:
+        IngraftError: it cannot.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise IngraftError(
+            f"{name!r} is no name for an adapter: up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit."
+        )
+
+
+def put(
+    model: nn.Module,
+    control: Control,
+    adapter: Adapter,
+    parts: Mapping[str, Part],
+    shared: nn.Module | None,
+    train: bool,
+) -> None:
+    """Put a finished adapter into the model and let it alone act. Nothing in here can fail.
+
+    Args:
+        train: no other is trainable from now on. Whether this one is says `requires_grad` of its tensors.
+    """
+    modules, name = walked(model).modules, adapter.name
     if not control.adapters:
         control.required_grad = {path: parameter.requires_grad for path, parameter in base_parameters(model).items()}
-        for module in base_modules(model).values():
+        for module in modules.values():
             if (kind := kind_of(module)) is not None:
                 kind.settle(module)
         model.__dict__[ATTRIBUTE] = control
         swap(model, models.root_mixin(model))
-    for parameter in base_parameters(model).values():
-        parameter.requires_grad_(False)
+    for module in modules.values():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
     for other in control.adapters if train else ():
         for part in _trained(model, other):
             part.requires_grad_(False)
     control.adapters[name] = adapter
+    child = child_name(name)
     for path, part in parts.items():
-        _host(model, control, path, adapter.sites[path]).add_module(child_name(name), part)
+        _host(model, control, path, adapter.sites[path], modules).add_module(child, part)
     if shared is not None:
         model.add_module(shared_name(name), shared)
-    for part in _trained(model, name):
-        part.requires_grad_(train)
-    _assign_roles(model, control, name)
+    _assign_roles(model, control, adapter, modules)
     models.settle(model)
     _act(control, replace(control.call, active=(name,), rows=None))
-    return model
 
 
 def seed_of(seed: int | None, verb: str) -> int:
@@ -172,9 +202,9 @@ def seed_of(seed: int | None, verb: str) -> int:
     return operator.index(seed)
 
 
-def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module:
+def _host(model: nn.Module, control: Control, path: str, role: str, modules: Mapping[str, nn.Module]) -> nn.Module:
     """The module at a path, made a host if it is none yet."""
-    module = model.get_submodule(path)
+    module = modules[path]
     state = host_state(module)
     if state is None:
         kind = kind_of(module)
@@ -185,8 +215,8 @@ def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module
         module.__dict__[HOST_ATTRIBUTE] = state
         models.enter_host(model, control, path)
         parent, _, name = path.rpartition(".")
-        if path and name in reads(model.get_submodule(parent)):
-            _host(model, control, parent, "reads")
+        if path and name in reads(modules[parent]):
+            _host(model, control, parent, "reads", modules)
     if role == "attention":
         state.projections = key_value_layers(module)
     # The attention reaches its parts through the attention registry, the input through the root; neither runs anything around the module.
@@ -195,31 +225,31 @@ def _host(model: nn.Module, control: Control, path: str, role: str) -> nn.Module
     return module
 
 
-def _assign_roles(model: nn.Module, control: Control, name: str) -> None:
+def _assign_roles(model: nn.Module, control: Control, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     """Tell each host its role; let the module where an MLP begins remember its input for the part where the MLP ends."""
-    adapter = control.adapters[name]
+    exits: list[str] = []
     for path, role in adapter.sites.items():
-        state = host_state(model.get_submodule(path))
+        state = host_state(modules[path])
         assert state is not None
-        state.roles[name] = role
-    exits = [path for path, role in adapter.sites.items() if role == "mlp"]
+        state.roles[adapter.name] = role
+        if role == "mlp":
+            exits.append(path)
     if not exits:
         return
     entries = {block.mlp_out: block.mlp_in for block in blocks(model)}
     for exit_path in exits:
-        state = host_state(model.get_submodule(exit_path))
-        assert state is not None
         entry = entries[exit_path]
         assert entry is not None
-        opener = host_state(_host(model, control, entry, "opens"))
+        opener = host_state(_host(model, control, entry, "opens", modules))
         assert opener is not None
-        opener.opens.setdefault(exit_path, set()).add(name)
+        opener.opens.setdefault(exit_path, set()).add(adapter.name)
 
 
 def _trained(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """The modules that hold an adapter's tensors."""
+    modules = walked(model).modules
     for path in require_control(model).require(name).sites:
-        part = part_of(model.get_submodule(path), name)
+        part = part_of(modules[path], name)
         if part is not None:
             yield part
     if (shared := shared_of(model, name)) is not None:
@@ -374,19 +404,21 @@ def detach(model: M, *names: str, keep_merged: bool = False) -> M:
         raise IngraftError(
             f"detach: {', '.join(merged)} is merged; call `unmerge` first (or pass keep_merged=True to keep the merged weights)."
         )
+    modules = walked(model).modules
     for name in names:
         for path in control.adapters[name].sites:
-            host = model.get_submodule(path)
-            host._modules.pop(child_name(name), None)
+            modules[path]._modules.pop(child_name(name), None)
         model._modules.pop(shared_name(name), None)
         del control.adapters[name]
     models.settle(model)
-    for module in base_modules(model).values():
+    for module in modules.values():
         state = host_state(module)
         if state is None:
             continue
+        for name in names:
+            state.roles.pop(name, None)
         state.opens = {exit_path: left for exit_path, users in state.opens.items() if (left := users - set(names))}
-        if not (any(part_of(module, name) for name in control.adapters) or state.opens or models.in_use(model, module)):
+        if not (holds_parts(module) or state.opens or models.in_use(model, module)):
             models.leave_host(module)
             for mixin in HOSTS:
                 unswap(module, mixin)

@@ -17,7 +17,8 @@ from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, host_state
 from ingraft.adapt.root import Root, SequentialRoot
 from ingraft.adapt.stacked import reads
 from ingraft.adapt.swap import Forward, Mixin, is_swapped, original_class, swap, unswap
-from ingraft.adapt.weights import kind_of
+from ingraft.adapt.walk import path_of
+from ingraft.adapt.weights import Kind, kind_of
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, InputPart, Method, SiteFacts
 
@@ -94,7 +95,9 @@ def token_path(model: nn.Module) -> str:
         raise IngraftError(
             f"{original_class(model).__name__} names no embedding of tokens; name one in target_modules."
         )
-    return next(path for path, module in model.named_modules() if module is tokens)
+    path = path_of(model, tokens)
+    assert path is not None, "it was reached from the model"
+    return path
 
 
 FUSED = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
@@ -165,9 +168,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return hf.output_head(model) if hf else None
 
 
-def width_of(model: nn.Module, module: nn.Module) -> int:
-    """Width of what a module returns: of its own weight, of the config, or of the last layer inside it."""
-    kind = kind_of(module)
+def width_of(model: nn.Module, module: nn.Module, kind: Kind | None) -> int:
+    """Width of what a module of this kind returns: of its own weight, of the config, or of the last layer inside it."""
     if kind is not None and (shape := kind.shape_of(module)):
         return shape[0]
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)

@@ -20,6 +20,7 @@ from ingraft.adapt.narrow import matches as matches
 from ingraft.adapt.roles import ROLES, blocks, sites_of_role
 from ingraft.adapt.stacked import matrices, reads
 from ingraft.adapt.swap import original_class, replaced_forward
+from ingraft.adapt.walk import base_modules as base_modules
 from ingraft.adapt.weights import bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods.contract import (
@@ -30,7 +31,6 @@ from ingraft.methods.contract import (
     ObservingPart,
     OutputPart,
     ParameterPart,
-    Part,
     WeightPart,
     adds,
 )
@@ -42,20 +42,6 @@ PLACES = ("biases", "norms", "parameters", "blocks", "tokens")
 
 GENERAL = (ALL_LINEAR, *PLACES, *ROLES)
 """All that may stand there beside module names."""
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules by path, parts of adapters left out."""
-    found: dict[str, nn.Module] = {}
-
-    def walk(module: nn.Module, path: str) -> None:
-        found[path] = module
-        for name, child in module.named_children():
-            if not isinstance(child, Part) and not name.startswith("adapter:"):
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return found
 
 
 def select(

@@ -30,6 +30,8 @@ class LowRank(ShortcutPart):
         self.scale, self.p = config.scale, config.lora_dropout
         self.lora_A = fresh(config.r, W_OI.shape[1], like=W_OI)
         self.lora_B = fresh(W_OI.shape[0], config.r, like=W_OI)
+        if facts.finished:
+            return
         lookup = isinstance(facts.module, nn.Embedding)  # there A is the side that is looked up; PEFT starts it at zero
         start, other = (self.lora_B, self.lora_A) if lookup else (self.lora_A, self.lora_B)
         if lookup or config.init_lora_weights == "gaussian":

@@ -51,9 +51,15 @@ SAMPLES = 64
 
 def sampled(weight: Tensor) -> Tensor:
     """Some values of a weight at fixed places, rounded to bfloat16, so that copies of different precision agree."""
-    flat = weight.detach().reshape(-1)
     # A copy: a view would keep the whole weight in memory.
-    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.bfloat16, copy=True)
+    return places(weight.detach().contiguous()).to(torch.bfloat16, copy=True)
+
+
+def places(weight: Tensor) -> Tensor:
+    """These values of a contiguous tensor, as they are: a view of at most `SAMPLES` of them."""
+    count = weight.numel()
+    step = max(1, count // SAMPLES)
+    return weight.as_strided((min(SAMPLES, -(-count // step)),), (step,))
 
 
 class Packed(nn.Module):

@@ -2,7 +2,8 @@
 
 from ingraft.adapt.files.fingerprint import base_of
 from ingraft.adapt.files.folders import CONFIG, WEIGHTS
-from ingraft.adapt.files.loading import load, read_header
+from ingraft.adapt.files.loading import load
+from ingraft.adapt.files.tensors import read_header
 from ingraft.adapt.files.writing import save, save_members, save_resumable, serialised
 
 __all__ = [

@@ -7,22 +7,22 @@ digests and fingerprint. Only safetensors is read: the older `.bin` is a pickle,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ingraft import durable
-from ingraft.adapt.building import base_parameters, expected_count, make_parts
+from ingraft.adapt.building import base_tensors, expected_count, make_parts
 from ingraft.adapt.control import Adapter, control_of, require_control
 from ingraft.adapt.files import foreign, peft_format
 from ingraft.adapt.files.fingerprint import differences, fingerprint
@@ -39,6 +39,7 @@ from ingraft.adapt.files.folders import (
     Header,
 )
 from ingraft.adapt.files.hub import is_hub
+from ingraft.adapt.files.moulds import Key, Mould, fitting, learn
 from ingraft.adapt.files.peft_heads import inside_of, with_heads
 from ingraft.adapt.files.peft_tensors import (
     PREFIX,
@@ -50,7 +51,8 @@ from ingraft.adapt.files.peft_tensors import (
     uncovered,
 )
 from ingraft.adapt.files.reading import attach_read, free_name, load_foreign, load_hub
-from ingraft.adapt.lifecycle import activate, detach
+from ingraft.adapt.files.tensors import TensorFile, all_finite, open_tensors
+from ingraft.adapt.lifecycle import activate, check_adapter_name, detach, put
 from ingraft.adapt.stacked import each_alone
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -83,32 +85,134 @@ def load(
     folder = Path(folder)
     if not (folder / CONFIG).is_file() and (file := foreign.the_file(folder)) is not None:
         return load_foreign(model, file, free_name(model, name or "default"), trainable=trainable)
-    if (raw := _hubs(folder)) is not None:
-        return load_hub(model, folder, raw, name, trainable=trainable)
-    raw, facts = _read(folder)
-    weights = folder / WEIGHTS
-    header = read_header(weights)
-    kept: dict[str, Any] = dict(facts or {})
-    seed = kept.get("seed", 0)
-    if not isinstance(seed, int) or not isinstance(kept.get("name", ""), str):
-        raise IngraftError(
-            f"{folder / durable.MANIFEST}: its facts are not well-formed: seed {seed!r}, name {kept.get('name')!r}."
-        )
-    if name is None:
-        name = str(kept.get("name", "default"))
-    name = free_name(model, name)
+    found = _read(folder)
+    if found.facts is None and is_hub(found.raw):
+        return load_hub(model, folder, found.raw, name, trainable=trainable)
+    _need_weights(folder)
+    with open_tensors(folder / WEIGHTS) as file:
+        check = found.check(file)
+        kept: dict[str, Any] = dict(found.facts or {})
+        said = kept.get("method")
+        key = (found.config, file.head, file.size, said if isinstance(said, str) else None)
+        if found.facts is not None and (mould := fitting(model, control_of(model), key)) is not None:
+            parts = mould.cast(file, trainable)
+            check()
+            if parts is not None:
+                return _cast(model, mould, parts, found, name, allow_base_mismatch, trainable)
+        check()
+        return _load(model, found, file, key, name, allow_base_mismatch, trainable)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Folder:
+    """What was read of a folder so far.
+
+    Attributes:
+        config: the bytes of its config.
+        facts: the manifest's, None where another program wrote the folder; digests: what it says of the two files.
+    """
+
+    path: Path
+    config: bytes
+    facts: dict[str, Any] | None
+    digests: Mapping[str, str]
+
+    @functools.cached_property
+    def raw(self) -> dict[str, Any]:
+        """The config's fields; of a file with a digest not to be asked for before that was compared.
+
+        Raises:
+            IngraftError: it has none.
+        """
+        raw = durable.parse_json(self.config, self.path / CONFIG)
+        if not isinstance(raw, dict):
+            raise IngraftError(f"{self.path / CONFIG}: not an object with fields.")
+        return cast(dict[str, Any], raw)
+
+    def check(self, weights: TensorFile) -> Callable[[], None]:
+        """Begin to compare the files with their digests; what is returned finishes.
+
+        Raises:
+            IngraftError: (by what is returned) files that are not what was saved.
+        """
+        if self.facts is None:
+            return lambda: None
+        wait = weights.digest()
+
+        def finish() -> None:
+            found = {CONFIG: hashlib.sha256(self.config).hexdigest(), WEIGHTS: wait()}
+            if problems := [
+                f"{self.path / file}: damaged or changed: its sha256 is {digest}, {durable.MANIFEST} says otherwise."
+                for file, digest in found.items()
+                if digest != self.digests.get(file)
+            ]:
+                raise IngraftError(*problems)
+
+        return finish
+
+    def named(self, model: nn.Module, name: str | None) -> tuple[str, int]:
+        """The name that the adapter gets, which is free, and its seed.
+
+        Raises:
+            IngraftError: facts that cannot be, or a name that is taken.
+        """
+        facts = self.facts or {}
+        seed, own = facts.get("seed", 0), facts.get("name", "default")
+        if not isinstance(seed, int) or not isinstance(own, str):
+            raise IngraftError(
+                f"{self.path / durable.MANIFEST}: its facts are not well-formed: seed {seed!r}, name {facts.get('name')!r}."
+            )
+        return free_name(model, own if name is None else name), seed
+
+    def told(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """The adapter's facts: the manifest's, what was found in loading, and the task."""
+        task = self.raw.get("task_type")
+        return {**(self.facts or {}), **more, **({"task_type": task} if task else {})}
+
+
+def _cast(
+    model: nn.Module,
+    mould: Mould,
+    parts: Mapping[str, Part],
+    found: _Folder,
+    name: str | None,
+    allow_base_mismatch: bool,
+    trainable: bool,
+) -> str:
+    """Put an adapter into the model whose parts were cast from a mould."""
+    name, seed = found.named(model, name)
+    check_adapter_name(name)
+    adapter = replace(mould.adapter, name=name, seed=seed, sites=dict(mould.adapter.sites))
+    adapter.facts = found.told(_check_base(model, adapter, found.raw, found.facts, found.path, allow_base_mismatch))
+    put(model, require_control(model), adapter, parts, None, trainable)
+    return name
+
+
+def _load(
+    model: nn.Module,
+    found: _Folder,
+    file: TensorFile,
+    key: Key,
+    name: str | None,
+    allow_base_mismatch: bool,
+    trainable: bool,
+) -> str:
+    """Work out what a folder means for this model, and attach it. What was learned is kept for the next one like it."""
+    folder, raw, header, ours = found.path, found.raw, file.header, found.facts is not None
+    name, seed = found.named(model, name)
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
-    ours = facts is not None
-    said = kept.get("method")
     config, layout = peft_format.read_config(
         model,
         raw if ours else with_heads(model, raw, header),
         shared=shared_too,
         ours=ours,
         where=str(folder / CONFIG),
-        method=said if isinstance(said, str) else None,
+        method=key[-1],
     )
-    own = _reopened(config, kept, folder)
+    own = _reopened(config, found.facts or {}, folder)
+    told: dict[str, Any] = {}
+    made: dict[str, Part] = {}
+    wanted: list[Entry] = []
 
     def fill(adapter: Adapter, parts: dict[str, Part], shared: nn.Module | None) -> None:
         mine = parts
@@ -120,20 +224,25 @@ def load(
             raise IngraftError(
                 f"{folder}: {reason}, so the file cannot be read as it is meant. {peft_format.remedy(adapter.method)}"
             )
-        _untie(weights, header, adapter, parts, inside_of(layout))
-        wanted = entries(model, adapter.method, adapter.sites, parts, shared, layout)
-        kept.update(_check_base(model, adapter, raw, facts, folder, allow_base_mismatch))
-        _fill(model, weights, header, wanted, tuple(inside_of(layout) + path for path in adapter.saved_whole))
+        _untie(file, adapter, parts, inside_of(layout))
+        wanted.extend(entries(model, adapter.method, adapter.sites, parts, shared, layout))
+        told.update(_check_base(model, adapter, raw, found.facts, folder, allow_base_mismatch))
+        _fill(model, file, wanted, tuple(inside_of(layout) + path for path in adapter.saved_whole))
         if own is not config:
             _put_back(own, mine, config, parts, folder)
+        elif shared is None:
+            made.update(parts)
 
     with ExitStack() as undo:
         _load_members(model, own, folder, allow_base_mismatch, undo)
         _check_size(model, config, header, folder / CONFIG)
         attach_read(model, own, name, seed, fill, trainable=trainable)
         undo.pop_all()
-    adapter = require_control(model).adapters[name]
-    adapter.facts = kept | ({"task_type": raw["task_type"]} if raw.get("task_type") else {})
+    control = require_control(model)
+    adapter = control.adapters[name]
+    adapter.facts = found.told(told)
+    if ours and made:
+        learn(model, control, key, adapter, made, wanted, file)
     return name
 
 
@@ -160,59 +269,30 @@ def _load_members(
         undo.callback(detach, model, member)
 
 
-def _hubs(folder: Path) -> dict[str, Any] | None:
-    """The config of a folder that AdapterHub wrote; None for any other."""
-    if not (folder / CONFIG).is_file() or (folder / durable.MANIFEST).is_file():
-        return None
-    raw = durable.read_json(folder / CONFIG, limit=CONFIG_LIMIT)
-    return raw if isinstance(raw, dict) and is_hub(raw) else None
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The config as it stands, and the manifest's facts if Ingraft wrote the folder; both checked against their digests."""
+def _read(folder: Path) -> _Folder:
+    """The bytes of the config, and the manifest's facts if Ingraft wrote the folder."""
+    if not (folder / CONFIG).is_file():
+        durable.recover(folder)  # a replacement that was cut short
     if not folder.is_dir():
         raise IngraftError(f"load: {folder} is no folder.")
-    durable.recover(folder)
     if not (folder / CONFIG).is_file():
         raise IngraftError(f"load: {folder} holds no {CONFIG}, so it is not an adapter.")
-    if not (folder / WEIGHTS).is_file():
-        pickled = (
-            f" {PICKLED} is not read: it is a pickle, which can run code. Convert it with safetensors' convert script."
-            * (folder / PICKLED).is_file()
-        )
-        raise IngraftError(f"load: {folder} holds no {WEIGHTS}.{pickled}")
-    facts = None
+    facts, digests = None, dict[str, str]()
     if (folder / durable.MANIFEST).is_file():
         manifest = durable.read_manifest(folder)
-        facts = manifest["facts"]
-        problems: list[str] = []
-        for file in (CONFIG, WEIGHTS):
-            with (folder / file).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != manifest["files"].get(file, {}).get("sha256"):
-                problems.append(
-                    f"{folder / file}: damaged or changed: its sha256 is {digest}, {durable.MANIFEST} says otherwise."
-                )
-        if problems:
-            raise IngraftError(*problems)
-    raw = durable.read_json(folder / CONFIG, limit=CONFIG_LIMIT)
-    if not isinstance(raw, dict):
-        raise IngraftError(f"{folder / CONFIG}: not an object with fields.")
-    return raw, facts
+        facts, digests = manifest["facts"], {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    config = durable.read_bytes(folder / CONFIG, limit=CONFIG_LIMIT)
+    return _Folder(path=folder, config=config, facts=facts, digests=digests)
 
 
-def read_header(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor in a file, by name; the values stay on the disk.
-
-    Raises:
-        IngraftError: not a safetensors file.
-    """
-    try:
-        with safe_open(weights, framework="pt") as handle:
-            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
-            return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise IngraftError(f"{weights}: not a readable safetensors file: {error}.") from error
+def _need_weights(folder: Path) -> None:
+    if (folder / WEIGHTS).is_file():
+        return
+    pickled = (
+        f" {PICKLED} is not read: it is a pickle, which can run code. Convert it with safetensors' convert script."
+        * (folder / PICKLED).is_file()
+    )
+    raise IngraftError(f"load: {folder} holds no {WEIGHTS}.{pickled}")
 
 
 def _reopened(config: MethodConfig, facts: Mapping[str, Any], folder: Path) -> MethodConfig:
@@ -301,69 +381,74 @@ def _check_base(
     )
 
 
-def _untie(weights: Path, header: Header, adapter: Adapter, parts: Mapping[str, Part], start: str) -> None:
+def _untie(file: TensorFile, adapter: Adapter, parts: Mapping[str, Part], start: str) -> None:
     """Give a whole module that the base ties to another one a tensor of its own, where the file has other values for it: PEFT trains a copy of
     each, and they part."""
     first: dict[int, str] = {}
-    with safe_open(weights, framework="pt") as handle:
-        for path in adapter.saved_whole:
-            for name, own in list(parts[path]._parameters.items()):
-                key = f"{start}{path}.{name}"
-                before = first.setdefault(id(own), key)
-                if own is None or before == key or not {before, key} <= set(header):
-                    continue
-                if not torch.equal(handle.get_tensor(before), handle.get_tensor(key)):
-                    parts[path]._parameters[name] = nn.Parameter(own.detach().clone())
+    for path in adapter.saved_whole:
+        for name, own in list(parts[path]._parameters.items()):
+            key = f"{start}{path}.{name}"
+            before = first.setdefault(id(own), key)
+            if own is None or before == key or not {before, key} <= set(file.header):
+                continue
+            if not torch.equal(file.tensor(before), file.tensor(key)):
+                parts[path]._parameters[name] = nn.Parameter(own.detach().clone())
 
 
-def _fill(model: nn.Module, weights: Path, header: Header, wanted: list[Entry], whole: tuple[str, ...]) -> None:
+def _fill(model: nn.Module, file: TensorFile, wanted: list[Entry], whole: tuple[str, ...]) -> None:
     """Copy a file's tensors into the parts, once everything about them is known to be right.
 
     Args:
         whole: the names of the modules that are trained in full, as the file begins them.
     """
     known = {entry.key: entry for entry in wanted}
+    weights = file.path
     problems = [
-        f"{weights}: {key} is missing (shape {list(entry.shape)})." for key, entry in known.items() if key not in header
+        f"{weights}: {key} is missing (shape {list(entry.shape)})."
+        for key, entry in known.items()
+        if key not in file.header
     ]
-    base = {**base_parameters(model), **dict(model.named_buffers())}
-    with safe_open(weights, framework="pt") as handle:
-        for key, (shape, dtype) in header.items():
-            entry = known.get(key)
-            if entry is None:
-                problems += _extra(weights, key, base, handle, known)
-            elif not entry.takes(shape) and key.rpartition(".")[0] in whole and shape[1:] == entry.shape[1:]:
-                problems.append(
-                    f"{weights}: {key.rpartition('.')[0].removeprefix(PREFIX)} was trained in full with {shape[0]} outputs, and this base's has "
-                    f"{entry.shape[0]}. Load the base with as many (a classifier: num_labels={shape[0]}); the adapter brings their values."
-                )
-            elif not entry.takes(shape):
-                problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
-            elif dtype not in (known_dtypes := INDICES if entry.indices else DTYPES):
-                problems.append(f"{weights}: {key} has dtype {dtype}; it is stored in {', '.join(known_dtypes)}.")
-            elif not torch.isfinite(handle.get_tensor(key)).all():
-                problems.append(f"{weights}: {key} holds values that are not finite; the adapter is damaged.")
-        if problems:
-            raise IngraftError(*dict.fromkeys(problems))
-        for key, entry in known.items():
-            value = handle.get_tensor(key)
-            value = value[: entry.shape[0]] if value.shape != entry.shape else value
-            entry.put(value if entry.indices else value.float())
+    copies = {copy: entry.key for entry in wanted for copy in entry.copies}
+    base: dict[str, Tensor] = {}
+    for key, (shape, dtype) in file.header.items():
+        entry = known.get(key)
+        if entry is None:
+            base = base or base_tensors(model)
+            problems += _extra(file, key, base, known, copies)
+        elif not entry.takes(shape) and key.rpartition(".")[0] in whole and shape[1:] == entry.shape[1:]:
+            problems.append(
+                f"{weights}: {key.rpartition('.')[0].removeprefix(PREFIX)} was trained in full with {shape[0]} outputs, and this base's has "
+                f"{entry.shape[0]}. Load the base with as many (a classifier: num_labels={shape[0]}); the adapter brings their values."
+            )
+        elif not entry.takes(shape):
+            problems.append(f"{weights}: {key} has shape {list(shape)}; this base needs {list(entry.shape)}.")
+        elif dtype not in (known_dtypes := INDICES if entry.indices else DTYPES):
+            problems.append(f"{weights}: {key} has dtype {dtype}; it is stored in {', '.join(known_dtypes)}.")
+        elif not all_finite(file.tensor(key)):
+            problems.append(f"{weights}: {key} holds values that are not finite; the adapter is damaged.")
+    if problems:
+        raise IngraftError(*dict.fromkeys(problems))
+    for key, entry in known.items():
+        value = file.tensor(key)
+        value = value[: entry.shape[0]] if value.shape != entry.shape else value
+        entry.put(value if entry.indices else value.float())
 
 
-def _extra(weights: Path, key: str, base: Mapping[str, Tensor], handle: Any, known: Mapping[str, Entry]) -> list[str]:
+def _extra(
+    file: TensorFile, key: str, base: Mapping[str, Tensor], known: Mapping[str, Entry], copies: Mapping[str, str]
+) -> list[str]:
     """PEFT stores copies beside some adapters: of base weights (a whole embedding), harmless if they are this base's, and of what all sites
     share, once for every site, harmless if they are the same."""
-    copied = {copy: entry.key for entry in known.values() for copy in entry.copies}
-    once = copied.get(key, SOFT_PREFIX + key.rpartition(".")[2])
+    weights = file.path
+    once = copies.get(key, SOFT_PREFIX + key.rpartition(".")[2])
     if once in known and key != once:
-        same = torch.equal(handle.get_tensor(key), handle.get_tensor(once)) if once in handle.keys() else False  # noqa: SIM118
+        same = torch.equal(file.tensor(key), file.tensor(once)) if once in file.header else False
         return [] if same else [f"{weights}: {key} is not the {once} that these sites share."]
     names = (key.removeprefix(start).replace("base_layer.", "") for start in (PREFIX, SOFT_PREFIX))
     name = next((name for name in names if name in base), None)
     if name is None:
         return [f"{weights}: {key} belongs to no module of this base that the adapter is to sit in."]
-    mine, value = base[name].detach().cpu(), handle.get_tensor(key)
+    mine, value = base[name].detach().cpu(), file.tensor(key)
     coarser = min(mine.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
     if value.shape == mine.shape and torch.equal(value.to(coarser), mine.to(coarser)):
         return []

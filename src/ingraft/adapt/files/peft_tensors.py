@@ -50,6 +50,7 @@ class Entry:
         each_copy: PEFT misses these in a file that lacks them, since it gives each of the modules a tensor of its own.
         spare_rows: a file may hold as many rows again behind those that count.
         used_in: the dtype in which the adapter computes with it, where that is not the base's (indices: integers).
+        tensor: the adapter's tensor of which the file has the very values, in another shape at most; None where it keeps something else.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Entry:
     copies: tuple[str, ...] = ()
     each_copy: bool = False
     spare_rows: bool = False
+    tensor: Tensor | None = None
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape holds its values."""
@@ -195,7 +197,8 @@ def _plain(key: str, parameter: Tensor, shape: tuple[int, ...], factor: float = 
         return own * factor if factor != 1.0 else own
 
     whole_numbers = None if parameter.is_floating_point() else parameter.dtype
-    return Entry(key=key, shape=shape, take=take, put=put, used_in=whole_numbers)
+    same = parameter if factor == 1.0 else None
+    return Entry(key=key, shape=shape, take=take, put=put, used_in=whole_numbers, tensor=same)
 
 
 def _stack(layout: PeftLayout, parts: Mapping[str, Part], shared: nn.Module | None) -> Entry:
