@@ -1,8 +1,11 @@
-"""What an adapter costs around training: loading one beside fifty others, imports, and the merged model against the base.
+"""What an adapter costs around training: loading one beside fifty others, switching, imports, and the merged model against the base.
 
-Every side runs in processes of its own, interleaved. SmolLM2 in bf16, LoRA of rank 8 on every linear layer.
+Every side runs in processes of its own, interleaved. SmolLM2 in bf16, LoRA of rank 8 on every linear layer: 210 layers, 9.8 MB in float32.
 
-* `load`: seconds to load the 1st, 10th, 25th and 50th adapter (ours with its digest check).
+* `load`: seconds to load the 1st, 10th, 25th and 50th adapter (ours with its digest check; one thread for tensors), by the clock and by the processor; ours
+  also of one with other options beside the fifty, for which nothing is known from those; `switch`, `detach`: with fifty held.
+* growth (ours alone): one load and detaching with 1 to 1,000 adapters in the folder beside it (links to one file); with 1 to 64 in memory, and what
+  each takes there.
 * `import`: seconds of `import ingraft` and `ingraft --help`, of `import peft`, in fresh processes, less an empty Python's.
 * `merged`: a forward of 16 x 64 tokens through the merged model and through the base, in turn.
 
@@ -11,6 +14,7 @@ Every side runs in processes of its own, interleaved. SmolLM2 in bf16, LoRA of r
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,8 @@ import sides
 
 SETTINGS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "seed": 42}
 LOADED = (1, 10, 25, 50)
+ON_DISK = (1, 10, 100, 1000)
+IN_MEMORY = (1, 8, 32, 64)
 
 
 def main() -> int:
@@ -33,10 +39,14 @@ def main() -> int:
     keys = list(dict.fromkeys(key for one in medians.values() for key in one))
     lines = ["| measure | " + " | ".join(medians) + " |", "|---" * (len(medians) + 1) + "|"]
     for key in keys:
-        shown = [f"{one[key]:.2f}" if key.endswith("x") else f"{1e3 * one[key]:.0f} ms" for one in medians.values()]
+        shown = [_shown(key, one[key]) if key in one else "" for one in medians.values()]
         lines.append(f"| {key} | {' | '.join(shown)} |")
     sides.write("lifecycle", asked, SETTINGS, runs, lines)
     return 0
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{value:.2f}" if key.endswith(("x", "MB")) else f"{1e3 * value:.1f} ms"
 
 
 def run_side(side: str, folder: Path, steps: int) -> dict[str, float]:
@@ -51,6 +61,8 @@ def run_side(side: str, folder: Path, steps: int) -> dict[str, float]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         found |= (_our_loads if side == "ingraft" else _their_loads)(Path(scratch))
+        if side == "ingraft":
+            found |= _growth(Path(scratch))
     return {**found, "merged over base, x": (_our_merge if side == "ingraft" else _their_merge)()}
 
 
@@ -71,24 +83,82 @@ def _base() -> Any:
 
 
 def _our_loads(scratch: Path) -> dict[str, float]:
+    import torch
+
+    from ingraft import adapt
+
+    _save(scratch / "saved", r=SETTINGS["r"])
+    _save(scratch / "other", r=SETTINGS["r"] // 2)
+    torch.set_num_threads(1)
+    model = _base()
+    found = _timed(lambda name: adapt.load(model, scratch / "saved", name=name), scratch / "saved")
+    found["load, other options beside 50"] = _once(lambda: adapt.load(model, scratch / "other", name="other"))[0]
+    found["switch with 50"] = statistics.median(
+        _once(lambda name=f"a{n}": adapt.activate(model, name))[0] for n in LOADED
+    )
+    return found | {"detach one of 50": _once(lambda: adapt.detach(model, "a7"))[0]}
+
+
+def _save(folder: Path, **options: Any) -> None:
+    import torch
+
     from ingraft import adapt
     from ingraft.methods import registry
 
-    config = registry.make_config("lora", {"r": SETTINGS["r"], "lora_alpha": SETTINGS["lora_alpha"]})
     model = _base()
+    config = registry.make_config("lora", {"lora_alpha": SETTINGS["lora_alpha"], **options})
     adapt.attach(model, config, name="default", seed=SETTINGS["seed"])
-    adapt.save(model, scratch / "saved")
-    model = _base()
-    return _timed(lambda name: adapt.load(model, scratch / "saved", name=name))
+    adapt.save(model, folder, dtype=torch.float32)
+
+
+def _growth(scratch: Path) -> dict[str, float]:
+    """What a load costs the more adapters there are on the disk and in memory."""
+    from ingraft import adapt
+
+    model, found = _base(), dict[str, float]()
+    shelf = scratch / "shelf"
+    adapt.load(model, scratch / "saved", name="first")
+    for n in range(max(ON_DISK)):
+        (shelf / f"n{n}").mkdir(parents=True)
+        for file in (scratch / "saved").iterdir():
+            os.link(file, shelf / f"n{n}" / file.name)
+        if n + 1 in ON_DISK:
+            seconds = [
+                _once(
+                    lambda place=n * k // 9: (
+                        adapt.load(model, shelf / f"n{place}", name="x"),
+                        adapt.detach(model, "x"),
+                    )
+                )
+                for k in range(10)
+            ]
+            found[f"load and detach, {n + 1} on disk"] = statistics.median(clock for clock, _ in seconds)
+    before, held, seconds = _memory(), 1, list[float]()
+    for n in range(1, max(IN_MEMORY) + 1):
+        seconds.append(_once(lambda name=f"m{n}": adapt.load(model, scratch / "saved", name=name))[0])
+        if n in IN_MEMORY:
+            found[f"load, {n} in memory"] = statistics.median(seconds[held - 1 :])
+            found[f"memory an adapter, {n} in memory, MB"] = (_memory() - before) / n / 1e6
+            held = n + 1
+    return found
+
+
+def _memory() -> int:
+    """Resident bytes of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _their_loads(scratch: Path) -> dict[str, float]:
+    import torch
+
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(
         r=SETTINGS["r"], lora_alpha=SETTINGS["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
     )
     get_peft_model(_base(), config).save_pretrained(str(scratch / "saved"))
+    torch.set_num_threads(1)
     base, held = _base(), dict[str, Any]()
 
     def load(name: str) -> None:
@@ -97,18 +167,30 @@ def _their_loads(scratch: Path) -> dict[str, float]:
         else:
             held["model"] = PeftModel.from_pretrained(base, scratch / "saved", adapter_name=name)
 
-    return _timed(load)
+    found = _timed(load, scratch / "saved")
+    model = held["model"]
+    found["switch with 50"] = statistics.median(_once(lambda name=f"a{n}": model.set_adapter(name))[0] for n in LOADED)
+    return found | {"detach one of 50": _once(lambda: model.delete_adapter("a7"))[0]}
 
 
-def _timed(load: Callable[[str], object]) -> dict[str, float]:
-    """Seconds of some of the loads."""
-    found: dict[str, float] = {}
+def _timed(load: Callable[[str], object], folder: Path) -> dict[str, float]:
+    """Seconds of some of the loads, each the median of it and the two before it; the first alone."""
+    found = {"file, MB": (folder / "adapter_model.safetensors").stat().st_size / 1e6}
+    seconds: list[tuple[float, float]] = []
     for index in range(1, max(LOADED) + 1):
-        began = time.perf_counter()
-        load(f"a{index}")
+        seconds.append(_once(lambda name=f"a{index}": load(name)))
         if index in LOADED:
-            found[f"load, number {index}"] = time.perf_counter() - began
+            last = seconds[-3:] if index > 3 else seconds
+            found[f"load, number {index}"] = statistics.median(clock for clock, _ in last)
+            found[f"load, number {index}, by the processor"] = statistics.median(processor for _, processor in last)
     return found
+
+
+def _once(do: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that something takes, by the clock and by the processor (all threads)."""
+    clock, processor = time.perf_counter(), time.process_time()
+    do()
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
 def _our_merge() -> float:

@@ -7,10 +7,12 @@ from ingraft.adapt.hooks import after_step, grouped, param_groups, penalty, prep
 from ingraft.adapt.lifecycle import activate, attach, context, detach, disabled, dropout_step, rows, trainable
 from ingraft.adapt.merging import merge, unmerge
 from ingraft.adapt.packed import make_dense
+from ingraft.adapt.shelf import Shelf
 from ingraft.adapt.summary import base_size, status
 from ingraft.adapt.tokens import add_tokens
 
 __all__ = [
+    "Shelf",
     "activate",
     "add_tokens",
     "after_step",

@@ -318,6 +318,23 @@ def _temporarily(control: Control, change: Callable[[Call], Call]) -> Iterator[N
 
 
 @contextmanager
+def acting_kept(model: nn.Module) -> Iterator[None]:
+    """Behind the block the same adapters act as ahead of it, whatever was loaded or detached inside (none of these)."""
+    control = control_of(model)
+    before = Call() if control is None else control.call
+    try:
+        yield
+    finally:
+        if (control := control_of(model)) is not None:
+            _act(control, replace(before, step=control.call.step))
+
+
+def is_trainable(model: nn.Module, name: str) -> bool:
+    """Whether any tensor of an adapter is trained."""
+    return any(tensor.requires_grad for part in _trained(model, name) for tensor in part.parameters())
+
+
+@contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the base answers alone, with what is merged into it. Nothing else changes, trainability least of all."""
     control = require_control(model)
