@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ingraft
-from ingraft import IngraftError
+from ingraft import IngraftError, _disk
 from ingraft.adapt import building, select
 from ingraft.adapt.control import require_control
 from ingraft.adapt.files import loading, moulds
@@ -245,6 +245,25 @@ def test_methods_with_more_than_their_files_tensors_have_no_mould(tmp_path: Path
         ingraft.load(model, saved(tiny, tmp_path / method, method, **options))
         assert require_control(model).moulds == []
     assert moulds.KEPT > 0
+
+
+def test_a_folder_that_lay_aside_is_put_back(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """A replacement took it away and was cut short."""
+    folder = saved(tiny, tmp_path / "a")
+    folder.rename(_disk.temporary(folder, "old"))
+    assert not folder.exists()
+    assert ingraft.load(tiny.make("llama"), folder) == "default"
+
+
+def test_a_tie_is_said_each_time(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    model = tiny.make("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.warns(UserWarning, match="shares its weight"):
+        ingraft.attach(model, ingraft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    folder = ingraft.save(model, tmp_path / "a")
+    for name in ("b", "c"):
+        with pytest.warns(UserWarning, match="shares its weight"):
+            ingraft.load(model, folder, name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the model's own modules

@@ -267,8 +267,9 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     control = require_control(model)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
+    modules = walked(model).modules
     for path in control.require(name).sites:
-        part = part_of(model.get_submodule(path), name)
+        part = part_of(modules[path], name)
         for tensor, parameter in part.named_parameters() if part is not None else ():
             if id(parameter) not in seen:
                 seen.add(id(parameter))

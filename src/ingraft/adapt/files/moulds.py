@@ -18,6 +18,7 @@ programs that look at storages to find tied tensors (accelerate's `save_model`) 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
@@ -163,6 +164,7 @@ def learn(
         or adapter.method.over is not None
         or set(adapter.sites.values()) & set(BESIDE)
         or None in looks
+        or _shares(walk, adapter.sites)  # which is to be said each time
         or by_key.keys() != file.header.keys()
         or any(tensor is None for tensor in by_key.values())
     ):
@@ -204,6 +206,12 @@ def _looks(walk: Walk, sites: Mapping[str, str]) -> list[Any]:
         plain = "_hf_hook" not in module.__dict__ and not replaced_forward(module)
         found.append((original_class(module), own) if plain else None)
     return found
+
+
+def _shares(walk: Walk, sites: Mapping[str, str]) -> bool:
+    """Whether a parameter of a site stands elsewhere in the model as well."""
+    owners = Counter(id(p) for module in walk.modules.values() for p in module._parameters.values() if p is not None)
+    return any(owners[id(p)] > 1 for path in sites for p in walk.modules[path]._parameters.values() if p is not None)
 
 
 def _blank(module: nn.Module, numbers: Mapping[int, int]) -> Blank | None:

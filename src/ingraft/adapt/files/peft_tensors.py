@@ -20,6 +20,7 @@ from ingraft.adapt.building import BESIDE, TOKENS_ROLE, WHOLE_ROLE, facts_of
 from ingraft.adapt.roles import sites_of_role
 from ingraft.adapt.stacked import Stack, matrices, reads
 from ingraft.adapt.swap import original_class
+from ingraft.adapt.walk import walked
 from ingraft.adapt.weights import CONVOLUTIONS, kind_of
 from ingraft.methods import registry
 from ingraft.methods.contract import (
@@ -90,6 +91,7 @@ def entries(
     layout: PeftLayout | None,
 ) -> list[Entry]:
     """Every tensor of an adapter's file, each once. Tensors that the base's ties make one are kept under the first name."""
+    modules = walked(model).modules
     stacked: dict[str, Part] = {}
     found: list[Entry] = []
     seen: dict[int, int] = {}
@@ -114,11 +116,11 @@ def entries(
             if layout is None or sites[path] in BESIDE:
                 found.append(_plain(start + (inside or name), parameter, tuple(parameter.shape)))
             else:
-                module = model.get_submodule(path)
+                module = modules[path]
                 parent, _, leaf = path.rpartition(".")
                 factor = 1.0
                 if path and leaf in reads(
-                    model.get_submodule(parent)
+                    modules[parent]
                 ):  # they wrap the attention, and the layer it reads inside the wrapper
                     start = f"{PREFIX}{parent}.base_layer.{leaf}." if parent else f"{PREFIX}base_layer.{leaf}."
                     factor = 0.5 if name in layout.twice else 1.0
@@ -265,14 +267,16 @@ def _shape(template: tuple[int | str, ...], parameter: Tensor, module: nn.Module
     return tuple(torch.empty(parameter.shape, device="meta").reshape(sizes).shape)
 
 
-def _keeps(layout: PeftLayout, model: nn.Module, sites: Mapping[str, str], path: str, role: str) -> bool | None:
+def _keeps(
+    layout: PeftLayout, modules: Mapping[str, nn.Module], sites: Mapping[str, str], path: str, role: str
+) -> bool | None:
     """Whether PEFT has this method where a module keeps its matrices in tensors of its own; None of an ordinary layer."""
     if role == "parameters":
         return bool(layout.experts)
     parent, _, leaf = path.rpartition(".")
-    read = bool(path) and leaf in reads(model.get_submodule(parent))
+    read = bool(path) and leaf in reads(modules[parent])
     attention = parent if read else path
-    module = model.get_submodule(attention)
+    module = modules[attention]
     if not read and not matrices(module):
         return None
     start = f"{attention}." if attention else ""
@@ -309,11 +313,12 @@ def uncovered(
         return f"{method.name} beside trained tokens: PEFT has no such thing"
     if beside and (reason := _uncovered_tokens(model, config, beside)):
         return reason
+    modules = walked(model).modules
     for path, role in sites.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         if role in BESIDE:
             continue
-        known = _keeps(layout, model, sites, path, role)
+        known = _keeps(layout, modules, sites, path, role)
         if known is False:
             return f"{path} ({original_class(module).__name__}): PEFT's {layout.peft_type} has no such layer"
         if known:

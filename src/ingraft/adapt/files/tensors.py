@@ -157,7 +157,7 @@ def all_finite(values: Tensor) -> bool:
     if not values.is_floating_point() or values.numel() == 0:
         return True
     least, most = torch.aminmax(values)
-    return bool(torch.isfinite(least) & torch.isfinite(most))
+    return math.isfinite(least.item()) and math.isfinite(most.item())
 
 
 def _unreadable(path: Path, why: object) -> IngraftError:
