@@ -33,8 +33,7 @@ from ingraft.adapt.files.peft_tensors import Entry
 from ingraft.adapt.files.tensors import KINDS, TensorFile, all_finite
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.walk import Walk, walked
-from ingraft.methods.config import MethodConfig
-from ingraft.methods.contract import Part
+from ingraft.methods.contract import MethodConfig, Part
 
 Key = tuple[bytes, bytes, int, str | None]
 """What a file must be like: the bytes of its config and of its header, how many bytes of numbers follow, and the method that wrote it."""
