@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 class LowRank(ShortcutPart):
     """A and B with their initial values: the start that LoRA shares with its variants. Abstract."""
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
     def __init__(self, config: LoraConfig, facts: SiteFacts) -> None:
         super().__init__()
         W_OI = facts.matrix()
