@@ -185,7 +185,11 @@ def width_of(model: nn.Module, module: nn.Module, kind: Kind | None) -> int:
 
 def check_sizes(model: nn.Module) -> None:
     """Refuse a model with layers that do not know their sizes yet (torch's lazy ones)."""
-    lazy = [path for path, module in model.named_modules() if any(map(is_lazy, module._parameters.values()))]
+    lazy = [
+        path
+        for path, module in model.named_modules()
+        if any(p is not None and is_lazy(p) for p in module._parameters.values())
+    ]
     if lazy:
         raise IngraftError(
             f"{', '.join(lazy)}: no weights yet (a lazy layer). Run the base once, which gives them their sizes, and attach then."

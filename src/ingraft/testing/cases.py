@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ingraft.adapt as adapt
 from ingraft.adapt.building import own_sizes
-from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, control_of, host_state, require_control
+from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, child_name, control_of, host_state, require_control
 from ingraft.adapt.select import PLACES, base_modules, select
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
@@ -132,11 +132,27 @@ class Case:
             adapt.activate(model, names[0])
         return model
 
+    def narrowed(self, name: str) -> Any:
+        """The subject in bfloat16 with the adapter that `adapted` makes in float32. One that starts from the weight's singular vectors would be
+        another one there, where the rounding of the weight turns vectors of like values into each other."""
+        model, full = self.adapted(name, dtype=torch.bfloat16), self.adapted(name)
+        own = child_name(name)
+        for path, module in full.named_modules():
+            if path.rpartition(".")[2] == own:
+                found = model.get_submodule(path)
+                for target, source in zip(_tensors(found), _tensors(module), strict=True):
+                    target.data.copy_(source)
+        return model
+
     def attach(self, model: nn.Module, name: str, *, dropout: float = 0.0) -> None:
         """Attach an adapter whose values depend on its name."""
         config = self.config if not dropout or self.dropout is None else replace(self.config, **{self.dropout: dropout})  # type: ignore[arg-type]
         adapt.attach(model, config, name, seed=zlib.crc32(name.encode()))
         randomise(model, name)
+
+
+def _tensors(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(), *part.buffers()]
 
 
 def why_not(case: Case) -> str | None:
