@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ingraft
 from ingraft import adapt
@@ -139,5 +141,105 @@ def test_one_plan_a_host_is_kept_and_none_after_the_rows() -> None:
         with torch.no_grad(), ingraft.rows(model, rows):
             for length in (5, 1):
                 model(torch.randint(1, 64, (2, length)))
-            assert len(require_control(model).joined) == 14  # two blocks of seven linear layers
+            assert len(require_control(model).joined.plans) == 14  # two blocks of seven linear layers
         assert not require_control(model).joined
+
+
+# ------------------------------------------------------------------------------------------------- one adapter, token by token
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def in_half(model: nn.Module) -> nn.Module:
+    """The base in bfloat16, what is trained in float32."""
+    trained = {id(tensor) for tensor in adapt.parameters(model, "a0").values()}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def steps(model: nn.Module, count: int, *, between: Callable[[], object] = lambda: None) -> Tensor:
+    """The logits of tokens one by one behind a prompt of five, two rows."""
+    ids = torch.arange(1, 6).repeat(2, 1)
+    cache = transformers.DynamicCache()
+    found: list[Tensor] = []
+    model(input_ids=ids, past_key_values=cache)
+    for step in range(count):
+        if step == count - 1:
+            between()
+        found.append(model(input_ids=ids[:, step : step + 1], past_key_values=cache).logits.detach())
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "pfeiffer", "houlsby", "parallel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_generation_is_what_it_is_without_what_is_kept(kind: str, dtype: torch.dtype) -> None:
+    """With gradients nothing is kept. In float32 both are the same bits."""
+    model = made([(kind, {})])
+    if dtype == torch.bfloat16:
+        in_half(model)
+    ordinary = steps(model, 3)
+    with torch.no_grad():
+        kept = steps(model, 3)
+    if dtype == torch.float32:
+        assert torch.equal(kept, ordinary)
+    torch.testing.assert_close(kept, ordinary, atol=0.05, rtol=0.05)
+
+
+def test_a_step_casts_nothing_and_runs_two_products_a_layer() -> None:
+    """Counted against the bare base, over fourteen layers: no cast of A or B, a product with each, a scale, and views."""
+    model = in_half(made([("lora", {"r": 2})]))
+    calls: list[Counter[str]] = []
+    for adapters in (["a0"], []):
+        ingraft.activate(model, *adapters)
+        counted = Counted()
+
+        def count(counted: Counted = counted) -> None:
+            counted.__enter__()
+
+        with torch.no_grad():
+            steps(model, 3, between=count)
+        counted.__exit__(None, None, None)
+        calls.append(counted.calls)
+    more = calls[0] - calls[1]
+    assert more["aten._to_copy.default"] == 0, more
+    assert more["aten.mm.default"] == more["aten.addmm_.default"] == more["aten.mul_.Tensor"] == 14, more
+    assert sum(more.values()) <= 14 * 10, more
+    assert not calls[1] - calls[0]
+
+
+@pytest.mark.parametrize("change", [halve_in_place, halve_data, replace_parameter])
+def test_what_one_adapter_keeps_is_not_used_when_it_is_out_of_date(
+    change: Callable[[nn.Module, nn.Parameter], None],
+) -> None:
+    model = in_half(made([("lora", {"r": 2})]))
+    tensor = next(iter(adapt.parameters(model, "a0").values()))
+    with torch.no_grad():
+        before = steps(model, 3)
+        after = steps(model, 3, between=lambda: change(model, tensor))
+    assert torch.equal(before[:, :2], after[:, :2]) and not torch.equal(before[:, 2], after[:, 2])
+
+
+def test_one_adapter_keeps_nothing_beyond_a_longer_forward() -> None:
+    """So what is written through `.data`, which no version tells of, is seen by whatever is scored next."""
+    model = in_half(made([("lora", {"r": 2})]))
+    ids = torch.arange(1, 6).repeat(2, 1)
+    with torch.no_grad():
+        steps(model, 2)
+        assert len(require_control(model).joined.plans) == 14
+        before = model(ids).logits
+        assert require_control(model).joined is None
+        for tensor in adapt.parameters(model, "a0").values():
+            tensor.data.mul_(0.5)
+        assert not torch.equal(model(ids).logits, before)

@@ -107,7 +107,7 @@ class Control:
         unchecked: the next forward verifies that no host is bypassed.
         rows_found: stacks whose hosts know whether what they see goes with rows (`probe.py`); watch: where they note it while that is found out.
         auto_step: dropout moves on with every forward; False once a trainer says where it stands.
-        generation, joined: of what is kept of rows served together (`joint.py`): its age; by host the plan, and what its tensors summed up to.
+        joined: what is kept of rows served together (`joint.Kept`); quick: the call that it may serve in the forward under way, None if there is none.
         causal: whether the model's tokens see only what comes before them, and the model has no encoder.
         keep_virtual: leave virtual positions in the output (PEFT's habit).
         spans: inputs remembered on the way through a span; empty between forwards.
@@ -127,8 +127,8 @@ class Control:
     unchecked: bool = True
     rows_found: set[str] = field(default_factory=set[str])
     watch: Any = None
-    generation: int = 0
-    joined: dict[str, tuple[Any, int]] = field(default_factory=dict[str, tuple[Any, int]])
+    joined: Any = None
+    quick: Call | None = None
     causal: bool = False
     keep_virtual: bool = False
     auto_step: bool = True
@@ -188,7 +188,6 @@ class HostState:
         known_forward: whether the module's own forward is the product its kind knows, so that shortcuts hold.
         carries_rows: whether dimension 0 of its input goes with the rows of the batch, as far as its place in the model tells.
         by_row: the same, as found out by changing a row; None if nobody asked yet.
-        plan: how it serves the rows at hand together (`joint.py`).
         projections: names of the layers within an attention that make its keys and values, where that is known.
         opens: exits of the spans that begin at this module's input (the MLP that a parallel adapter runs beside).
         seen: the acting sets of forward passes since the last backward, for recomputation outside transformers' checkpointing.
@@ -200,7 +199,6 @@ class HostState:
     known_forward: bool
     carries_rows: bool = True
     by_row: bool | None = None
-    plan: Any = None
     roles: dict[str, str] = field(default_factory=dict[str, str])
     projections: tuple[str, ...] = ()
     opens: dict[str, set[str]] = field(default_factory=dict[str, set[str]])

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ingraft.adapt.compose import composed, own_parameters
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, host_state, part_of
-from ingraft.adapt.joint import Plan, fits, plan_of, serve
+from ingraft.adapt.joint import plan_of, serve
 from ingraft.adapt.offload import present
 from ingraft.adapt.probe import note
 from ingraft.adapt.rows import Call, entries_of, spread, unflattened
@@ -59,6 +59,21 @@ class SequentialHost(Container, Host):
 def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward of a host. Steps and costs in the module docstring."""
     state: HostState = host.__dict__[HOST_ATTRIBUTE]
+    if (
+        not torch.compiler.is_compiling()
+        and (call := state.control.call) is state.control.quick
+        and not torch.is_grad_enabled()
+    ):
+        x = _first(args, kwargs)
+        plan = state.control.joined.plans.get(state.path)
+        if plan is None or plan.dtype is not getattr(x, "dtype", None):
+            plan = plan_of(host, state, call, [acting_parts(host, state, group.names) for group in call.groups], x)
+        if plan.possible and (not plan.on_weight or (len(args) == 1 and not kwargs)):
+            state.ran = True
+            if state.opens:
+                _open_spans(state, call, args, kwargs)
+            span = _span_input(state, args, kwargs) if plan.on_output else x
+            return serve(plan, host, state, call, base, args, kwargs, span)
     call = state.current()
     state.ran = True
     for name in reads(host):
@@ -68,22 +83,6 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
         note(state.control.watch, state, _first(args, kwargs))
     if state.opens:
         _open_spans(state, call, args, kwargs)
-    if (
-        call.rows is not None
-        and len(call.groups) > 1
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    ):
-        x = _first(args, kwargs)
-        if not fits(state.plan, state.control, call, x):
-            state.plan = _plan(host, state, call, x)
-        if (
-            state.plan is not None
-            and state.plan.possible
-            and (not state.plan.on_weight or (len(args) == 1 and not kwargs))
-        ):
-            span = _span_input(state, args, kwargs) if state.plan.on_output else x
-            return serve(state.plan, host, state, call, base, args, kwargs, span)
     work = [(acting_parts(host, state, group.names), group.rows) for group in call.groups]
     if not any(parts for parts, _ in work):
         return base(*args, **kwargs)
@@ -92,14 +91,6 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
             return _whole(host, state, call, work[0][0], base, args, kwargs)
         assert call.rows is not None
         return _mixed(host, state, call, work, len(call.rows), base, args, kwargs)
-
-
-def _plan(host: nn.Module, state: HostState, call: Call, x: object) -> Plan | None:
-    """How this host can serve these rows together, if at all."""
-    if not isinstance(x, Tensor) or reads(host) or torch.is_autocast_enabled(x.device.type):
-        return None
-    parts = [acting_parts(host, state, group.names) for group in call.groups]
-    return plan_of(host, state, call, parts, x)
 
 
 def acting_parts(host: nn.Module, state: HostState, names: Sequence[str]) -> list[Any]:

@@ -9,16 +9,23 @@ says which of its tensors are of which kind (`Part.stacks`); one that does not i
 All adapters' hidden units are computed for every row. That is work thrown away, and cheap: 16 x 8 of them are a fifth of a layer of width 576. Above
 `MOST_UNITS` the groups are served one by one again.
 
+One adapter on every row is the joint of one. It spares a step of generation the cast of every tensor, and most of what a host does to find out
+what is to be done, which was more than the products themselves.
+
 What was joined is kept from one forward to the next, without gradients only. It is made anew when rows, adapters, or any tensor change: before
-every forward the versions and addresses of the tensors are summed up.
+every forward, versions and addresses of the tensors are compared with what they were (6,720 tensors for sixteen adapters at 210 layers, so in
+lists, by loops in C). A tensor written to through `.data`, as averages of weights are by some, shows neither. Rows stand for the length of a block; one
+adapter may be scored, changed and scored again, so what is kept of it serves steps of one token only, and a longer forward makes an end of it.
 
 Legend: B entries of dimension 0, n rows, H hidden units of all adapters together, O out, I in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -27,11 +34,15 @@ from torch.nn import functional as F
 
 from ingraft.adapt.control import Control, HostState
 from ingraft.adapt.rows import Call, unflattened
-from ingraft.adapt.site import LayerSite
+from ingraft.adapt.site import LayerSite, name_of
 from ingraft.adapt.swap import Forward
 from ingraft.methods.contract import OutputPart, Part, ShortcutPart
 
 MOST_UNITS = 512
+
+_PLAIN = (Tensor, nn.Parameter)
+_version, _training = attrgetter("_version"), attrgetter("training")
+State = tuple[list[int], list[int], list[bool]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,12 +50,17 @@ class Joint:
     """Several adapters' parts at one host, as one.
 
     Attributes:
-        part: of their class, its tensors theirs; like: one of them.
+        part: of their class, its tensors theirs; like: one of them; role: theirs.
+        moves: whether `before` does anything.
+        by_row: whether rows differ. Where they do not, no unit is another row's, and no vector is given row by row.
         mask_nH: 1 where a hidden unit is the row's own; None if there are none.
     """
 
     part: Any
     like: Part
+    role: str
+    moves: bool
+    by_row: bool
     mask_nH: Tensor | None
     masks: dict[tuple[int, int, float], Tensor] = field(default_factory=dict[tuple[int, int, float], Tensor])
 
@@ -63,29 +79,62 @@ class Joint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What a host does for one assignment of rows.
+    """What a host does in the forwards of one call.
 
     Attributes:
-        parts: those that act; training: whether one of them is in training mode, in which dropout is each adapter's own.
-        possible: False where rows must be served group by group.
+        dtype: of the input it is for.
+        parts: those that act.
+        owners: the dictionaries that they keep their tensors in; state: of these, see `_state`. Empty where nothing is kept.
+        possible: False where the host must go the ordinary way.
     """
 
-    call: Call
-    merged: tuple[str, ...]
-    generation: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     parts: tuple[Part, ...]
-    training: bool
+    owners: tuple[dict[str, Any], ...]
+    state: State
     possible: bool = False
     on_weight: tuple[Joint, ...] = ()
     on_output: tuple[Joint, ...] = ()
 
-    def summed(self) -> int:
-        """A number that changes when a tensor of the parts does, or is replaced."""
-        tensors = [
-            t for part in self.parts for own in (part._parameters, part._buffers) for t in own.values() if t is not None
-        ]
-        return sum(tensor._version for tensor in tensors) + sum(map(torch.Tensor.data_ptr, tensors))
+
+@dataclass(kw_only=True, eq=False)
+class Kept:
+    """What the hosts of a model keep (`Control.joined`).
+
+    Attributes:
+        acting: what acts, in the forwards it is for.
+        plans: by host, one each. `together`: all their parts, owners and states, one behind the other; None after a new plan.
+    """
+
+    acting: object
+    plans: dict[str, Plan] = field(default_factory=dict[str, Plan])
+    together: tuple[list[Part], list[dict[str, Any]], State] | None = None
+
+    def note(self, path: str, plan: Plan) -> None:
+        self.plans[path], self.together = plan, None
+
+    def changed(self) -> bool:
+        """Whether a part or a tensor is not what it was."""
+        if self.together is None:
+            plans = self.plans.values()
+            parts = list(chain.from_iterable(plan.parts for plan in plans))
+            owners = list(chain.from_iterable(plan.owners for plan in plans))
+            versions, places, training = ([plan.state[which] for plan in plans] for which in range(3))
+            self.together = (parts, owners, (_flat(versions), _flat(places), _flat(training)))
+        parts, owners, state = self.together
+        return _state(parts, owners) != state
+
+
+def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
+def _state(parts: Iterable[Part], owners: Iterable[dict[str, Any]]) -> State | None:
+    """Versions and addresses of tensors, and which parts train; None if that cannot be told."""
+    tensors = list(chain.from_iterable(map(dict[str, Any].values, owners)))
+    if not set(map(type, tensors)).issubset(_PLAIN):
+        return None
+    return list(map(_version, tensors)), list(map(Tensor.data_ptr, tensors)), list(map(_training, parts))
 
 
 class JointSite(LayerSite):
@@ -94,11 +143,15 @@ class JointSite(LayerSite):
     def __init__(
         self, joint: Joint, host: nn.Module, state: HostState, call: Call, shape: torch.Size, base: Forward
     ) -> None:
-        super().__init__(host, state, call, [], joint.like, None, shape[0], base)
+        super().__init__(host, state, call, (), joint.like, None, shape[0], base)
         self._joint, self._shape = joint, shape
 
+    @property
+    def role(self) -> str:
+        return self._joint.role
+
     def own(self, u: Tensor) -> Tensor:
-        return u * self._joint.mask(u)
+        return u * self._joint.mask(u) if self._joint.by_row else u
 
     def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
         return super().mix(self.own(u), matrix_OK)
@@ -107,76 +160,79 @@ class JointSite(LayerSite):
         self, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float | Tensor = 1.0, dropout: float = 0.0
     ) -> Tensor:
         u = F.linear(x, A_RI)
-        u = (u * self._joint.mask(u, scale)).to(x.dtype)
-        return y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B_OR.T).view(y.shape)
+        if self._joint.by_row:
+            u = (u * self._joint.mask(u, scale)).to(x.dtype)
+        elif scale != 1.0:
+            u.mul_(scale)
+        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B_OR.T)
+        return y
 
     def out(self, v_O: Tensor) -> Tensor:
-        return _by_row(v_O, self._shape[0], len(self._shape))
+        return _by_row(v_O, self._shape[0], len(self._shape)) if self._joint.by_row else super().out(v_O)
 
     def inp(self, v_I: Tensor) -> Tensor:
-        return _by_row(v_I, self._shape[0], len(self._shape))
+        return _by_row(v_I, self._shape[0], len(self._shape)) if self._joint.by_row else super().inp(v_I)
 
     def drops(self, x: Tensor, p: float) -> bool:
         return False
 
 
-def plan_of(host: nn.Module, state: HostState, call: Call, parts: Sequence[Sequence[Part]], x: Tensor) -> Plan:
-    """How a host serves these rows.
+def plan_of(host: nn.Module, state: HostState, call: Call, parts: Sequence[Sequence[Part]], x: object) -> Plan:
+    """How a host serves a call's rows, or that it must go the ordinary way.
 
     Args:
         parts: of each of the call's groups.
+        x: the host's first input.
     """
-    control = state.control
-    kind, rows = state.kind, call.rows
-    lone = [group[0] if group else None for group in parts]
-    acting = tuple(part for part in lone if part is not None)
-    training = any(part.training for part in acting)
-    facts: dict[str, Any] = {"call": call, "merged": control.merged, "generation": control.generation, "dtype": x.dtype}
-    facts |= {"parts": acting, "training": training}
-    if (
-        rows is None
-        or training
-        or any(len(group) > 1 for group in parts)
-        or not x.is_floating_point()
-        or state.by_row is not True
-        or not all(map(_joinable, acting))
-    ):
-        return Plan(**facts)
-    on_weight = [part for part in lone if isinstance(part, ShortcutPart)]
-    if on_weight and (
-        kind is None
-        or not (kind.multiplies and state.known_forward and all(part.holds(kind.name) for part in on_weight))
-        or (getattr(host, "bias", None) is not None and not all(part.additive for part in on_weight))
-        or (
-            (weight := host._parameters.get("weight")) is not None
-            and weight.dtype != x.dtype
-            and weight.is_floating_point()
-        )
-    ):
-        return Plan(**facts)
-    joints = [_joined(alike, call, x.dtype) for alike in _alike(lone)]
-    if any(joint.mask_nH is not None and joint.mask_nH.shape[1] > MOST_UNITS for joint in joints):
-        return Plan(**facts)
+    kept: Kept = state.control.joined
+    acting = tuple(part for group in parts for part in group if isinstance(part, Part))
+    dtype = x.dtype if isinstance(x, Tensor) else None
+    joints: list[Joint] = []
+    owners: list[dict[str, Any]] = []
+    if possible := dtype is not None and _joins(host, state, call, parts, dtype):
+        assert dtype is not None
+        lone = [group[0] if group else None for group in parts]
+        joints = [_joined(host, state, alike, call, dtype) for alike in _alike(lone)]
+        possible = all(joint.mask_nH is None or joint.mask_nH.shape[1] <= MOST_UNITS for joint in joints)
+        owners = [own for part in acting for own in (part._parameters, part._buffers) if own]
+    now = _state(acting, owners)
+    assert now is not None
     plan = Plan(
-        **facts,
-        possible=True,
+        dtype=dtype,
+        parts=acting,
+        owners=tuple(owners),
+        state=now,
+        possible=possible,
         on_weight=tuple(joint for joint in joints if isinstance(joint.part, ShortcutPart)),
         on_output=tuple(joint for joint in joints if isinstance(joint.part, OutputPart)),
     )
-    control.joined[state.path] = plan, plan.summed()  # in place of the one for other rows
+    kept.note(state.path, plan)
     return plan
 
 
-def fits(plan: Plan | None, control: Control, call: Call, x: object) -> bool:
-    """Whether a plan is for this call, and its tensors are what they were."""
+def _joins(host: nn.Module, state: HostState, call: Call, parts: Sequence[Sequence[Part]], dtype: torch.dtype) -> bool:
+    """Whether the parts that act here can be one."""
+    kind, lone = state.kind, [part for group in parts for part in group]
+    if (
+        not lone
+        or any(len(group) > 1 for group in parts)
+        or not all(map(_joinable, lone))
+        or any(part.training for part in lone)
+        or not dtype.is_floating_point
+        or (len(call.groups) > 1 and state.by_row is not True)
+    ):
+        return False
+    on_weight = [part for part in lone if isinstance(part, ShortcutPart)]
+    if not on_weight:
+        return True
+    weight = host._parameters.get("weight")
     return (
-        plan is not None
-        and plan.generation == control.generation
-        and (plan.call is call or plan.call.rows == call.rows)
-        and plan.merged == control.merged
-        and isinstance(x, Tensor)
-        and x.dtype == plan.dtype
-        and any(part.training for part in plan.parts) == plan.training
+        kind is not None
+        and kind.multiplies
+        and state.known_forward
+        and all(part.holds(kind.name) for part in on_weight)
+        and (getattr(host, "bias", None) is None or all(part.additive for part in on_weight))
+        and (weight is None or weight.dtype == dtype or not weight.is_floating_point())
     )
 
 
@@ -197,11 +253,13 @@ def serve(
     """
     if plan.on_weight:
         (x,) = args
-        for joint in plan.on_weight:
-            x = joint.part.before(x, JointSite(joint, host, state, call, x.shape, base))
+        sites = [JointSite(joint, host, state, call, x.shape, base) for joint in plan.on_weight]
+        for joint, site in zip(plan.on_weight, sites, strict=True):
+            if joint.moves:
+                x = joint.part.before(x, site)
         result = base(x)
-        for joint in plan.on_weight:
-            result = joint.part.after(x, result, JointSite(joint, host, state, call, result.shape, base))
+        for joint, site in zip(plan.on_weight, sites, strict=True):
+            result = joint.part.after(x, result, site)
     else:
         result = base(*args, **kwargs)
     if not plan.on_output:
@@ -219,16 +277,23 @@ def serve(
     return (y, *result[1:]) if isinstance(result, tuple) else y
 
 
-def refresh(control: Control) -> None:
-    """Drop what was joined if a tensor has changed since. Called ahead of every forward."""
-    if any(plan.summed() != total for plan, total in control.joined.values()):
-        forget(control)
+def refresh(control: Control, one_token: bool) -> Call | None:
+    """Drop what was joined if it is not for this forward, or a tensor has changed since. Called ahead of every forward of the model.
 
+    Args:
+        one_token: whether the forward is of one position, a step of generation.
 
-def forget(control: Control) -> None:
-    """Drop what was joined."""
-    control.generation += 1
-    control.joined = {}
+    Returns:
+        The call that hosts may serve by what is kept; None if they may not.
+    """
+    call, kept = control.call, control.joined
+    if len(call.groups) == 1 and not one_token:
+        control.joined = None
+        return None
+    acting = (call.active, call.rows, control.merged)
+    if kept is None or kept.acting != acting or kept.changed():
+        control.joined = Kept(acting=acting)
+    return call
 
 
 def _tensors(part: Part) -> dict[str, Tensor]:
@@ -247,8 +312,8 @@ def _joinable(part: Part) -> bool:
         isinstance(part, ShortcutPart | OutputPart)
         and part.stacks is not None
         and not part._modules
-        and set(_tensors(part)) <= set(part.stacks)
-        and not any(tensor.is_meta for tensor in _tensors(part).values())
+        and {*part._parameters, *part._buffers} == set(tensors := _tensors(part)) <= set(part.stacks)
+        and not any(type(t) not in _PLAIN or t.is_meta or t.is_inference() for t in tensors.values())
     )
 
 
@@ -264,18 +329,50 @@ def _alike(lone: Sequence[Part | None]) -> Iterator[list[Part | None]]:
         yield same
 
 
-def _joined(alike: Sequence[Part | None], call: Call, dtype: torch.dtype) -> Joint:
+def _joined(host: nn.Module, state: HostState, alike: Sequence[Part | None], call: Call, dtype: torch.dtype) -> Joint:
     """One part for all; `alike` gives each group's."""
-    assert call.rows is not None
     parts = [part for part in alike if part is not None]
+    like = parts[0]
+    by_row = len(call.groups) > 1
+    made: dict[str, Any] = dict(_options(like))
+    mask_nH = None
+    if by_row:
+        beside, mask_nH = _beside(parts, _part_of_row(alike, parts, call), dtype)
+        made |= beside
+    else:
+        stacks = cast(Mapping[str, int | None], like.stacks)
+        made |= {name: _used(tensor.detach(), stacks[name], dtype) for name, tensor in _tensors(like).items()}
+        made |= {name: value for name in set(stacks) - set(made) if (value := getattr(like, name, None)) is not None}
+    part = object.__new__(type(like))
+    nn.Module.__init__(part)
+    vars(part).update(made)
+    return Joint(
+        part=part,
+        like=like,
+        role=state.roles.get(name_of(host, like), "weight"),
+        moves=isinstance(like, ShortcutPart) and type(like).before is not ShortcutPart.before,
+        by_row=by_row,
+        mask_nH=mask_nH,
+    )
+
+
+def _part_of_row(alike: Sequence[Part | None], parts: Sequence[Part], call: Call) -> Tensor:
+    """(n,) the index of each row's part; that of a row without any is one more than the last."""
+    assert call.rows is not None
     place = {id(part): index for index, part in enumerate(parts)}
-    of_row = torch.full((len(call.rows),), len(parts))  # the last entry is that of rows without any
+    of_row = torch.full((len(call.rows),), len(parts))
     for group, part in zip(call.groups, alike, strict=True):
         if part is not None and group.rows is not None:
             of_row[list(group.rows)] = place[id(part)]
+    return of_row
+
+
+def _beside(parts: Sequence[Part], of_row: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor | None]:
+    """The tensors of these parts side by side, or row by row; and the mask of hidden units."""
     like = parts[0]
     stacks = cast(Mapping[str, int | None], like.stacks)
-    made: dict[str, Any] = dict(_options(like))
+    device = next(iter(_tensors(like).values())).device
+    made: dict[str, Any] = {}
     units: list[int] = []
     for name, tensor in _tensors(like).items():
         dim, each = stacks[name], [_tensors(part)[name].detach() for part in parts]
@@ -284,22 +381,25 @@ def _joined(alike: Sequence[Part | None], call: Call, dtype: torch.dtype) -> Joi
             made[name] = torch.stack([*each, neutral])[of_row.to(tensor.device)].to(dtype)
         else:
             units = [one.shape[dim] for one in each]
-            made[name] = torch.cat(each, dim).to(dtype)
-    device = next(iter(_tensors(like).values())).device
+            made[name] = _used(torch.cat(each, dim), dim, dtype)
     for name in set(stacks) - set(_tensors(like)):
         if isinstance(getattr(like, name, None), int | float):
             pieces = [
                 torch.full((count,), float(getattr(part, name))) for part, count in zip(parts, units, strict=True)
             ]
             made[name] = torch.cat(pieces).to(device)
-    mask_nH = None
-    if units:
-        unit_H = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(units))
-        mask_nH = (of_row[:, None] == unit_H[None]).to(device=device, dtype=dtype)
-    part = object.__new__(type(like))
-    nn.Module.__init__(part)
-    vars(part).update(made)
-    return Joint(part=part, like=like, mask_nH=mask_nH)
+    if not units:
+        return made, None
+    unit_H = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(units))
+    return made, (of_row[:, None] == unit_H[None]).to(device=device, dtype=dtype)
+
+
+def _used(tensor: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype of use; a copy lies unit by unit, as products with bfloat16 want it (8 times as fast where the processor has none)."""
+    if tensor.dtype == dtype:
+        return tensor
+    used = tensor.to(dtype)
+    return used if dim is None else used.movedim(dim, 0).contiguous().movedim(0, dim)
 
 
 def _by_row(values_nX: Tensor, size: int, dims: int) -> Tensor:

@@ -36,7 +36,6 @@ from ingraft.adapt.control import (
     shared_of,
 )
 from ingraft.adapt.host import Host, SequentialHost
-from ingraft.adapt.joint import forget
 from ingraft.adapt.roles import blocks, key_value_layers
 from ingraft.adapt.rows import Call, rows_of
 from ingraft.adapt.select import select
@@ -262,7 +261,7 @@ def _trained(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def _act(control: Control, call: Call) -> None:
     control.call = call
     control.unchecked, control.rows_found = True, set()
-    forget(control)
+    control.joined = None
 
 
 def _refuse_merged(control: Control, verb: str, names: Iterable[str] = ()) -> None:

@@ -66,6 +66,13 @@ def _check_rows(model: nn.Module, control: Control, size: int) -> None:
     )
 
 
+def _one_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether each row of the batch is one token, or one embedding."""
+    named = (kwargs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"))
+    x = next((value for value in (*named, *args) if isinstance(value, Tensor)), None)
+    return x is not None and x.dim() == 2 + x.is_floating_point() and x.shape[1] == 1
+
+
 def _nothing() -> str | None:
     return None
 
@@ -93,7 +100,6 @@ def outermost(
         control.call = replace(control.call, size=size)
     if len(control.call.groups) > 1 and path not in control.rows_found and not torch.compiler.is_compiling():
         find_rows(stack, path, control, size, args, kwargs)
-    refresh(control)
     acting = {name for group in control.call.groups for name in group.names}
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # recomputed, in backward
     if not again and control.auto_step and any(control.adapters[name].dropout for name in acting):
@@ -102,6 +108,8 @@ def outermost(
         else:
             control.call = control.call.at_step(control.call.step + 1, None)
     control.running = True
+    if not (again or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        control.quick = refresh(control, _one_token(args, kwargs))
     try:
         for name in acting:
             # Attentions ask for it inside of blocks, which may be run again in backward; it must not be made in there.
@@ -111,7 +119,7 @@ def outermost(
             return _checked(stack, path, control, acting, run, given)
         return run()
     finally:
-        control.running = False
+        control.running, control.quick = False, None
         control.spans.clear()
         control.shared.clear()
 

@@ -36,7 +36,10 @@ class LayerSite(Site):
     ) -> None:
         self._host, self._state, self._call, self._below, self._part = host, state, call, below, part
         self._entries, self._size, self._base = entries, size, base
-        self.role = state.roles.get(_name_of(host, part), "weight")
+
+    @property
+    def role(self) -> str:
+        return self._state.roles.get(name_of(self._host, self._part), "weight")
 
     def _kind(self) -> Kind:
         assert self._state.kind is not None, f"{self._state.path} is no layer of a known kind"
@@ -88,7 +91,7 @@ class LayerSite(Site):
         return dropout(x, p, self._keys(x)) if self.drops(x, p) else x
 
     def _keys(self, x: Tensor) -> Tensor:
-        seed = self._state.control.adapters[_name_of(self._host, self._part)].seed
+        seed = self._state.control.adapters[name_of(self._host, self._part)].seed
         return row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device)
 
     def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
@@ -118,7 +121,7 @@ def site_of(host: nn.Module, state: HostState, part: Part) -> LayerSite:
     return LayerSite(host, state, state.control.call, [], part, None, 0, rerun)
 
 
-def _name_of(host: nn.Module, part: Part) -> str:
+def name_of(host: nn.Module, part: Part) -> str:
     """The adapter a part belongs to."""
     child = next(name for name, module in host._modules.items() if module is part)
     return child.removeprefix("adapter:").replace("%2E", ".")

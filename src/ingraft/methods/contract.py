@@ -45,7 +45,10 @@ Composition = Literal["add", "chain"]
 class Site(ABC):
     """What a part may ask of the place it sits in. The host makes one for each call; a part never keeps it."""
 
-    role: str
+    @property
+    @abstractmethod
+    def role(self) -> str:
+        """The site's, as in `SiteFacts`."""
 
     @abstractmethod
     def op(self, x: Tensor, matrix_KI: Tensor, dropout: float = 0.0) -> Tensor:
