@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.compose import composed, own_parameters
-from ingraft.adapt.control import Control, Kept, control_of, host_state, part_of, require_control
+from ingraft.adapt.control import Adapter, Control, Kept, control_of, host_state, part_of, require_control
 from ingraft.adapt.offload import is_offloaded
 from ingraft.adapt.select import base_modules
 from ingraft.adapt.swap import original_class, rebase
@@ -42,6 +42,38 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
 
     Raises:
         IngraftError: if a method has no weight form, a weight is tied, a value is not finite. The model is then unchanged.
+    """
+    control = require_control(model)
+    adapters = to_merge(model, *names)
+    names = tuple(adapter.name for adapter in adapters)
+    problems: list[str] = []
+    modules = base_modules(model)
+    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.sites))
+    ties = _ties(modules)
+    kept: list[Kept] = []
+    written: dict[int, nn.Parameter] = {}
+    try:
+        for path in _tracked(paths, progress):
+            for name, value in merged_values(modules[path], names).items():
+                if not untie and (problem := _tied(modules, path, name, names, ties)) is not None:
+                    problems.append(problem)
+                else:
+                    _write(modules[path], path, name, value, safe, kept, written)
+        if problems:
+            raise IngraftError(*problems)
+    except BaseException:
+        _put_back(modules, kept)
+        raise
+    control.kept, control.merged = kept, names
+    control.restore["active"] = control.call.active
+    _record_untied(model, control, modules, ties)
+
+
+def to_merge(model: nn.Module, *names: str) -> list[Adapter]:
+    """The adapters that a merge of these names (none: of those that act) is of.
+
+    Raises:
+        IngraftError: nothing acts, one is merged already, rows differ, or a method has no weight form.
     """
     control = require_control(model)
     if control.merged:
@@ -66,28 +98,29 @@ def merge(model: nn.Module, *names: str, safe: bool = True, progress: bool = Fal
         raise IngraftError(
             f"merge: {', '.join(offloaded[:4])} is offloaded by accelerate, so there is no weight here to write into. Load the base without offloading."
         )
-    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.sites))
+    return adapters
+
+
+def check_ties(modules: dict[str, nn.Module], paths: Iterable[str], names: tuple[str, ...], untie: bool) -> str | None:
+    """The first parameter that a merge at these sites would have to untie, None if there is none.
+
+    Raises:
+        IngraftError: there are some, and they may not be untied.
+    """
     ties = _ties(modules)
-    kept: list[Kept] = []
-    written: dict[int, nn.Parameter] = {}
-    try:
-        for path in _tracked(paths, progress):
-            for name, value in _values(modules[path], names).items():
-                if not untie and (problem := _tied(modules, path, name, names, ties)) is not None:
-                    problems.append(problem)
-                else:
-                    _write(modules[path], path, name, value, safe, kept, written)
-        if problems:
-            raise IngraftError(*problems)
-    except BaseException:
-        _put_back(modules, kept)
-        raise
-    control.kept, control.merged = kept, names
-    control.restore["active"] = control.call.active
-    _record_untied(model, control, modules, ties)
+    tied = [path for path in paths if any(len(ties.get(id(p), ())) > 1 for p in modules[path]._parameters.values())]
+    found = {
+        f"{path}.{name}": problem
+        for path in tied
+        for name in merged_values(modules[path], names)
+        if (problem := _tied(modules, path, name, names, ties)) is not None
+    }
+    if found and not untie:
+        raise IngraftError(*found.values())
+    return next(iter(found), None)
 
 
-def _values(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+def merged_values(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     """The parameters of one module as these adapters want them, those that change."""
     state = host_state(module)
     assert state is not None
@@ -107,10 +140,8 @@ def _write(
 ) -> None:
     """Put one value in place, keeping the original. Full tuning of both sides of a tie gives them one tensor again."""
     old = module._parameters[name]
-    if safe and not torch.isfinite(value).all():
-        raise IngraftError(
-            f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged."
-        )
+    if safe:
+        refuse_not_finite(path, name, value)
     new = nn.Parameter(value.detach().clone(), requires_grad=False)
     if old is not None:
         other = written.setdefault(id(old), new)
@@ -121,6 +152,14 @@ def _write(
     module._parameters[name] = new
     if dense is not None:
         _recast(module, dense)
+
+
+def refuse_not_finite(path: str, name: str, value: Tensor) -> None:
+    """What `safe` does."""
+    if not torch.isfinite(value).all():
+        raise IngraftError(
+            f"merge: {path}.{name} would hold values that are not finite. The adapter is damaged or diverged; nothing was merged."
+        )
 
 
 def _put_back(modules: dict[str, nn.Module], kept: Iterable[Kept]) -> None:

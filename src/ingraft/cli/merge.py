@@ -3,6 +3,10 @@
 Merging replaces the adapter's own arithmetic by the base's with changed weights. In exact numbers both agree; in bfloat16 the changed weight
 is rounded to eight bits and they differ. Over packed weights the sum stays dense, and the folder holds what the blocks say, unpacked. So both are run on real text, the largest difference of the logits is printed, and above a
 bound nothing is written.
+
+A base in several files is merged file by file, without the merged model ever being in memory (`adapt/files/shards.py`); what is compared then is the
+folder as it was written, read back in the same way as the base, as a view of its files. Where that cannot be (said in the output), and for a base in one file, the
+merge is made in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ingraft.cli.sources import Opened
@@ -79,13 +85,15 @@ def command(
     opened = open_model(
         recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
     )
-    found = merge_and_write(opened, target, data, bound=max_difference, untie=untie, overwrite=overwrite_output_dir)
+    found = merge_and_write(
+        opened, target, data, bound=max_difference, untie=untie, overwrite=overwrite_output_dir, say=output.say
+    )
     output.result({"output_dir": output_dir, **found})
     output.say(
         f"largest logit difference, merged to unmerged: {found['max_difference']:.3g} "
         f"(bound {found['bound']:g}, {found['dtype']}, {found['tokens']} tokens, logits up to {found['largest_logit']:.1f})",
         f"the likeliest outcome is the same at {found['same_choice']:.1%} of the places; rounding took {found['lost']:.1%} of what the adapter does",
-        f"written: {output_dir}",
+        f"written: {output_dir}" + (", file by file" if found["by_file"] else ""),
         "",
         "next:",
         f"  ingraft chat --model {output_dir}"
@@ -95,25 +103,69 @@ def command(
 
 
 def merge_and_write(
-    opened: Opened, target: Any, data: str | None, *, bound: float | None, untie: bool = False, overwrite: bool
+    opened: Opened,
+    target: Any,
+    data: str | None,
+    *,
+    bound: float | None,
+    untie: bool = False,
+    overwrite: bool,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Merge, compare, and write the folder, all or nothing. Returns the comparison.
 
     Raises:
         IngraftError: the method cannot be merged; the difference is above the bound; the disk refuses.
     """
+    from pathlib import Path
+
     import ingraft
     from ingraft import adapt, durable
+    from ingraft.adapt.files import shards
 
-    model = opened.model
+    model, source = opened.model, Path(opened.source)
     batches = token_batches(opened, data)
     dtype = str(model.dtype).removeprefix("torch.")
     before = [logits(model, batch) for batch in batches]
     with adapt.disabled(model):
         bare = [logits(model, batch) for batch in batches]
-    ingraft.merge(model, safe=True, untie=untie)
-    after = [logits(model, batch) for batch in batches]
-    found = comparison(before, after) | {"lost": lost(before, after, bare)}
+
+    def judged(merged: Any) -> dict[str, Any]:
+        after = [logits(merged, batch) for batch in batches]
+        found = comparison(before, after) | {"lost": lost(before, after, bare)}
+        return {"bound": _refused_above(found, dtype, bound), "dtype": dtype, **found}
+
+    facts: dict[str, Any] = {"merged_from": opened.adapter, "base": opened.recipe.model, "dtype": dtype}
+    sharded = shards.is_sharded(source)
+    reason = shards.unfit(model, source) if sharded else None
+    durable.require_space(target, sum(p.numel() * p.element_size() for p in model.parameters()))
+    with durable.folder(target, overwrite=overwrite, facts=facts) as scratch:
+        if by_file := sharded and reason is None:
+            try:
+                shards.write_folder(model, source, scratch, untie=untie)
+            except shards.NotStreamed as error:
+                by_file, reason = False, str(error)
+        if reason is not None:
+            say(f"merged in memory as a whole, not file by file: {reason}")
+        if by_file:
+            found = judged(type(model).from_pretrained(scratch, dtype=model.dtype).eval())
+        else:
+            ingraft.merge(model, safe=True, untie=untie)
+            found = judged(model)
+            ingraft.detach(model, keep_merged=True)
+            adapt.make_dense(model)  # layers kept packed that the adapter left alone
+            model.save_pretrained(scratch)
+        opened.tokenizer.save_pretrained(scratch)
+        facts["max_difference"] = found["max_difference"]
+    return {**found, "tokens": sum(batch.numel() for batch in batches), "by_file": by_file}
+
+
+def _refused_above(found: dict[str, Any], dtype: str, bound: float | None) -> float:
+    """The bound that a comparison keeps.
+
+    Raises:
+        IngraftError: it does not.
+    """
     worst = found["max_difference"]
     limit = BOUNDS.get(dtype, BOUNDS["float32"]) * found["largest_logit"] if bound is None else bound
     if not worst <= limit or (bound is None and not found["lost"] <= MOST_LOST):
@@ -122,14 +174,7 @@ def merge_and_write(
             f"what the adapter does to them (bound {MOST_LOST:.0%}); nothing was written. Merge in a finer dtype (--dtype float32), or accept "
             "the difference with --max-difference."
         )
-    ingraft.detach(model, keep_merged=True)
-    adapt.make_dense(model)  # layers kept packed that the adapter left alone
-    durable.require_space(target, sum(p.numel() * p.element_size() for p in model.parameters()))
-    facts = {"merged_from": opened.adapter, "base": opened.recipe.model, "max_difference": worst, "dtype": dtype}
-    with durable.folder(target, overwrite=overwrite, facts=facts) as scratch:
-        model.save_pretrained(scratch)
-        opened.tokenizer.save_pretrained(scratch)
-    return {"bound": limit, "dtype": dtype, "tokens": sum(batch.numel() for batch in batches), **found}
+    return limit
 
 
 def comparison(before: list[Tensor], after: list[Tensor]) -> dict[str, Any]:

@@ -36,12 +36,17 @@ _UNUSED = "unused"
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A base in memory, with an adapter where one was asked for."""
+    """A base in memory, with an adapter where one was asked for.
+
+    Attributes:
+        source: the folder, file or hub id that the base was read from.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     adapter: str | None
+    source: str = ""
 
 
 def settle(
@@ -171,7 +176,7 @@ def open_model(
     if adapter is not None:
         name = ingraft.load(model, adapter_folder(adapter), allow_base_mismatch=allow_base_mismatch)
     model.eval()
-    return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name)
+    return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name, source=base.source)
 
 
 def manifest_facts(folder: Path) -> dict[str, Any]:
