@@ -78,6 +78,8 @@ bench: $(VENV)/.test
 	@$(BIN)/python benchmarks/serving.py
 	@echo "== bench: loading, imports, the merged model"
 	@$(BIN)/python benchmarks/lifecycle.py
+	@echo "== bench: cost as work grows"
+	@$(BIN)/python benchmarks/growth.py
 	@echo "== bench: supervised tuning"
 	@$(BIN)/python benchmarks/sft.py --rows $(BENCH_ROWS)
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 
-def tune(file: Path, settings: Mapping[str, Any], steps: int, **more: Any) -> tuple[Any, dict[str, float]]:
+def tune(
+    file: Path, settings: Mapping[str, Any], steps: int, *, skip: int = 0, **more: Any
+) -> tuple[Any, dict[str, float]]:
     """Train a LoRA on every linear layer of SmolLM2.
 
     Args:
         file: with the training rows.
         settings: r, lora_alpha, learning_rate, batch, max_length, seed.
+        skip: how many of the first steps are left out of the figures.
         more: other keys of the recipe.
 
     Returns:
@@ -44,7 +47,7 @@ def tune(file: Path, settings: Mapping[str, Any], steps: int, **more: Any) -> tu
         }
         run = train(recipe, quiet=True)
         lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    stepped = [line for line in lines if "step_seconds" in line]
+    stepped = [line for line in lines if "step_seconds" in line][skip:]
 
     def total(key: str) -> float:
         return sum(line["step_seconds"] * line.get(key, 1.0) for line in stepped)

@@ -18,6 +18,7 @@ def tune(
     *,
     start: Path | None = None,
     grouped: bool = False,
+    skip: int = 0,
 ) -> tuple[Any, dict[str, float]]:
     """Train, padding to the longest row of a batch (`DataCollatorForSeq2Seq`), with `Trainer`'s own defaults.
 
@@ -25,10 +26,12 @@ def tune(
         settings: r, lora_alpha, learning_rate, batch, seed.
         start: a saved adapter to start from, and then take the examples as they come; otherwise PEFT draws one and Trainer shuffles.
         grouped: let Trainer put rows of similar length together.
+        skip: how many of the first steps are left out of the figures.
 
     Returns:
         The tuned model; seconds of the steps, real and learned tokens in them.
     """
+    import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,9 +45,14 @@ def tune(
     )
     rows = [{"input_ids": e.input_ids, "labels": e.labels, "attention_mask": [1] * len(e.input_ids)} for e in examples]
     counted = {"tokens": 0.0, "learned": 0.0}
+    batches = 0
     collate = DataCollatorForSeq2Seq(tokenizer)
 
     def collator(batch: list[Any]) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches <= skip:
+            return collate(batch)
         counted["tokens"] += sum(len(row["input_ids"]) for row in batch)
         counted["learned"] += sum(label != -100 for row in batch for label in row["labels"])
         return collate(batch)
@@ -57,6 +65,10 @@ def tune(
             self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if state.global_step == skip:
+                self.began = time.perf_counter()
             self.seconds = time.perf_counter() - self.began
 
     clock = Clock()
@@ -70,7 +82,7 @@ def tune(
             save_strategy="no",
             report_to="none",
             logging_steps=steps,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=False,
             disable_tqdm=True,
             train_sampling_strategy="sequential" if start is not None else "group_by_length" if grouped else "random",
