@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import ingraft
 from ingraft import adapt
 from ingraft.adapt.files import shards
+from ingraft.cli.merge import merge_and_write
+from ingraft.cli.sources import Opened
 from ingraft.errors import IngraftError
 from ingraft.methods.registry import make_config
 
@@ -157,3 +160,47 @@ def test_a_damaged_adapter_and_one_that_is_no_weight_are_refused(tmp_path: Path)
         shards.write_merged(model, source, target)
     with pytest.raises(IngraftError, match="cannot be merged"):
         shards.write_merged(opened(source, "pfeiffer"), source, target)
+
+
+class Words:
+    """As much of a tokenizer as the verb asks for."""
+
+    model_max_length = 32
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [len(word) for word in text.split()[:32]]}
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def verb(source: Path, model: Any, target: Path, bound: float | None) -> tuple[dict[str, Any], list[str]]:
+    """What `ingraft merge` finds and says."""
+    recipe = cast(Any, SimpleNamespace(model="base"))
+    read = Opened(model=model, tokenizer=cast(Any, Words()), recipe=recipe, adapter="a", source=str(source))
+    said: list[str] = []
+    return merge_and_write(read, target, None, bound=bound, overwrite=False, say=said.append), said
+
+
+def test_the_verb_goes_file_by_file_where_it_can_and_says_where_not(tmp_path: Path) -> None:
+    source = base(tmp_path / "base")
+    found, said = verb(source, opened(source), tmp_path / "one", 1e9)
+    assert found["by_file"] and not said and found["tokens"] == 32
+    for shard in shards.shards(source):
+        assert (tmp_path / "one" / shard).stat().st_size == (source / shard).stat().st_size
+    assert (tmp_path / "one" / "tokenizer.json").exists() and not (tmp_path / "one" / "weights").exists()
+    for model in (opened(source, dtype=torch.float32), opened(source, target_modules=["o_proj"], lora_bias=True)):
+        target = tmp_path / str(model.dtype)
+        other, why = verb(source, model, target, 1e9)
+        assert not other["by_file"] and len(why) == 1 and "in memory" in why[0]
+        assert {file.name for file in target.iterdir()} >= {"model.safetensors", "config.json"}
+
+
+def test_what_was_written_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is what lies in the new files."""
+    source = base(tmp_path / "base")
+    proper = shards.merged_values
+    monkeypatch.setattr(shards, "merged_values", lambda *args: {name: -value for name, value in proper(*args).items()})
+    with pytest.raises(IngraftError, match="nothing was written"):
+        verb(source, opened(source), tmp_path / "new", None)
+    assert not (tmp_path / "new").exists()
