@@ -182,7 +182,7 @@ def _prefix(file: Path) -> bytes:
 def _put(file: IO[bytes], tensor: Tensor) -> None:
     """A tensor's bytes as they lie, without a copy of them all."""
     if tensor.numel():
-        file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
