@@ -514,7 +514,7 @@ def test_configs_are_saved_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (LoraConfig(bias="all"), "bias = 'all'"),
+        (LoraConfig(bias="some"), "bias = 'some'"),
         (LoraConfig(use_dora=True, init_lora_weights="pissa"), "got 'pissa'"),
         (LoraConfig(rank_pattern={"q_proj": 0}), "rank_pattern"),
         (LoraConfig(r=33, target_modules=["q_proj"]), "it must be at most 32"),

@@ -229,7 +229,7 @@ def read_config(
         f"{where}: {name} = {raw[name]!r} is not supported; without it the adapter would compute something else. {remedy(found)}"
         for name in sorted({*layout.accepted, *layout.off} & set(raw))
         if not (raw[name] in layout.accepted[name] if name in layout.accepted else not raw[name])
-        and not _idle(model, name)
+        and not _idle(model, name, raw[name])
     ]
     problems += [
         f"{where}: {name} = {raw[name]!r}: {layout.unreadable[name][raw[name]]}"
@@ -269,9 +269,10 @@ def read_config(
     return config, layout
 
 
-def _idle(model: nn.Module, name: str) -> bool:
-    """Whether a field says nothing of this base: `bias` where no parameter is one."""
-    return name == "bias" and not any("bias" in key for key in base_parameters(model))
+def _idle(model: nn.Module, name: str, value: object) -> bool:
+    """Whether a field says nothing of this base: which biases are trained, where no parameter is one in their eyes ("bias" in its name)."""
+    meant = name == "bias" and isinstance(value, str) and (value == "all" or value.endswith("_only"))
+    return meant and not any("bias" in key for key in base_parameters(model))
 
 
 def _followed(model: nn.Module, raw: Mapping[str, Any], layout: PeftLayout, paths: list[str]) -> list[str]:
