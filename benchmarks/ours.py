@@ -21,7 +21,7 @@ def tune(
         more: other keys of the recipe.
 
     Returns:
-        The finished run; seconds of the steps, real and learned tokens in them.
+        The finished run; seconds of the steps, real and learned tokens in them, and the steps against their matrix products alone (`roofline`).
     """
     from ingraft.train.run import train
 
@@ -53,4 +53,5 @@ def tune(
         return sum(line["step_seconds"] * line.get(key, 1.0) for line in stepped)
 
     tokens, learned = (round(total(key)) for key in ("tokens_per_second", "learned_tokens_per_second"))
-    return run, {"seconds": total(""), "tokens": tokens, "learned": learned}
+    alone = sum(line["step_seconds"] / line["roofline"] for line in stepped)
+    return run, {"seconds": total(""), "tokens": tokens, "learned": learned, "roofline": total("") / alone}

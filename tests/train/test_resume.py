@@ -22,7 +22,7 @@ from ingraft.train.journal import entries
 from ingraft.train.run import train
 
 Make = Callable[..., dict[str, Any]]
-TIMES = ("step_seconds", "tokens_per_second", "learned_tokens_per_second", "peak_memory")
+TIMES = ("step_seconds", "tokens_per_second", "learned_tokens_per_second", "peak_memory", "roofline")
 
 
 def lasting(folder: Path) -> tuple[bytes, Any, list[dict[str, Any]]]:

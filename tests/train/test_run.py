@@ -27,7 +27,7 @@ Make = Callable[..., dict[str, Any]]
 
 STEP_KEYS = {
     *("step", "epoch", "loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second"),
-    *("learned_tokens_per_second", "peak_memory"),
+    *("learned_tokens_per_second", "peak_memory", "roofline"),
 }
 
 

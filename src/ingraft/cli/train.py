@@ -17,6 +17,7 @@ from ingraft.cli.output import Output
 )
 @click.option("--resume-from-checkpoint", metavar="last|DIR", help="go on from a checkpoint of this run")
 @click.option("--overwrite-output-dir", is_flag=True, help="replace a run folder that is there")
+@click.option("--profile", is_flag=True, help="show where the time of one step goes, and keep it as profile.json")
 def command(
     config: str | None,
     as_json: bool,
@@ -24,6 +25,7 @@ def command(
     allow_base_mismatch: bool,
     resume_from_checkpoint: str | None,
     overwrite_output_dir: bool,
+    profile: bool,
     **arguments: Any,
 ) -> None:
     """Train one adapter, or the whole model, from a recipe: writes a run folder.
@@ -44,9 +46,12 @@ def command(
         overwrite_output_dir=overwrite_output_dir,
         trust_remote_code=trust_remote_code,
         allow_base_mismatch=allow_base_mismatch,
+        profile=profile,
         quiet=as_json,
     )
-    output.result({"run": str(run.folder), "metrics": run.metrics})
+    output.result({"run": str(run.folder), "metrics": run.metrics, **({"profile": run.profile} if profile else {})})
+    if run.profile is not None:
+        show_profile(output, run.profile)
     before, after = run.metrics.get("before") or {}, run.metrics.get("after") or {}
     if after:
         output.say("")
@@ -61,6 +66,38 @@ def command(
         "next:",
         *(f"  {line}" for line in next_commands(str(run.folder), recipe.task)),
     )
+
+
+def show_profile(output: Output, profile: dict[str, Any]) -> None:
+    """Two tables: the parts of the step, and its longest operations."""
+    seconds = profile["seconds"]
+    ratio = "" if profile["roofline"] is None else f", {profile['roofline']:.2f} times its matrix products alone"
+    output.say(
+        "",
+        f"profile of step {profile['step']}: {profile['rows']} rows, {profile['tokens']:,} tokens, {seconds:.2f} s{ratio}",
+    )
+    parts = {**profile["phases"], "the rest": max(0.0, seconds - sum(profile["phases"].values()))}
+    output.table(
+        ["part", "ms", "share"], [[name, _ms(spent), _share(spent / seconds)] for name, spent in parts.items()]
+    )
+    output.say("")
+    output.table(
+        ["of all operations", "share"],
+        [["matrix products", _share(profile["products"])], ["attention", _share(profile["attention"])]],
+    )
+    output.say("")
+    output.table(
+        ["operation", "calls", "self ms", "share"],
+        [[one["name"], one["calls"], _ms(one["seconds"]), _share(one["share"])] for one in profile["operations"]],
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:9,.1f}"
+
+
+def _share(part: float) -> str:
+    return f"{100 * part:5.1f} %"
 
 
 def sample_lines(sample: dict[str, str], *, longest: int = 600) -> list[str]:

@@ -1,6 +1,6 @@
 """What a run says while it runs: `log.jsonl` for programs, a progress bar or plain lines for people.
 
-The log is the run's record and survives a restart: going on from a checkpoint first takes back the lines of steps that will be made again.
+What its lines hold is described in docs/log.md. The log is the run's record and survives a restart: going on from a checkpoint first takes back the lines of steps that will be made again.
 """
 
 from __future__ import annotations

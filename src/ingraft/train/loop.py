@@ -33,6 +33,8 @@ from ingraft.train.learner import Learner
 from ingraft.train.machine import peak_memory
 from ingraft.train.objectives import Objective
 from ingraft.train.objectives.base import finite
+from ingraft.train.profile import Profiler, phase
+from ingraft.train.roofline import Meter
 from ingraft.train.schedule import Plan, factor
 from ingraft.train.stop import Stop
 
@@ -73,6 +75,8 @@ class Session:
     Attributes:
         who: the run's identity, for its checkpoints.
         metric: what best means.
+        meter: counts the work of steps.
+        profiler: looks at one of them, where that is wanted.
     """
 
     recipe: Recipe
@@ -88,6 +92,8 @@ class Session:
     accelerator: Accelerator
     who: dict[str, Any]
     metric: str
+    meter: Meter
+    profiler: Profiler | None = None
 
 
 class Order:
@@ -108,12 +114,13 @@ class Order:
 
 @dataclass(kw_only=True)
 class Clock:
-    """Seconds and tokens since the last line of the log. Not kept in checkpoints: they describe a machine at an hour."""
+    """Seconds, tokens and work since the last line of the log. Not kept in checkpoints: they describe a machine at an hour."""
 
     seconds: float = 0.0
     tokens: int = 0
     learned: int = 0
     steps: int = 0
+    work: int = 0
 
 
 def fit(session: Session, progress: Progress) -> None:
@@ -135,7 +142,7 @@ def fit(session: Session, progress: Progress) -> None:
             evaluate(session, progress)  # the checkpoint was written on the way out of this evaluation
         while progress.step < plan.total and not progress.early:
             session.stop.check()
-            norms = step(session, progress, clock, order.rows(progress.step))
+            norms = watched_step(session, progress, clock, order.rows(progress.step))
             progress.step += 1
             values: dict[str, float] = {}
             if _due(progress.step, recipe.logging_steps) or progress.step == plan.total:
@@ -150,6 +157,19 @@ def fit(session: Session, progress: Progress) -> None:
     finally:
         session.journal.end()
         adapting(session.model, session.learners, False)
+
+
+def watched_step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Example]) -> list[float | None]:
+    """`step`, looked at by the profiler where it is this one's turn."""
+    if session.profiler is None:
+        return step(session, progress, clock, rows)
+    about: dict[str, Any] = {"rows": len(rows), "tokens": sum(map(len, rows))}
+    seconds, work = clock.seconds, clock.work
+    with session.profiler.around(progress.step, about):
+        norms = step(session, progress, clock, rows)
+        about["seconds"] = clock.seconds - seconds
+        about["roofline"] = session.meter.ratio(about["seconds"], clock.work - work)
+    return norms
 
 
 def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Example]) -> list[float | None]:
@@ -170,7 +190,8 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
         norm = None
         if finite(total):
             behind = partial(adapt.after_step, session.model, progress.step + 1, plan.total, learner.name)
-            norm = learner.apply(rate, recipe.max_grad_norm, behind)
+            with phase("optimiser"):
+                norm = learner.apply(rate, recipe.max_grad_norm, behind)
         else:
             learner.skip()
         if norm is None and learner.skipped_in_row >= PATIENCE:
@@ -189,6 +210,7 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
     clock.tokens += sum(map(len, rows))
     clock.learned += units
     clock.steps += 1
+    clock.work += session.meter.taken()
     return norms
 
 
@@ -208,8 +230,13 @@ def gradients(session: Session, learner: Learner, rows: Sequence[Example], units
                 continue
             row_ids = torch.tensor([row.row_id for row in micro])
             adapt.dropout_step(session.model, number, row_ids)
-            loss = session.objective.loss(session.objective.batch(micro))
-            session.accelerator.backward(loss * (learner.scale / units))
+            batch = session.objective.batch(micro)
+            learned = sum(map(session.objective.units, micro))
+            with session.meter.micro_batch(learner.name, batch, learned):
+                with phase("forward"):
+                    loss = session.objective.loss(batch)
+                with phase("backward"):
+                    session.accelerator.backward(loss * (learner.scale / units))
             total += loss.detach()
         if (extra := adapt.penalty(session.model)) is not None:  # once a step; the loss that is reported is the task's
             session.accelerator.backward(extra * learner.scale)
@@ -236,6 +263,7 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         "tokens_per_second": clock.tokens / seconds,
         "learned_tokens_per_second": clock.learned / seconds,
         "peak_memory": peak_memory(),
+        "roofline": session.meter.ratio(clock.seconds, clock.work),
     }
     if skipped := sum(learner.skipped for learner in session.learners):
         values["skipped_steps"] = skipped
@@ -243,7 +271,7 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         values["masked_steps"] = progress.masked
     session.journal.write(**values)
     progress.loss_sum, progress.units, progress.steps = 0.0, 0, 0
-    clock.seconds, clock.tokens, clock.learned, clock.steps = 0.0, 0, 0, 0
+    clock.seconds, clock.tokens, clock.learned, clock.steps, clock.work = 0.0, 0, 0, 0, 0
     return values
 
 

@@ -20,9 +20,9 @@ from ingraft.train import checkpoint
 from ingraft.train.journal import entries
 from ingraft.train.lock import NAME as LOCK
 
-RECIPE, LOG, METRICS, REPORT = "recipe.yaml", "log.jsonl", "metrics.json", "report.html"
+RECIPE, LOG, METRICS, REPORT, PROFILE = "recipe.yaml", "log.jsonl", "metrics.json", "report.html", "profile.json"
 _TRACES = {LOG, durable.MANIFEST}
-_OWN = {RECIPE, LOG, METRICS, REPORT, CONFIG, WEIGHTS, MEMBERS, durable.MANIFEST, LOCK}
+_OWN = {RECIPE, LOG, METRICS, REPORT, PROFILE, CONFIG, WEIGHTS, MEMBERS, durable.MANIFEST, LOCK}
 
 
 def check(recipe: Recipe, resume: str | None, *, overwrite: bool) -> None:

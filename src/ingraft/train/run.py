@@ -38,7 +38,9 @@ from ingraft.train.loop import Progress, Session, fit, save
 from ingraft.train.machine import environment, keep_freed_memory, peak_memory
 from ingraft.train.objectives import Objective, objective_for
 from ingraft.train.objectives.classify import head_modules
+from ingraft.train.profile import Profiler
 from ingraft.train.report import write_report
+from ingraft.train.roofline import Meter, gemm_rate
 from ingraft.train.schedule import plan
 from ingraft.train.stop import Stop, Stopped
 
@@ -63,6 +65,7 @@ class Run:
         samples: rows with what was expected and what was said before and after.
         steps: optimiser steps made. seconds: of this process.
         skipped, masked: steps left out because something was not finite, or nothing was learned.
+        profile: of one step, where it was asked for (see `train.profile`).
         model, tokenizer: the trained model, adapter active.
     """
 
@@ -73,6 +76,7 @@ class Run:
     seconds: float
     skipped: int
     masked: int
+    profile: dict[str, Any] | None = None
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
 
@@ -96,6 +100,7 @@ def train(
     overwrite_output_dir: bool = False,
     trust_remote_code: bool = False,
     allow_base_mismatch: bool = False,
+    profile: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Train an adapter from a recipe and write its run folder.
@@ -107,6 +112,7 @@ def train(
         overwrite_output_dir: remove a former run in the output folder first.
         trust_remote_code: let the base's own Python code run.
         allow_base_mismatch: start from an adapter although it was trained on another base.
+        profile: look at where the time of one step goes, and keep that in the run folder.
         quiet: say nothing on the way.
 
     Raises:
@@ -126,7 +132,7 @@ def train(
         prepared = _prepare(recipe, notes, trust_remote_code, allow_base_mismatch)
         with locked(folder):
             try:
-                return _run(prepared, folder, notes, resume_from_checkpoint, overwrite_output_dir, began)
+                return _run(prepared, folder, notes, resume_from_checkpoint, overwrite_output_dir, profile, began)
             except IngraftError:
                 place.undo(folder)
                 raise
@@ -233,7 +239,13 @@ def _choices(recipe: Recipe, data: DataSet, part: str, tokenizer: PreTrainedToke
 
 
 def _run(
-    prepared: Prepared, folder: Path, notes: journal.Journal, resume: str | None, overwrite: bool, began: float
+    prepared: Prepared,
+    folder: Path,
+    notes: journal.Journal,
+    resume: str | None,
+    overwrite: bool,
+    profile: bool,
+    began: float,
 ) -> Run:
     from accelerate import Accelerator
 
@@ -266,9 +278,13 @@ def _run(
         accelerator=accelerator,
         who=who,
         metric=recipe.metric_for_best_model.removeprefix("eval_"),
+        meter=Meter(gemm_rate(model)),
     )
     progress = _begin(session, found, resume, overwrite)
     progress.options = options
+    if profile:
+        profiler = Profiler(folder / place.PROFILE, progress.step, session.plan.total)
+        session = dataclasses.replace(session, profiler=profiler)
     trained = sum(p.numel() for p in learner.parameters.values())
     notes.say(
         f"{recipe.method}: {trained:,} trained parameters; {session.plan.total} steps of {session.plan.effective} rows, "
@@ -331,6 +347,7 @@ def _result(
         seconds=time.perf_counter() - began,
         skipped=learner.skipped,
         masked=progress.masked,
+        profile=session.profiler.found if session.profiler is not None else None,
         model=prepared.model,
         tokenizer=prepared.tokenizer,
     )
