@@ -97,9 +97,15 @@ class Recipe:
     num_train_epochs: Annotated[float, Gt(0)] = _key("passes over the training rows", 1.0)
     max_steps: Annotated[int, Ge(-1)] = _key("optimiser steps; overrides num_train_epochs unless -1", -1)
     per_device_train_batch_size: Annotated[int, Ge(1)] = _key("rows in a forward pass while training", 8)
+    auto_find_batch_size: bool = _key(
+        "take fewer rows at once where memory is short; the effective batch stays what it is", True
+    )
     per_device_eval_batch_size: Annotated[int, Ge(1)] = _key("rows in a forward pass while evaluating", 8)
     gradient_accumulation_steps: Annotated[int, Ge(1)] = _key("forward passes to an optimiser step", 1)
-    gradient_checkpointing: bool = _key("recompute activations in backward: less memory, more time", False)
+    gradient_checkpointing: bool | Annotated[int, Ge(0)] | Literal["auto"] = _key(
+        "recompute blocks in backward, less memory for more time: all, none, a number of them, or auto: as few as the memory asks for",
+        False,
+    )
     lr_scheduler_type: Schedule = _key("shape of the learning rate over the run", "cosine")
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = _key("share of all steps spent warming up", 0.03)
     warmup_steps: Annotated[int, Ge(0)] = _key("steps spent warming up; overrides warmup_ratio unless 0", 0)

@@ -47,6 +47,8 @@ def parse() -> Any:
         (["--gradient_checkpointing", "--seed", "3"], {"gradient_checkpointing": True, "seed": 3}),
         (["--gradient-checkpointing", "false"], {"gradient_checkpointing": False}),
         (["--no-gradient-checkpointing"], {"gradient_checkpointing": False}),
+        (["--gradient-checkpointing", "auto"], {"gradient_checkpointing": "auto"}),
+        (["--gradient-checkpointing=12"], {"gradient_checkpointing": 12}),
         (["--no_gradient_checkpointing", "--flag"], {"gradient_checkpointing": False}),
         (["--method-config.r", "16"], {"method_config": {"r": 16}}),
         (["--method_config.r=16"], {"method_config": {"r": 16}}),

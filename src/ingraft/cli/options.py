@@ -140,14 +140,14 @@ def _option(key: str, kind: Any, item: Field[Any]) -> Callable[[Decorated], Deco
             metavar=".KEY VALUE",
             help=f"{meaning}; write `{flags[0]}.KEY VALUE`, as often as needed",
         )
-    if kind is bool:
+    if kind is bool or bool in get_args(kind):
         shown = "on" if item.default else "off"
         return click.option(
             *flags,
             name,
             is_flag=False,
             flag_value="true",
-            metavar="[true|false]",
+            metavar=f"[{_metavar(kind)}]",
             help=f"{meaning}  [default: {shown}]",
         )
     note = "" if item.default in (MISSING, None, "") else f"  [default: {item.default}]"

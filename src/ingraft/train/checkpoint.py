@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"checkpoint-(\d{1,12})")
 """What a checkpoint folder is called."""
 
-_FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "data.train"}
+_FREE = {
+    *("output_dir", "logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "data.train"),
+    *("auto_find_batch_size", "gradient_checkpointing"),
+}
 """Recipe keys that may change between a run and its continuation. The data is known by its content, not by its path."""
 
 

@@ -27,7 +27,7 @@ from ingraft.data import batches
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
 from ingraft.recipe import Recipe
-from ingraft.train import checkpoint
+from ingraft.train import checkpoint, memory, recompute
 from ingraft.train.journal import Journal
 from ingraft.train.learner import Learner
 from ingraft.train.machine import peak_memory
@@ -50,6 +50,7 @@ class Progress:
         step: optimiser steps made.
         evaluated, saved: the last step that was evaluated, or written as a checkpoint.
         masked: steps without a single learned token.
+        micro_batch: rows that go through at once, as the memory allows; 0 before that is settled.
         early: whether early stopping ended it.
         loss_sum, units, steps: since the last line of the log, for its means.
         before: what the run found before its first step (metrics, samples).
@@ -60,6 +61,7 @@ class Progress:
     evaluated: int = 0
     saved: int = 0
     masked: int = 0
+    micro_batch: int = 0
     early: bool = False
     loss_sum: float = 0.0
     units: int = 0
@@ -135,6 +137,7 @@ def fit(session: Session, progress: Progress) -> None:
     adapt.trainable(session.model, *(learner.name for learner in session.learners))
     adapting(session.model, session.learners, True)
     session.objective.begin()
+    _settle(session, progress)
     session.journal.begin(progress.step, plan.total)
     try:
         unfinished = progress.step and _due(progress.step, recipe.eval_steps) and progress.evaluated < progress.step
@@ -157,6 +160,23 @@ def fit(session: Session, progress: Progress) -> None:
     finally:
         session.journal.end()
         adapting(session.model, session.learners, False)
+
+
+def _settle(session: Session, progress: Progress) -> None:
+    """How many rows go through at once, and which blocks recompute themselves. A run that goes on keeps to its rows, so that its bits are
+    the same; recomputed blocks change none.
+    """
+    recipe = session.recipe
+    asked = progress.micro_batch or recipe.per_device_train_batch_size
+    if progress.micro_batch:
+        recipe = dataclasses.replace(recipe, auto_find_batch_size=False)
+    choice = memory.choose(session.model, session.objective, session.train, recipe, asked)
+    for line in choice.why:
+        session.journal.say(line)
+    progress.micro_batch = choice.rows
+    if recipe.gradient_checkpointing:
+        recompute.use(session.model, choice.recomputed)
+        adapting(session.model, session.learners, True)
 
 
 def watched_step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Example]) -> list[float | None]:
@@ -186,7 +206,7 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
     for learner in session.learners:
         if len(session.learners) > 1:
             adapt.activate(session.model, learner.name)
-        total = gradients(session, learner, rows, units, progress.step)
+        total = fitting_gradients(session, progress, learner, rows, units)
         norm = None
         if finite(total):
             behind = partial(adapt.after_step, session.model, progress.step + 1, plan.total, learner.name)
@@ -214,13 +234,38 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
     return norms
 
 
-def gradients(session: Session, learner: Learner, rows: Sequence[Example], units: int, number: int) -> torch.Tensor:
+def fitting_gradients(
+    session: Session, progress: Progress, learner: Learner, rows: Sequence[Example], units: int
+) -> torch.Tensor:
+    """`gradients`, begun again with half the rows at once where memory runs out."""
+    while True:
+        size = min(progress.micro_batch, len(rows))
+        try:
+            return gradients(session, learner, rows, units, progress.step, size)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.exhausted(error):
+                raise
+            if size == 1 or not session.recipe.auto_find_batch_size:
+                raise IngraftError(memory.advice(size, max(map(len, rows)))) from error
+        memory.give_back()  # behind the handler: until its end the error holds on to the tensors of the step
+        progress.micro_batch = size // 2
+        session.journal.say(
+            f"Step {progress.step + 1} ran out of memory with {size} rows at a time and is made again with {size // 2}; the effective batch "
+            "is as it was."
+        )
+
+
+def gradients(
+    session: Session, learner: Learner, rows: Sequence[Example], units: int, number: int, size: int
+) -> torch.Tensor:
     """Forward and backward of the effective batch, micro-batch by micro-batch. Returns its summed loss.
+
+    Args:
+        units: terms of the loss in all rows. number: of the step. size: rows of a micro-batch.
 
     Raises:
         Stopped: between two micro-batches; the gradients so far are dropped, nothing else has changed.
     """
-    size = session.recipe.per_device_train_batch_size
     total = torch.zeros((), device=session.accelerator.device)
     try:
         for start in range(0, len(rows), size):
@@ -333,8 +378,9 @@ def adapting(model: nn.Module, learners: Sequence[Learner], mode: bool) -> None:
     """
     names = {of(learner.name) for learner in learners for of in (child_name, shared_name)}
     for path, module in model.named_modules():
-        if names.intersection(path.split(".")) or getattr(module, "gradient_checkpointing", False):
-            module.training = mode
+        recomputing = getattr(module, "gradient_checkpointing", None)
+        if names.intersection(path.split(".")) or recomputing is not None:
+            module.training = mode and recomputing is not False
 
 
 def _due(number: int, every: int) -> bool:

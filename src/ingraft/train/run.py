@@ -31,7 +31,7 @@ from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate import ChoiceRow, choice_rows, virtual_tokens
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
-from ingraft.train import checkpoint, journal, place, samples
+from ingraft.train import checkpoint, journal, place, recompute, samples
 from ingraft.train.learner import make_learner
 from ingraft.train.lock import locked
 from ingraft.train.loop import Progress, Session, fit, save
@@ -172,10 +172,7 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     held = recipe.quantization
     base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels, quantization=held)
     model = base.model
-    if recipe.gradient_checkpointing:
-        # The second name is the first one's before transformers 5.20 or so, and warns since.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    recompute.enable(model, recipe)
     recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
     choices = {part: _choices(recipe, data, part, tokenizer) for part in ("eval", "test")}
     objective = objective_for(recipe.task, model, pad_id(tokenizer), choices["eval"])

@@ -1,0 +1,62 @@
+"""Gradient checkpointing, block by block.
+
+A block that recomputes itself keeps what went into it and nothing else until its turn in backward comes. transformers' blocks do that when their
+own flag is set, with the adapters that acted in the forward pass (adapt/hf.py), so gradients are the same to the bit.
+
+Which blocks: the first ones of those that take part in backward. While the last blocks are on their way back the first are
+kept whole or kept small, whichever was chosen; recomputing the last ones would spare nothing at that moment, because then everything before them is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+from torch import nn
+
+from ingraft.errors import IngraftError
+from ingraft.recipe import Recipe
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that can recompute themselves one by one, in the model's order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def enable(model: nn.Module, recipe: Recipe) -> None:
+    """Make a model ready for what the recipe asks; to be called before adapters are attached.
+
+    Raises:
+        IngraftError: this model cannot recompute its blocks, not one by one, or not so many.
+    """
+    asked, blocks = recipe.gradient_checkpointing, blocks_of(model)
+    if asked is False or asked == 0:
+        return
+    name = type(model).__name__
+    if asked is not True and not blocks:
+        raise IngraftError(
+            f"gradient_checkpointing: the blocks of {name} cannot be chosen one by one; use true or false, not {asked!r}."
+        )
+    if asked is not True and asked != "auto" and int(asked) > len(blocks):
+        raise IngraftError(f"gradient_checkpointing: {asked} blocks are asked for, and {name} has {len(blocks)}.")
+    # The second name is the first one's before transformers 5.20 or so, and warns since.
+    switch = getattr(model, "activation_checkpointing_enable", None) or getattr(
+        model, "gradient_checkpointing_enable", None
+    )
+    try:
+        if switch is None:
+            raise ValueError
+        switch({"use_reentrant": False})
+    except ValueError as error:
+        raise IngraftError(f"gradient_checkpointing: {name} cannot recompute its blocks; use false.") from error
+    # transformers lets the embeddings' output require a gradient, which reentrant checkpointing would need: everything below the lowest
+    # adapted layer would then run backward for nothing.
+    cast(Any, model).disable_input_require_grads()
+
+
+def use(model: nn.Module, chosen: Collection[int]) -> None:
+    """Let the blocks of these numbers recompute themselves, and no others."""
+    for number, block in enumerate(blocks_of(model)):
+        cast(Any, block).gradient_checkpointing = number in chosen
