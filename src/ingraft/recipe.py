@@ -88,6 +88,9 @@ class Recipe:
     learning_rate: Annotated[float, Gt(0)] | None = _key(
         "peak learning rate; null takes the method's own, see `ingraft methods`", None
     )
+    optim: Literal["adamw_torch", "adamw_8bit"] = _key(
+        "optimiser: AdamW, or AdamW with its state in 8 bits (CUDA, bitsandbytes)", "adamw_torch"
+    )
     weight_decay: Annotated[float, Ge(0)] = _key("decoupled weight decay of AdamW", 0.0)
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = _key("AdamW's decay of the mean", 0.9)
     adam_beta2: Annotated[float, Ge(0), Lt(1)] = _key("AdamW's decay of the variance", 0.999)

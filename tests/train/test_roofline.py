@@ -94,7 +94,7 @@ def test_the_formulas_are_torchs_own() -> None:
     with Products() as products:
         y.addmm_(a, b)
         torch.mm(a, b, out=y)
-        a @ b[:, 0]
+        torch.mv(a, b[:, 0])
     assert products.work == 2 * (2 * 3 * 4 * 5) + 2 * 3 * 4
 
 

@@ -18,6 +18,7 @@ from ingraft.errors import IngraftError
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train import checkpoint
 from ingraft.train.journal import entries
+from ingraft.train.learner import check_optimiser
 from ingraft.train.lock import NAME as LOCK
 
 RECIPE, LOG, METRICS, REPORT, PROFILE = "recipe.yaml", "log.jsonl", "metrics.json", "report.html", "profile.json"
@@ -28,7 +29,7 @@ _OWN = {RECIPE, LOG, METRICS, REPORT, PROFILE, CONFIG, WEIGHTS, MEMBERS, durable
 def check(recipe: Recipe, resume: str | None, *, overwrite: bool) -> None:
     """Refuse, all in one message, a base, data or an output folder that cannot be, before anything is loaded."""
     folder = partial(_check_folder, Path(recipe.output_dir), to_yaml(recipe), resume, overwrite)
-    if problems := [*absent(recipe), *_problems([folder])]:
+    if problems := [*absent(recipe), *_problems([partial(check_optimiser, recipe), folder])]:
         raise IngraftError(*problems)
 
 
