@@ -125,8 +125,8 @@ def test_what_is_kept_is_counted_once_and_by_block() -> None:
     assert kept.blocks == (4 * 5 * (8 + 16),), "its input, and the tanh that the next layer reads as well"
     assert kept.outside == 4 * 5 * (8 + 8), "x, and the exponential"
     assert kept.entry == 4 * 5 * 8
-    assert kept.of(2) == 2 * (kept.outside + 3 * kept.blocks[0])
-    assert kept.of(2, [0]) == 2 * (kept.outside + kept.entry + 3 * kept.blocks[0])
+    assert kept.of(2) == 2 * (kept.outside + 5 * kept.blocks[0])
+    assert kept.of(2, [0]) == 2 * (kept.outside + kept.entry + 6 * kept.blocks[0])
 
 
 def test_rows_keep_in_proportion(tiny: SimpleNamespace) -> None:

@@ -2,7 +2,7 @@
 
 A forecast is made before the first step, from one forward pass of the longest row: what each block keeps for backward is counted to the
 byte, each storage once. Rows keep in proportion; on top come gradients and moments of what is trained, the head's piece of logits, and the
-backward pass of one block, for which as much again as the block keeps is taken, twice. Where even a generous guess from the base's
+backward pass of one block, for which a multiple of what the block keeps is taken, as measured. Where even a generous guess from the base's
 width and depth takes less than a quarter of what is free, nothing is counted.
 
 The loss is a sum over the effective batch and dropout a function of row and position, so fewer rows at once change rounding and
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 SPARE = 1.15
 """What a forecast is multiplied by."""
+PASSING, AGAIN = 4, 6
+"""What the pass back through a block takes, in sizes of what the block keeps: as it is, and where it is recomputed (docs/lab-notes.md)."""
 LESS = "gradient_checkpointing: true, a smaller data.max_length and a packed base (quantization: nf4) take less memory."
 GUESS = 64
 """Activations of the base's width that a block is guessed to keep for each token, where nothing is counted."""
@@ -55,10 +57,12 @@ class Kept:
     def of(self, rows: int, recomputed: Sequence[int] = ()) -> int:
         """Bytes that so many rows keep, and their backward pass needs beside."""
         chosen = set(recomputed)
-        held = sum(self.entry if number in chosen else size for number, size in enumerate(self.blocks))
-        # The pass back through one block, and with it the block itself where it has to be recomputed.
-        passing = max((size * (3 if number in chosen else 2) for number, size in enumerate(self.blocks)), default=0)
-        return rows * (self.outside + held + passing)
+        entries = self.entry * len(chosen)
+        plain = [size for number, size in enumerate(self.blocks) if number not in chosen]
+        again = [size for number, size in enumerate(self.blocks) if number in chosen]
+        at_first = entries + sum(plain) + PASSING * max(plain, default=0)
+        later = entries + AGAIN * max(again, default=0)  # the blocks behind them are gone by then
+        return rows * (self.outside + max(at_first, later))
 
 
 def measure(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> Kept:
@@ -192,7 +196,10 @@ def choose(model: nn.Module, objective: Objective, rows: Sequence[Example], reci
     )
     why: list[str] = []
     if wanted == "auto" and need(asked) > free:
-        chosen = next((part[:n] for n in range(len(part)) if forecast(model, kept, asked, part[:n]) <= free), part)
+        ways = [part[:n] for n in range(len(part) + 1)]
+        needs = [forecast(model, kept, asked, way) for way in ways]
+        chosen = next((way for way, needed in zip(ways, needs, strict=True) if needed <= free), None)
+        chosen = ways[needs.index(min(needs))] if chosen is None else chosen
         why.append(f"{need_of_all}: {len(chosen)} of {len(part)} blocks recompute themselves in backward.")
         need_of_all = f"Even so {asked} rows need about {gigabytes(need(asked))}"
     size = rows_that_fit(asked, need, free) if recipe.auto_find_batch_size else asked
