@@ -198,8 +198,7 @@ def choose(model: nn.Module, objective: Objective, rows: Sequence[Example], reci
     if wanted == "auto" and need(asked) > free:
         ways = [part[:n] for n in range(len(part) + 1)]
         needs = [forecast(model, kept, asked, way) for way in ways]
-        chosen = next((way for way, needed in zip(ways, needs, strict=True) if needed <= free), None)
-        chosen = ways[needs.index(min(needs))] if chosen is None else chosen
+        chosen = ways[next((n for n, needed in enumerate(needs) if needed <= free), needs.index(min(needs)))]
         why.append(f"{need_of_all}: {len(chosen)} of {len(part)} blocks recompute themselves in backward.")
         need_of_all = f"Even so {asked} rows need about {gigabytes(need(asked))}"
     size = rows_that_fit(asked, need, free) if recipe.auto_find_batch_size else asked
