@@ -65,7 +65,7 @@ class DataRecipe:
     format: str = _key("row format; auto detects it from the rows", "auto")
     learn: Literal["answer", "all"] = _key("which tokens the loss counts: the answers, or every token", "answer")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
-    packing: bool = _key("put several short rows into one sequence", False)
+    packing: bool = _key("lay the rows of a forward pass end to end, so that nothing is padded; what is learned is the same", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,11 +390,6 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     held_out = recipe.data.eval
     if recipe.task not in READY_TASKS:
         yield ("task",), f"task: {recipe.task!r} comes later; today {', '.join(READY_TASKS)} work."
-    if recipe.data.packing:
-        yield (
-            ("data.packing",),
-            "data.packing: comes later; leave it false (batches are sorted by length, so little is padded).",
-        )
     if isinstance(held_out, bool) or (isinstance(held_out, float) and not 0 <= held_out < 1):
         text = "is a share in [0, 1), a whole number of rows or a file"
         yield ("data.eval",), f"data.eval: {text}, got {held_out!r}."

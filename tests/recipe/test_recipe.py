@@ -84,7 +84,6 @@ def test_every_problem_is_reported_at_once() -> None:
     [
         ({"task": "dpo"}, "task"),
         ({"quantization": "nf5"}, "quantization"),
-        ({"data": {"train": "a", "packing": True}}, "data.packing"),
         ({"data": {"train": "a", "eval": 1.5}}, "data.eval"),
         ({"data": {"train": "a", "eval": -3}}, "data.eval"),
         ({"data": {"train": " "}}, "data.train"),

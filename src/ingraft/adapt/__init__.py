@@ -7,6 +7,7 @@ from ingraft.adapt.hooks import after_step, grouped, param_groups, penalty, prep
 from ingraft.adapt.lifecycle import activate, attach, context, detach, disabled, dropout_step, rows, trainable
 from ingraft.adapt.merging import merge, unmerge
 from ingraft.adapt.packed import make_dense
+from ingraft.adapt.packing import packing
 from ingraft.adapt.shelf import Shelf
 from ingraft.adapt.summary import base_size, status
 from ingraft.adapt.tokens import add_tokens
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "make_dense",
     "merge",
+    "packing",
     "param_groups",
     "parameters",
     "penalty",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.rows import Call
-from ingraft.adapt.swap import Mixin
+from ingraft.adapt.swap import Mixin, original_class
 from ingraft.adapt.weights import Kind
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import Method, MethodConfig, Part
@@ -110,6 +110,7 @@ class Control:
         joined: what is kept of rows served together (`joint.Kept`); quick: the call that it may serve in the forward under way, None if there is none.
         causal: whether the model's tokens see only what comes before them, and the model has no encoder.
         keep_virtual: leave virtual positions in the output (PEFT's habit).
+        packing: rows are laid end to end where they can be (`flat.py`); packs: the model was found to keep them apart then.
         spans: inputs remembered on the way through a span; empty between forwards.
         encoders: the modules at the root whose results the attention and input parts of an adapter are handed.
         shared: these results, as far as they were asked for in this forward; empty between forwards.
@@ -131,6 +132,8 @@ class Control:
     quick: Call | None = None
     causal: bool = False
     keep_virtual: bool = False
+    packing: bool = False
+    packs: bool = False
     auto_step: bool = True
     spans: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     encoders: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
@@ -268,6 +271,15 @@ def require_control(model: nn.Module) -> Control:
 def host_state(module: nn.Module) -> HostState | None:
     """The host state of a module, or None if it hosts nothing."""
     return module.__dict__.get(HOST_ATTRIBUTE)
+
+
+def release(module: nn.Module) -> None:
+    """Take a module's host state away, if nothing lies in the module or over it."""
+    state = host_state(module)
+    if state is None or state.opens or original_class(module) is not type(module):
+        return
+    if not any(part_of(module, name) for name in state.control.adapters):
+        del module.__dict__[HOST_ATTRIBUTE]
 
 
 def shared_of(model: nn.Module, adapter: str) -> nn.Module | None:

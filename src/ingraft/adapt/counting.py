@@ -78,7 +78,7 @@ def counting_of(inner: Any, control: Control | None) -> Counting | None:
     k = next(k for k in range(2, 9) if len({int(x[0, -2]) for x in _told(ways, paddings, k, real)[2]}) == len(ways))
     ids, mask, told = _told(ways, paddings, k, real, device)  # so much padding that no two ways agree
     T = ids.shape[1]
-    with _alone(inner, control):
+    with alone(inner, control):
         plain = _led_up(inner, T, input_ids=ids, attention_mask=mask)
         if plain is None:
             return ways[0]
@@ -102,7 +102,7 @@ def leaves_slots_alone(inner: Any, base: Forward, control: Control, *, trailing:
         return inner.__dict__.get(UNEVEN, True)
     T, P = 8, 3
     found: list[Tensor] = []
-    with _alone(inner, control):
+    with alone(inner, control):
         x_BTD = inner.get_input_embeddings()(torch.arange(T, device=inner.get_input_embeddings().weight.device)[None])
         for slots in (0, P):
             shown = torch.ones(1, T + slots, dtype=torch.int64, device=x_BTD.device)
@@ -116,9 +116,9 @@ def leaves_slots_alone(inner: Any, base: Forward, control: Control, *, trailing:
             except Exception:  # it asks for more than tokens
                 return True
             found.append(output[0][shown.bool()])
-    alone, beside = found
+    plain, beside = found
     inner.__dict__[UNEVEN] = bool(
-        (alone - beside).abs().max() <= torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
+        (plain - beside).abs().max() <= torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().max()
     )
     return inner.__dict__[UNEVEN]
 
@@ -162,7 +162,7 @@ def _led_up(inner: nn.Module, T: int, **named: Tensor) -> dict[str, Tensor] | No
 
 
 @contextmanager
-def _alone(inner: nn.Module, control: Control | None) -> Iterator[None]:
+def alone(inner: nn.Module, control: Control | None) -> Iterator[None]:
     """Inside the block no adapter acts, nothing is dropped and no gradients are kept."""
     training, before = [module for module in inner.modules() if module.training], None
     if control is not None:

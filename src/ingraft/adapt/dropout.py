@@ -44,11 +44,31 @@ def mixed(h: Tensor) -> Tensor:
 
 
 def kept(shape: torch.Size, p: float, keys_B: Tensor) -> Tensor:
-    """Which entries of a tensor of this shape stay, bool."""
+    """Which entries of a tensor of this shape stay, bool.
+
+    Args:
+        keys_B: by row; or (tokens, 2), where tokens of several rows lie end to end: the row's key, and where the token's first entry is in it.
+    """
+    if keys_B.dim() == 2:
+        return _kept_by_token(shape, p, keys_B)
     n = math.prod(shape[1:]) if shape[0] else 0
     pair_N = torch.arange((n + 1) // 2, dtype=torch.int32, device=keys_B.device)
     bits_BN = mixed(keys_B[:, None] ^ (pair_N * 0x3C6EF372)[None, :]).view(torch.int16)[:, :n]
     return (bits_BN >= int(p * 2**16) - 2**15).view(shape)  # uniform over all 2^16 signed values
+
+
+def _kept_by_token(shape: torch.Size, p: float, keys_N2: Tensor) -> Tensor:
+    """`kept`, each token as it would be in its row."""
+    key_N1, first_N1 = keys_N2[:, :1], keys_N2[:, 1:]
+    n = math.prod(shape) // keys_N2.shape[0]
+    if n % 2:  # two tokens may share a pair
+        entry_Nn = first_N1 + torch.arange(n, dtype=torch.int32, device=keys_N2.device)
+        bits_Nn = mixed(key_N1 ^ ((entry_Nn >> 1) * 0x3C6EF372))
+        bits_Nn = torch.where(entry_Nn % 2 == 1, bits_Nn >> 16, (bits_Nn << 16) >> 16)
+    else:
+        pair_Nn = (first_N1 >> 1) + torch.arange(n // 2, dtype=torch.int32, device=keys_N2.device)
+        bits_Nn = mixed(key_N1 ^ (pair_Nn * 0x3C6EF372)).view(torch.int16)
+    return (bits_Nn >= int(p * 2**16) - 2**15).view(shape)
 
 
 def _dropped(x: Tensor, p: float, keep: Tensor) -> Tensor:

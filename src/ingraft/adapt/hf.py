@@ -34,6 +34,7 @@ from ingraft.adapt.control import (
     HostState,
     control_of,
     host_state,
+    release,
     require_control,
     shared_of,
 )
@@ -306,7 +307,7 @@ def check_method(model: nn.Module, method: Method) -> None:
             raise IngraftError(
                 f"{method.name}: {what} does not take its attention from transformers' registry ({outside[0]}), so a prefix cannot join it."
             )
-        implementation = _implementation(model)
+        implementation = prefixes.implementation(model)
         if implementation not in (*prefixes.OURS, *prefixes.OURS.values()):
             raise IngraftError(
                 f"{method.name}: works with the attention implementations {' and '.join(prefixes.OURS)}, and {what} uses {implementation}. "
@@ -315,11 +316,31 @@ def check_method(model: nn.Module, method: Method) -> None:
     _tell_of_windows(model, method)
 
 
+def why_no_packing(model: Any) -> str | None:
+    """See `models.why_no_packing`."""
+    what = original_class(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        return f"{what} is an encoder-decoder, whose decoder looks at rows of its encoder."
+    inner = model.get_submodule(inner_path(model))
+    if "position_ids" not in names_of(original_class(inner)) or counting_of(inner, control_of(model)) is None:
+        return f"{what} cannot be told positions, and would count on from row to row."
+    try:
+        attentions = sites_of_role(model, "attention")
+    except IngraftError as error:
+        return error.problems[0].split(". ")[0] + "."
+    if outside := [path for path in attentions if not prefixes.uses_registry(model.get_submodule(path))]:
+        return f"{what} does not take its attention from transformers' registry ({outside[0]})."
+    name = prefixes.implementation(model)
+    if name not in (*prefixes.NAMES, *prefixes.NAMES.values()) and not name.startswith("flash_attention"):
+        return f"{what} uses the attention {name}; {', '.join(prefixes.NAMES)} and flash attention are known."
+    return None
+
+
 def _tell_of_windows(model: nn.Module, method: Method) -> None:
     """Say that virtual tokens and windows get into each other's way, where the model has windows."""
     if not issubclass(method.part, AttentionPart | InputPart) or issubclass(method.part, GatedPart):
         return
-    configs = [config for config in _configs(model) if getattr(config, "use_sliding_window", True)]
+    configs = [config for config in prefixes.configs(model) if getattr(config, "use_sliding_window", True)]
     windows = {w for config in configs if isinstance(w := getattr(config, "sliding_window", None), int)}
     if windows:
         log.warning(
@@ -412,14 +433,18 @@ def settle(model: nn.Module) -> None:
     assert control is not None
     kinds = [adapter.method.part for adapter in control.adapters.values()]
     _carry(model, control if kinds else None)
-    _name_attention(model, control, any(issubclass(kind, AttentionPart) for kind in kinds))
+    packing = control.packing and bool(kinds)
+    prefixes.name_attention(model, control, packing or any(issubclass(kind, AttentionPart) for kind in kinds))
+    if packing or prefixes.LAID in control.restore:
+        attentions = {path: model.get_submodule(path) for path in sites_of_role(model, "attention")}
+        prefixes.know_attention(attentions, control, packing)
     control.encoders = {
         name: shared
         for name, adapter in control.adapters.items()
         if issubclass(adapter.method.part, AttentionPart | InputPart) and (shared := shared_of(model, name)) is not None
     }
     inside = any(issubclass(kind, AttentionPart | InputPart) or kind.reads_context for kind in kinds)
-    _lay_inner(model, control, inside)
+    _lay_inner(model, control, inside or packing)
 
 
 def _carry(model: nn.Module, control: Control | None) -> None:
@@ -430,35 +455,6 @@ def _carry(model: nn.Module, control: Control | None) -> None:
             continue
         plain = function.function if isinstance(function, Carry) else function
         module.__dict__["_gradient_checkpointing_func"] = plain if control is None else Carry(control, plain)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Every config object in the model, once; T5's stacks have copies of their own."""
-    found = {
-        id(config): config
-        for module in walked(model).modules.values()
-        if hasattr(config := getattr(module, "config", None), "_attn_implementation")
-    }
-    return list(found.values())
-
-
-def _implementation(model: nn.Module) -> str:
-    config: Any = model.config
-    return str(config._attn_implementation)
-
-
-def _name_attention(model: nn.Module, control: Control, wanted: bool) -> None:
-    """Switch the configs to our names in the attention registry, or back."""
-    if wanted and "attention" not in control.restore:
-        prefixes.register()
-        control.restore["attention"] = _implementation(model)
-        name = prefixes.OURS[_implementation(model)]
-    elif not wanted and "attention" in control.restore:
-        name = control.restore.pop("attention")
-    else:
-        return
-    for config in _configs(model):
-        config._attn_implementation = name
 
 
 def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
@@ -481,6 +477,7 @@ def _lay_inner(model: nn.Module, control: Control, wanted: bool) -> None:
             unswap(module, mixin)
             for remembered in (COUNTING, UNEVEN):
                 module.__dict__.pop(remembered, None)
+            release(module)
 
 
 def _is_causal(model: nn.Module, inner: nn.Module) -> bool:
@@ -492,4 +489,4 @@ def _is_causal(model: nn.Module, inner: nn.Module) -> bool:
 
 def in_use(module: nn.Module) -> bool:
     """Whether a module needs its host state although no part lies in it."""
-    return is_swapped(module, (Inner, Decoder))
+    return is_swapped(module, (Inner, Decoder)) or prefixes.LAID in module.__dict__

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ingraft.adapt.compose import composed, own_parameters
 from ingraft.adapt.control import HOST_ATTRIBUTE, HostState, host_state, part_of
+from ingraft.adapt.flat import in_rows
 from ingraft.adapt.joint import plan_of, serve
 from ingraft.adapt.offload import present
 from ingraft.adapt.probe import note
@@ -75,6 +76,14 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
             span = _span_input(state, args, kwargs) if plan.on_output else x
             return serve(plan, host, state, call, base, args, kwargs, span)
     call = state.current()
+    if call.flat is not None and call.flat.by_row:
+        return in_rows(lambda call, *one: _act(host, state, call, *one), state, call, base, args, kwargs)
+    return _act(host, state, call, base, args, kwargs)
+
+
+def _act(
+    host: nn.Module, state: HostState, call: Call, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     state.ran = True
     for name in reads(host):
         if (inner := host_state(host.get_submodule(name))) is not None:

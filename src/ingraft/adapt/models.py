@@ -61,6 +61,12 @@ def settle(model: nn.Module) -> None:
         hf.settle(model)
 
 
+def why_no_packing(model: nn.Module) -> str | None:
+    """Why rows of this model cannot be laid end to end, as a sentence; None if nothing is seen that speaks against it."""
+    hf = _hf(model)
+    return hf.why_no_packing(model) if hf else f"{original_class(model).__name__} is no transformers model."
+
+
 def in_use(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module of the model needs its host state although no part lies in it."""
     state = host_state(module)

@@ -16,6 +16,8 @@ A gated part stands beside: its keys get a softmax of their own, and what comes 
 Real tokens stand at positions P, P+1, ... (P = the row's own prefix length), as they would behind a filled cache; `virtual.py` shifts them.
 T5's relative bias knows no position for a prefix: its slots get no bias.
 
+Where rows lie end to end (`flat.py`), the same names give each row its attention by itself, and a third one stands for flex attention.
+
 Legend: B batch, H key-value heads, G queries a key-value head, Q queries, K keys, P prefix length, D head width, n rows.
 """
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,19 +33,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flex_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ingraft.adapt.control import HostState, host_state, part_of
+from ingraft.adapt.control import HOST_ATTRIBUTE, Control, HostState, host_state, part_of, release
+from ingraft.adapt.flat import refuse_laid, row_mask
 from ingraft.adapt.offload import present
 from ingraft.adapt.swap import original_class
 from ingraft.adapt.virtual import rows_at_hand
+from ingraft.adapt.walk import walked
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart, GatedPart, RowsAtHand
 
 Output = tuple[Tensor, Tensor | None]
 OURS = {"sdpa": "ingraft_sdpa", "eager": "ingraft_eager"}
 """transformers' attention implementations that a prefix works with, and the names under which it joins them."""
+NAMES = {**OURS, "flex_attention": "ingraft_flex_attention"}
+"""Those that rows laid end to end need."""
 
 
 def register() -> None:
@@ -51,8 +57,59 @@ def register() -> None:
     if OURS["sdpa"] not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(OURS["sdpa"], _sdpa)
         ALL_ATTENTION_FUNCTIONS.register(OURS["eager"], _eager)
+        ALL_ATTENTION_FUNCTIONS.register(NAMES["flex_attention"], _flex)
         ALL_MASK_ATTENTION_FUNCTIONS.register(OURS["sdpa"], _sdpa_mask)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(OURS["eager"], eager_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(OURS["eager"], _eager_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAMES["flex_attention"], _flex_mask)
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every config object in the model, once; T5's stacks have copies of their own."""
+    found = {
+        id(config): config
+        for module in walked(model).modules.values()
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation")
+    }
+    return list(found.values())
+
+
+def implementation(model: nn.Module) -> str:
+    """The name of the model's attention in the registry."""
+    config: Any = model.config
+    return str(config._attn_implementation)
+
+
+def name_attention(model: nn.Module, control: Control, wanted: bool) -> None:
+    """Switch the configs to our names in the attention registry, or back."""
+    if wanted and "attention" not in control.restore:
+        register()
+        control.restore["attention"] = implementation(model)
+        name = NAMES.get(implementation(model), implementation(model))
+    elif not wanted and "attention" in control.restore:
+        name = control.restore.pop("attention")
+    else:
+        return
+    for config in configs(model):
+        config._attn_implementation = name
+
+
+LAID = "_ingraft_laid"
+"""Marks an attention that needs a host state while rows are laid end to end, whatever lies in it."""
+
+
+def know_attention(attentions: Mapping[str, nn.Module], control: Control, wanted: bool) -> None:
+    """Let each attention know the call that runs, also when it is run again in backward; or put it back."""
+    control.restore.pop(LAID, None)
+    if wanted:
+        control.restore[LAID] = True
+    for path, module in attentions.items():
+        state = host_state(module)
+        if wanted:
+            if state is None:
+                state = HostState(control=control, path=path, kind=None, known_forward=False)
+            module.__dict__.update({HOST_ATTRIBUTE: state, LAID: True})
+        elif module.__dict__.pop(LAID, False):
+            release(module)
 
 
 def uses_registry(module: nn.Module) -> bool:
@@ -62,9 +119,17 @@ def uses_registry(module: nn.Module) -> bool:
     return has_name and vars(source).get("ALL_ATTENTION_FUNCTIONS") is ALL_ATTENTION_FUNCTIONS
 
 
-def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' own mask, never skipped in favour of `is_causal`."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+def _sdpa_mask(**kwargs: Any) -> Tensor | None:
+    """transformers' own mask, never skipped in favour of `is_causal` where a prefix may join."""
+    return row_mask(sdpa_mask, skips=False, **kwargs)
+
+
+def _eager_mask(**kwargs: Any) -> Tensor:
+    return row_mask(eager_mask, **kwargs)
+
+
+def _flex_mask(**kwargs: Any) -> Any:
+    return row_mask(flex_attention_mask, **kwargs)
 
 
 def _sdpa(
@@ -81,6 +146,10 @@ def _eager(
     return _attend(own, module, query, key, value, attention_mask, kwargs)
 
 
+def _flex(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Output:
+    return _attend(ALL_ATTENTION_FUNCTIONS["flex_attention"], module, query, key, value, attention_mask, kwargs)
+
+
 def _attend(
     base: Callable[..., Output],
     module: nn.Module,
@@ -92,7 +161,26 @@ def _attend(
 ) -> Output:
     state = host_state(module)
     if state is None:
+        refuse_laid(original_class(module).__name__, query)
         return base(module, query, key, value, mask, **kwargs)
+    flat = state.current().flat
+    if flat is not None and flat.holds(query.transpose(1, 2)):
+        of_rows = functools.partial(base, module) if flat.plain else functools.partial(_of_rows, base, module, state)
+        return flat.attend(of_rows, query, key, value, mask, kwargs)
+    return _of_rows(base, module, state, query, key, value, mask, **kwargs)
+
+
+def _of_rows(
+    base: Callable[..., Output],
+    module: nn.Module,
+    state: HostState,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> Output:
+    """Attention with what joins it, dimension 0 being rows."""
     prefix = _prefix(module, state, query.shape[0], key)
     output, weights = (
         base(module, query, key, value, mask, **kwargs)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ingraft.adapt.context import Context, Tokens
 from ingraft.adapt.dropout import mixed
+from ingraft.adapt.flat import Flat
 from ingraft.errors import IngraftError
 
 Names = tuple[str, ...]
@@ -51,6 +52,7 @@ class Call:
         size: entries of the model's own input in dimension 0, which is more than n where rows are repeated (beams); 0 if unknown.
         context: what a user told about the rows.
         tokens: what the running stack of layers sees of them, where a part that acts asks.
+        flat: how the running stack's rows are laid end to end, if they are.
     """
 
     active: Names = ()
@@ -60,6 +62,7 @@ class Call:
     size: int = field(default=0, compare=False)
     context: Context = field(default_factory=Context, compare=False)
     tokens: Tokens | None = field(default=None, compare=False)
+    flat: Flat | None = field(default=None, compare=False)
     groups: tuple[Group, ...] = field(init=False, compare=False)
     """Rows by adapters, in order of first appearance; together they cover every row once. Made at once, not when asked for: compiled
     code can follow neither a lock nor a cache."""
@@ -68,9 +71,10 @@ class Call:
         object.__setattr__(self, "groups", _groups(self.active, self.rows))
 
     @property
-    def acting(self) -> tuple[Names, tuple[Names, ...] | None, int]:
+    def acting(self) -> tuple[Names, tuple[Names, ...] | None, int, int]:
         """What two calls must share to compute the same function."""
-        return self.active, self.rows, 0 if self.tokens is None else id(self.tokens)
+        tokens, flat = (0 if x is None else id(x) for x in (self.tokens, self.flat))
+        return self.active, self.rows, tokens, flat
 
     def at_step(self, step: Tensor, row_ids: Tensor | None) -> Call:
         """The same adapters at another step of training."""

@@ -92,7 +92,10 @@ class LayerSite(Site):
 
     def _keys(self, x: Tensor) -> Tensor:
         seed = self._state.control.adapters[name_of(self._host, self._part)].seed
-        return row_keys(self._call, seed ^ self._state.salt, self._size, self._entries, x.device)
+        salt, flat = seed ^ self._state.salt, self._call.flat
+        if flat is not None:
+            return flat.keys(row_keys(self._call, salt, flat.shape[0], None, x.device), x)
+        return row_keys(self._call, salt, self._size, self._entries, x.device)
 
     def others(self, names: Sequence[str], x: Tensor, y: Tensor) -> list[Tensor]:
         changes: list[Tensor] = []

@@ -21,9 +21,10 @@ Legend: B batch, T tokens, P longest prompt, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from ingraft.adapt.context import end_of_prompt, last_of, tasks_of, tokens_of
 from ingraft.adapt.control import Control, HostState, host_state, part_of
 from ingraft.adapt.counting import COUNTING, leaves_slots_alone, names_of
+from ingraft.adapt.flat import each, layout, run_laid, tokens_alone
 from ingraft.adapt.offload import present
 from ingraft.adapt.root import outermost
 from ingraft.adapt.rows import Call, Group, entries_of
@@ -57,11 +59,50 @@ def _run(module: nn.Module, state: HostState, base: Forward, args: tuple[Any, ..
     call = state.current()
     state.ran = True
     virtual = bool(lengths(state.control, call, InputPart) or lengths(state.control, call, AttentionPart))
-    if not virtual and not reads_context(state.control, call):
+    packing = state.control.packing
+    if not virtual and not packing and not reads_context(state.control, call):
         return base(*args, **kwargs)
     named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
+    if packing:
+        base = partial(_end_to_end, module, state, base)
     with _telling(state.control, call, named):
         return _with_virtual(module, state, call, base, named) if virtual else base(**named)
+
+
+def _end_to_end(module: nn.Module, state: HostState, base: Forward, **named: Any) -> Any:
+    """The stack's forward on the batch's tokens laid end to end; as it is where they cannot be, or nothing is padded."""
+    control = state.control
+    before = control.call
+    if not tokens_alone(named):
+        return base(**named)
+    mask, ids = named["attention_mask"], named.get("input_ids")
+    parts = [control.adapters[name].method.part for group in before.groups for name in group.names]
+    how = attention_of(module)
+    flat = layout(
+        mask,
+        causal=control.causal,
+        by_row=len(before.groups) > 1 or reads_context(control, before),
+        plain=not any(issubclass(part, AttentionPart) for part in parts),
+        at_once=how == "blocks",
+    )
+    if flat is None:
+        return base(**named)
+    positions = named.get("position_ids")
+    if positions is None:
+        positions = module.__dict__[COUNTING].positions(ids, mask, mask.shape[1], mask.device)
+    if "use_cache" in names_of(original_class(module)):
+        named["use_cache"] = False
+    control.call = replace(before, flat=flat)
+    try:
+        return run_laid(flat, original_class(module).__name__, base, named, positions, kernel=how == "kernel")
+    finally:
+        control.call = before
+
+
+def attention_of(module: Any) -> str:
+    """How a stack's attention learns where rows end: it gets them one by one ("rows"), or all at once ("blocks"), or is told ("kernel")."""
+    name = str(module.config._attn_implementation)
+    return "kernel" if name.startswith("flash_attention") else "blocks" if name.endswith("flex_attention") else "rows"
 
 
 class Decoder(Mixin):
@@ -282,8 +323,8 @@ def _with_virtual(inner: nn.Module, state: HostState, call: Call, base: Forward,
     keep = state.control.keep_virtual
     if order is not None:
         place = _places(batch, order, causal=state.control.causal, keep=keep)
-        return _each(output, lambda x: _arranged(x, place))
-    return output if keep else _each(output, lambda x: x[:, P:])
+        return each(output, lambda x: _arranged(x, place))
+    return output if keep else each(output, lambda x: x[:, P:])
 
 
 def _check_uneven(inner: nn.Module, state: HostState, call: Call, base: Forward, batch: _Batch) -> None:
@@ -383,13 +424,3 @@ def _mask(inner: nn.Module, mask: Tensor | None, batch: _Batch) -> Tensor | None
         )
     seen_BP = torch.arange(batch.prompt, device=batch.device) >= (batch.prompt - batch.own[:, None])
     return _arranged(torch.cat([seen_BP.to(mask.dtype), mask], 1), batch.order(mask.shape[1]))
-
-
-def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The output with its hidden states changed."""
-    if type(output) is tuple:
-        return (change(output[0]), *output[1:])
-    output.last_hidden_state = change(output.last_hidden_state)
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(change(layer) for layer in output.hidden_states)
-    return output

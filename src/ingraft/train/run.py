@@ -174,11 +174,17 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     model = base.model
     recompute.enable(model, recipe)
     recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
+    with _packed(recipe, model):
+        pass  # a base that cannot is refused before anything is written
     choices = {part: _choices(recipe, data, part, tokenizer) for part in ("eval", "test")}
     objective = objective_for(recipe.task, model, pad_id(tokenizer), choices["eval"])
     return Prepared(
         recipe=recipe, model=model, tokenizer=base.tokenizer, data=data, objective=objective, choices=choices
     )
+
+
+def _packed(recipe: Recipe, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    return adapt.packing(model) if recipe.data.packing else contextlib.nullcontext()
 
 
 def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...], allow_base_mismatch: bool) -> Recipe:
@@ -288,7 +294,7 @@ def _run(
         f"{len(data.train):,} rows an epoch."
     )
     shown = samples.choose(data.eval or data.train)
-    with session.stop.listening():
+    with session.stop.listening(), _packed(recipe, model):
         try:
             if not progress.before:
                 progress.before = _measure_base(prepared, session, shown)
