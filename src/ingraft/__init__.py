@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ingraft.adapt import disabled as disabled
     from ingraft.adapt import load as load
     from ingraft.adapt import merge as merge
+    from ingraft.adapt import packing as packing
     from ingraft.adapt import param_groups as param_groups
     from ingraft.adapt import parameters as parameters
     from ingraft.adapt import prepare as prepare
@@ -98,7 +99,7 @@ _VERBS = (
         "load",
         "merge",
     ),
-    *("param_groups", "parameters", "prepare", "rows", "save", "status", "trainable", "unmerge"),
+    *("packing", "param_groups", "parameters", "prepare", "rows", "save", "status", "trainable", "unmerge"),
 )
 _NAMES = {
     "AdapterCallback": "ingraft.adapt.callback",

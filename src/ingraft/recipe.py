@@ -65,7 +65,9 @@ class DataRecipe:
     format: str = _key("row format; auto detects it from the rows", "auto")
     learn: Literal["answer", "all"] = _key("which tokens the loss counts: the answers, or every token", "answer")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
-    packing: bool = _key("lay the rows of a forward pass end to end, so that nothing is padded; what is learned is the same", False)
+    packing: bool = _key(
+        "lay the rows of a forward pass end to end, so that nothing is padded; what is learned is the same", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -419,3 +419,26 @@ def test_a_flash_kernel_is_told_where_rows_end(monkeypatch: pytest.MonkeyPatch) 
     adapt.attach(model, row("lora").config, "a", seed=1)
     as_unpacked(model)
     assert set(told) == {2, len(LENGTHS)}
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix"])
+def test_rows_that_the_caller_laid(name: str) -> None:
+    """Rows laid by the caller, told apart by their positions (transformers' collator does so), are the rows too."""
+    model, given = Case(row=row(name), subject=LLAMA).adapted("a"), batch()
+    shown = given["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits[shown]
+        positions = torch.arange(max(LENGTHS)).expand(len(LENGTHS), -1)[shown]
+        found = model(input_ids=given["input_ids"][shown][None], position_ids=positions[None], use_cache=False).logits[
+            0
+        ]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prompt", "reft"])
+def test_rows_that_the_caller_laid_are_refused_where_each_has_its_own(name: str) -> None:
+    """A prompt in front of the first row alone would leave the others without, and nobody would notice."""
+    model = Case(row=row(name), subject=LLAMA).adapted("a")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with pytest.raises(IngraftError, match="packing"):
+        model(input_ids=positions + 3, position_ids=positions, use_cache=False)

@@ -202,6 +202,21 @@ def tokens_alone(named: dict[str, Any]) -> bool:
     )
 
 
+def refuse_several(named: dict[str, Any]) -> None:
+    """Refuse rows that the caller has laid end to end itself, told apart by positions that begin again, where parts ask for rows.
+
+    transformers masks such rows from each other and adds nothing to any of them.
+    """
+    positions = named.get("position_ids")
+    if positions is None or named.get("attention_mask") is not None or named.get("past_key_values") is not None:
+        return
+    if positions.dim() == 2 and positions.shape[0] == 1 and bool((positions.diff() != 1).any()):
+        raise IngraftError(
+            "The positions begin again: several rows lie in one sequence. What acts here has something for each row, and cannot tell where one begins. "
+            "Call the model with rows and a mask, inside `packing(model)`, which lays them end to end."
+        )
+
+
 @contextmanager
 def laid(flat: Flat) -> Iterator[None]:
     """Inside the block, masks are made for these rows."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ingraft.adapt.context import end_of_prompt, last_of, tasks_of, tokens_of
 from ingraft.adapt.control import Control, HostState, host_state, part_of
 from ingraft.adapt.counting import COUNTING, leaves_slots_alone, names_of
-from ingraft.adapt.flat import each, layout, run_laid, tokens_alone
+from ingraft.adapt.flat import each, layout, refuse_several, run_laid, tokens_alone
 from ingraft.adapt.offload import present
 from ingraft.adapt.root import outermost
 from ingraft.adapt.rows import Call, Group, entries_of
@@ -63,6 +63,10 @@ def _run(module: nn.Module, state: HostState, base: Forward, args: tuple[Any, ..
     if not virtual and not packing and not reads_context(state.control, call):
         return base(*args, **kwargs)
     named = {**dict(zip(names_of(original_class(module)), args, strict=False)), **kwargs}
+    if not torch.compiler.is_compiling() and (
+        lengths(state.control, call, InputPart) or reads_context(state.control, call)
+    ):
+        refuse_several(named)
     if packing:
         base = partial(_end_to_end, module, state, base)
     with _telling(state.control, call, named):
