@@ -214,6 +214,8 @@ def test_rows_of_different_adapters() -> None:
         names = sorted({one for entry in entries for one in ((entry,) if isinstance(entry, str) else entry or ())})
         adapt.trainable(model, *names)
         with adapt.rows(model, entries):
+            with torch.no_grad(), adapt.packing(model):
+                losses(model, batch())  # where its rows are is found out before its rows are packed
             for name in names:
                 as_unpacked(model, name)
 

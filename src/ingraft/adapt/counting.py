@@ -163,11 +163,11 @@ def _led_up(inner: nn.Module, T: int, **named: Tensor) -> dict[str, Tensor] | No
 
 @contextmanager
 def alone(inner: nn.Module, control: Control | None) -> Iterator[None]:
-    """Inside the block no adapter acts, nothing is dropped and no gradients are kept."""
+    """Inside the block no adapter acts, nothing is dropped or packed and no gradients are kept."""
     training, before = [module for module in inner.modules() if module.training], None
     if control is not None:
-        before = control.call, control.running
-        control.call, control.running = Call(step=control.call.step), True
+        before = control.call, control.running, control.packing
+        control.call, control.running, control.packing = Call(step=control.call.step), True, False
     for module in training:
         module.training = False
     try:
@@ -177,4 +177,4 @@ def alone(inner: nn.Module, control: Control | None) -> Iterator[None]:
         for module in training:
             module.training = True
         if control is not None and before is not None:
-            control.call, control.running = before
+            control.call, control.running, control.packing = before

@@ -90,14 +90,16 @@ def _goes_with_rows(one: Tensor, other: Tensor, numbers: bool, n: int) -> bool:
 def _aside(stack: nn.Module, control: Control) -> Iterator[None]:
     """Inside the block the base runs alone, in evaluation mode, and leaves nothing behind."""
     training = [module for module in stack.modules() if module.training]
-    call, control.call, control.running = control.call, Call(step=control.call.step), True
+    before = control.call, control.packing
+    control.call, control.packing, control.running = Call(step=control.call.step), False, True
     for module in training:
         module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        control.watch, control.call, control.running = None, call, False
+        control.watch, control.running = None, False
+        control.call, control.packing = before
         for module in training:
             module.training = True
 
