@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -444,3 +445,24 @@ def test_rows_that_the_caller_laid_are_refused_where_each_has_its_own(name: str)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     with pytest.raises(IngraftError, match="packing"):
         model(input_ids=positions + 3, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.filterwarnings("ignore:::(torch|transformers|accelerate)")
+def test_in_a_foreign_trainer(tmp_path: Path) -> None:
+    """transformers' Trainer, which draws its batches at random, trains packed what it trains padded."""
+    from transformers import Trainer, TrainingArguments
+
+    given = batch()
+    rows = [{key: x[i] for key, x in given.items()} for i in range(len(LENGTHS))]
+    found: list[dict[str, Tensor]] = []
+    for where in (contextlib.nullcontext, adapt.packing):
+        model = Case(row=row("lora"), subject=LLAMA).adapted("a")
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=3, report_to=[], save_strategy="no",
+            optim="sgd", learning_rate=1e-2, use_cpu=True, disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        with where(model), seen_laid() as seen:
+            Trainer(model=model, args=arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+        assert bool(seen) == bool(found)
+        found.append({key: p.detach().clone() for key, p in adapt.parameters(model, "a").items()})
+    close_each(found[1], found[0], "trained packed and padded")

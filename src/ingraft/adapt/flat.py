@@ -198,7 +198,7 @@ def tokens_alone(named: dict[str, Any]) -> bool:
         and isinstance(mask, Tensor)
         and mask.shape == tokens.shape[:2]
         and (positions is None or positions.dim() == 2)
-        and not any(isinstance(x, Tensor) for name, x in named.items() if name not in _KNOWN)
+        and not any(isinstance(x, Tensor) and x.dim() > 0 for name, x in named.items() if name not in _KNOWN)
     )
 
 
@@ -272,7 +272,7 @@ def row_mask(make: Callable[..., Any], *, skips: bool = True, **given: Any) -> A
         make: transformers' own function for this kind of attention.
         skips: whether it may make none because a causal kernel needs none, where rows are not laid.
     """
-    flat = _LAID.get()
+    flat = None if torch.compiler.is_compiling() else _LAID.get()
     if flat is None or given.get("q_length") != flat.tokens:
         return make(**given if skips else {**given, "allow_is_causal_skip": False})
     if given.get("use_vmap"):
@@ -293,7 +293,7 @@ def row_mask(make: Callable[..., Any], *, skips: bool = True, **given: Any) -> A
 
 def refuse_laid(what: str, query: Tensor) -> None:
     """Refuse an attention that would take tokens laid end to end for one row."""
-    flat = _LAID.get()
+    flat = None if torch.compiler.is_compiling() else _LAID.get()
     if flat is not None and query.shape[2] == flat.tokens:
         raise IngraftError(
             f"data.packing: {what} is no attention that is known here; leave packing false for this base."
