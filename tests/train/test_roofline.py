@@ -88,6 +88,35 @@ def test_what_is_derived_is_what_would_be_counted(tiny: SimpleNamespace, method:
     assert times <= 5
 
 
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt", "reft"])
+def test_packed_work_is_derived_too(tiny: SimpleNamespace, method: str) -> None:
+    """Rows laid end to end make work by their real tokens and by the lengths that attention calls have."""
+    model = tiny.make("llama")
+    options = {"num_virtual_tokens": 8} if method == "prompt" else {}
+    adapt.attach(model, registry.make_config(method, options), seed=0)
+    head, ledger, times = CausalHead(model), Ledger(), 0
+    source = random.Random(0)
+    for _ in range(24):
+        lengths = [source.randint(2, 12) for _ in range(source.randint(1, 4))]
+        given = batch(len(lengths), max(lengths), 3 if sum(lengths) > 8 else 1)
+        for row, length in enumerate(lengths):
+            given["attention_mask"][row, length:] = 0
+            given["labels"][row, length:] = -100
+        learned = int((given["labels"][:, 1:] != -100).sum())
+        if not learned:
+            continue
+        terms = roofline._terms(given, learned, 8 if method == "prompt" else 0)
+        with adapt.packing(model):
+            work = counted(lambda given=given: head.loss(given))
+        known = ledger.known(terms)
+        if known is None:
+            ledger.learn(terms, work)
+            times += 1
+        else:
+            assert known == work
+    assert times <= 7
+
+
 def test_the_formulas_are_torchs_own() -> None:
     """What accumulates, and what torch's counter leaves out, counts like what it knows."""
     a, b, y = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)

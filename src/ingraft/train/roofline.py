@@ -13,6 +13,7 @@ head over the learned tokens, attention (all of its scores: a causal mask spares
 It is counted by looking at every operation that reaches torch's dispatcher, which costs some Python for each of thousands, so only a few micro-batches
 are looked at. Work is a sum of terms in 1, B, BT, BT^2 and N, so once the micro-batches counted so far span a new one's
 (1, B, BT, BT^2, N), the new one's work is the same combination of theirs, in exact arithmetic; a micro-batch that is not spanned is counted.
+Where rows are laid end to end there are two more terms, the real tokens and the squares of the lengths that attention calls have.
 
 Legend: B rows, T positions, N learned tokens.
 """
@@ -32,7 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ingraft.adapt.flat import layout
 from ingraft.adapt.weights import kind_of
+from ingraft.evaluate import virtual_tokens
+from ingraft.recipe import Recipe
 
 SECONDS = 0.25
 """The most that measuring the rate may take, but for one round of products."""
@@ -170,10 +174,11 @@ class Meter:
 
     Attributes:
         rate: multiplications and additions a second.
+        packed: rows may be laid end to end (`data.packing`); two more terms then say how. virtual: tokens that each row has in front.
     """
 
-    def __init__(self, rate: float) -> None:
-        self.rate, self._work = rate, 0
+    def __init__(self, rate: float, *, packed: bool = False, virtual: int = 0) -> None:
+        self.rate, self.packed, self.virtual, self._work = rate, packed, virtual, 0
         self._ledgers: dict[str, Ledger] = {}
 
     @contextmanager
@@ -186,7 +191,7 @@ class Meter:
             learned: terms of the loss in it.
         """
         ledger = self._ledgers.setdefault(name, Ledger())
-        terms = _terms(batch, learned)
+        terms = _terms(batch, learned, self.virtual if self.packed else None)
         work = ledger.known(terms)
         if work is not None:
             yield
@@ -207,8 +212,23 @@ class Meter:
         return seconds * self.rate / work if work else None
 
 
-def _terms(batch: Mapping[str, Tensor], learned: int) -> tuple[int, ...]:
+def meter_of(recipe: Recipe, model: nn.Module) -> Meter:
+    """For a run of this recipe."""
+    packed, virtual = recipe.data.packing, 0
+    if packed:
+        virtual = virtual_tokens(recipe.method, recipe.method_config, recipe.init_adapter)
+    return Meter(gemm_rate(model), packed=packed, virtual=virtual)
+
+
+def _terms(batch: Mapping[str, Tensor], learned: int, virtual: int | None = None) -> tuple[int, ...]:
+    """Of a micro-batch. virtual: tokens in front of each row, where rows may be laid end to end; None where they are not."""
     shape = batch["input_ids"].shape if "input_ids" in batch else next(iter(batch.values())).shape[:1]
     rows = int(shape[0])
     length = int(shape[1]) if len(shape) > 1 else 1
-    return (1, rows, rows * length, rows * length**2, learned)
+    padded = (1, rows, rows * length, rows * length**2, learned)
+    if virtual is None:
+        return padded
+    flat = layout(F.pad(batch["attention_mask"], (virtual, 0), value=1), causal=True)
+    if flat is None:
+        return (*padded, rows * (virtual + length), rows * (virtual + length) ** 2)
+    return (*padded, flat.tokens, sum(len(call.lengths) * call.longest**2 for call in flat.together))

@@ -40,7 +40,7 @@ from ingraft.train.objectives import Objective, objective_for
 from ingraft.train.objectives.classify import head_modules
 from ingraft.train.profile import Profiler
 from ingraft.train.report import write_report
-from ingraft.train.roofline import Meter, gemm_rate
+from ingraft.train.roofline import meter_of
 from ingraft.train.schedule import plan
 from ingraft.train.stop import Stop, Stopped
 
@@ -281,7 +281,7 @@ def _run(
         accelerator=accelerator,
         who=who,
         metric=recipe.metric_for_best_model.removeprefix("eval_"),
-        meter=Meter(gemm_rate(model)),
+        meter=meter_of(recipe, model),
     )
     progress = _begin(session, found, resume, overwrite)
     progress.options = options
