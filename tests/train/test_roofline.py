@@ -153,7 +153,7 @@ def test_the_rate_needs_no_layer_and_no_time(monkeypatch: pytest.MonkeyPatch, ti
 
 def test_lines_of_the_log_carry_the_ratio(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds times rate over work, of the steps since the last line."""
-    monkeypatch.setattr("ingraft.train.run.gemm_rate", lambda model: 1e9)
+    monkeypatch.setattr("ingraft.train.roofline.gemm_rate", lambda model: 1e9)
     taken: list[int] = []
     plain = Meter.taken
     monkeypatch.setattr(Meter, "taken", lambda self: (taken.append(plain(self)), taken[-1])[1])
