@@ -60,11 +60,8 @@ class SequentialHost(Container, Host):
 def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward of a host. Steps and costs in the module docstring."""
     state: HostState = host.__dict__[HOST_ATTRIBUTE]
-    if (
-        not torch.compiler.is_compiling()
-        and (call := state.control.call) is state.control.quick
-        and not torch.is_grad_enabled()
-    ):
+    call = state.current()  # which keeps it for a recomputation, whatever serves it now
+    if call is state.control.quick and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
         x = _first(args, kwargs)
         plan = state.control.joined.plans.get(state.path)
         if plan is None or plan.dtype is not getattr(x, "dtype", None):
@@ -75,7 +72,6 @@ def act(host: nn.Module, base: Forward, args: tuple[Any, ...], kwargs: dict[str,
                 _open_spans(state, call, args, kwargs)
             span = _span_input(state, args, kwargs) if plan.on_output else x
             return serve(plan, host, state, call, base, args, kwargs, span)
-    call = state.current()
     if call.flat is not None and call.flat.by_row:
         return in_rows(lambda call, *one: _act(host, state, call, *one), state, call, base, args, kwargs)
     return _act(host, state, call, base, args, kwargs)

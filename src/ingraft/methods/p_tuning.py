@@ -96,10 +96,14 @@ class Encoder(nn.Module):
         return x
 
     def _recurrent(self, x_PD: Tensor) -> Tensor:
-        """The LSTM by torch's function: torch.compile refuses to see `nn.LSTM`, even to read its sizes."""
+        """The LSTM by torch's function: torch.compile refuses to see `nn.LSTM`, even to read its sizes. Not under autocast, whose bfloat16 it
+        has no kernel for on some CPUs."""
         weights = list(self.lstm)
         start = x_PD.new_zeros(2 * self.layers, 1, weights[1].shape[1])
-        return torch.lstm(x_PD[:, None], (start, start), weights, True, self.layers, 0.0, False, True, False)[0][:, 0]
+        with torch.autocast(x_PD.device.type, enabled=False):
+            return torch.lstm(x_PD[:, None], (start, start), weights, True, self.layers, 0.0, False, True, False)[0][
+                :, 0
+            ]
 
 
 def shared(config: PTuningConfig, sites: tuple[SiteFacts, ...]) -> nn.Module | None:
