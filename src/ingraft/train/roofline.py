@@ -39,7 +39,7 @@ from ingraft.evaluate import virtual_tokens
 from ingraft.recipe import Recipe
 
 SECONDS = 0.25
-"""The most that measuring the rate may take, but for one round of products."""
+"""What measuring the rate takes, and at most one round of products; more where the machine is too slow or busy for full ones in that time."""
 ROWS = 512
 """Rows of the products by which the rate is measured."""
 LARGEST = 1 << 31
@@ -76,9 +76,10 @@ def _rate(w_OI: Tensor, until: float) -> float:
         _settle(w_OI.device)
         now = time.perf_counter()
         best = max(best, 4 * rows * w_OI.numel() / max(_clock(w_OI.device) - at, 1e-9))
-        if now + (now - began) > until:
+        larger = rows < ROWS and 2 * (now - began) < SECONDS  # few rows are no measure, however busy the machine is
+        if not larger and now + (now - began) > until:
             return best
-        if rows < ROWS and now + 3 * (now - began) < until:
+        if larger:
             rows *= 2
 
 
