@@ -101,9 +101,8 @@ class Encoder(nn.Module):
         weights = list(self.lstm)
         start = x_PD.new_zeros(2 * self.layers, 1, weights[1].shape[1])
         with torch.autocast(x_PD.device.type, enabled=False):
-            return torch.lstm(x_PD[:, None], (start, start), weights, True, self.layers, 0.0, False, True, False)[0][
-                :, 0
-            ]
+            y_P1D, *_ = torch.lstm(x_PD[:, None], (start, start), weights, True, self.layers, 0.0, False, True, False)
+        return y_P1D[:, 0]
 
 
 def shared(config: PTuningConfig, sites: tuple[SiteFacts, ...]) -> nn.Module | None:
