@@ -62,6 +62,14 @@ class Seen:
     weight_VD: Tensor | None = None
     bias_V: Tensor | None = None
 
+    def loss(self, labels_BT: Tensor) -> Tensor:
+        """The summed negative log-likelihood (nats) of the learned tokens. Differentiable, but for the head of which it is applied by pieces."""
+        rows_N, at_N, targets_N = learned(labels_BT)
+        x_NX = self.states_BTX[rows_N, at_N]
+        if self.behind is None or self.weight_VD is None:
+            return F.cross_entropy(x_NX.float(), targets_N, reduction="sum")
+        return cast(Tensor, _PiecewiseLoss.apply(x_NX, self.weight_VD, self.bias_V, targets_N, self.behind)[0])
+
     def losses(self, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Per learned token its negative log-likelihood in nats (N,) and its row (N,)."""
         rows_N, at_N, targets_N = learned(labels_BT)
@@ -95,13 +103,7 @@ class CausalHead:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed negative log-likelihood (nats) of the batch's learned tokens; `labels` (B, T) holds -100 elsewhere. Differentiable."""
-        rows_N, at_N, targets_N = learned(batch["labels"])
-        if not self.by_pieces:
-            return F.cross_entropy(self._logits(batch, rows_N, at_N), targets_N, reduction="sum")
-        assert self._behind is not None
-        h_ND = self._hidden(batch)[rows_N, at_N]
-        weight_VD, bias_V = self._matrix()
-        return cast(Tensor, _PiecewiseLoss.apply(h_ND, weight_VD, bias_V, targets_N, self._behind)[0])
+        return self._see(batch, self.by_pieces).loss(batch["labels"])
 
     @torch.no_grad()
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,10 @@ class CausalHead:
     @torch.no_grad()
     def see(self, batch: dict[str, Tensor]) -> Seen:
         """One forward, from which losses and logits can be read as often as wanted."""
-        if self._behind is None:
+        return self._see(batch, self._behind is not None)
+
+    def _see(self, batch: dict[str, Tensor], by_pieces: bool) -> Seen:
+        if not by_pieces:
             logits_BTV = self._run(batch).logits
             return Seen(states_BTX=logits_BTV[:, -batch["input_ids"].shape[1] :])
         weight_VD, bias_V = self._matrix()
@@ -128,10 +133,6 @@ class CausalHead:
         kind = kind_of(head)
         assert kind is not None
         return cast(Tensor, kind.weight_of(head)), head.bias
-
-    def _logits(self, batch: dict[str, Tensor], rows_N: Tensor, at_N: Tensor) -> Tensor:
-        logits_BTV = self._run(batch).logits
-        return logits_BTV[:, -batch["input_ids"].shape[1] :][rows_N, at_N].float()
 
     def _run(self, batch: dict[str, Tensor]) -> Any:
         """One forward, in which adapters know the prompt where there are labels to tell it from."""
