@@ -9,9 +9,11 @@ Legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +63,19 @@ class Subject:
         return self.name.removesuffix(f"-{self.packed.lower()}")
 
     def make_redrawn(self) -> nn.Module:
-        """A new module with its weights drawn by `redrawn`."""
-        model = redrawn(self.make())
-        if not self.packed:
-            return model
-        from ingraft.testing import packing
+        """A new module with its weights drawn by `redrawn`: a copy, which takes half the time of making one."""
+        return copy.deepcopy(_original(self))
 
-        return (packing.unpacked if self.twin else packing.packed)(self.packed, model)
+
+@cache
+def _original(subject: Subject) -> nn.Module:
+    """Made once, copied each time, never handed out."""
+    model = redrawn(subject.make())
+    if not subject.packed:
+        return model
+    from ingraft.testing import packing
+
+    return (packing.unpacked if subject.twin else packing.packed)(subject.packed, model)
 
 
 # ------------------------------------------------------------------------------------------------------------------- modules

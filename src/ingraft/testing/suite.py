@@ -31,6 +31,9 @@ LATER = {14: "packs", 15: "two processes"}
 OF_LAYERS = (*range(8), 21)
 """Laws that hold of a method's maths on a kind of layer; the others are about who acts when, which does not depend on the kind."""
 
+OF_MODELS = (*OF_LAYERS, 13, 18, 22)
+"""Laws that hold of a method's place in a family of models: its rows, its text, the reference's numbers."""
+
 OF_PACKED = 17
 """The law that is about packed weights and nothing else."""
 
@@ -178,8 +181,11 @@ def _study(each: Law, case: Case) -> str | None:
             return None
         return f"`pytest -m study` tries it: over packed weights every day has law {OF_PACKED}, and LoRA all laws"
     own = case.method.name in METHODS and case.method.name not in FAMILIES and case.row == row(case.method.name)
-    if own and case.subject.transformers and case.subject.name != "llama" and case.method.sites == ("all-linear",):
+    model = case.subject.transformers and case.subject.name != "llama"
+    if own and model and case.method.sites == ("all-linear",):
         return "`pytest -m study` tries it: a method on linear layers knows no models; its kinds of layer and a Llama are tried every day"
+    if own and model and each.number not in OF_MODELS:
+        return "`pytest -m study` tries it: it is a law of calls, not of places, and is tried on a Llama and with a method of each family every day"
     if own and not case.subject.transformers and case.subject.name != "linear" and each.number not in OF_LAYERS:
         return "`pytest -m study` tries it: it is a law of calls, not of layers, and is tried on linear layers and a Llama every day"
     if each.heavy and not each.everyday(case):
