@@ -14,9 +14,6 @@ from ingraft.errors import IngraftError
 if TYPE_CHECKING:
     from ingraft.cli.sources import Opened
     from ingraft.data import DataSet
-    from ingraft.evaluate import ChoiceRow
-
-MOST_CHOICES = 20
 
 
 @verb("model", "quantization", "task", "data", "dtype", "per_device_eval_batch_size", "seed")
@@ -67,7 +64,7 @@ def command(
 def score(opened: Opened, data: DataSet, part: str) -> tuple[dict[str, float], int]:
     """The metrics of one part of the data, by name, and the number of sequences they were computed from."""
     from ingraft.data import pad_id
-    from ingraft.evaluate import evaluate
+    from ingraft.evaluate import choices_of, evaluate
 
     examples = data.parts[part].examples
     scores = evaluate(
@@ -76,19 +73,6 @@ def score(opened: Opened, data: DataSet, part: str) -> tuple[dict[str, float], i
         task=opened.recipe.task,
         pad_id=pad_id(opened.tokenizer),
         batch_size=opened.recipe.per_device_eval_batch_size,
-        choices=_choices(opened, data, part),
+        choices=choices_of(data, part, opened.tokenizer) if opened.recipe.task == "sft" else (),
     )
     return scores.metrics, len(examples)
-
-
-def _choices(opened: Opened, data: DataSet, part: str) -> list[ChoiceRow]:
-    """Rows of text and label as choices between the labels, as training makes them; none for other rows."""
-    from ingraft.data.records import Labelled
-    from ingraft.evaluate import choice_rows
-
-    records = data.parts[part].records
-    labelled = [record for record in records if isinstance(record, Labelled)]
-    known = sorted({r.label for each in data.parts.values() for r in each.records if isinstance(r, Labelled)})
-    if opened.recipe.task != "sft" or len(labelled) != len(records) or not 2 <= len(known) <= MOST_CHOICES:
-        return []
-    return choice_rows(labelled, data.parts[part].rows, opened.tokenizer, known, data.report.max_length)

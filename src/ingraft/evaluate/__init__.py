@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ingraft.evaluate.choices import ChoiceRow, ChoiceScores, choice_rows, score_along, score_choices
+    from ingraft.evaluate.choices import ChoiceRow, ChoiceScores, choice_rows, choices_of, score_along, score_choices
     from ingraft.evaluate.classes import ClassScores, score_classes
     from ingraft.evaluate.generation import generate
     from ingraft.evaluate.loss import LossScores, paired_difference, score_loss
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ingraft.evaluate.room import hold, virtual_tokens
 
 _HOME = {
-    "choices": ("ChoiceRow", "ChoiceScores", "choice_rows", "score_along", "score_choices"),
+    "choices": ("ChoiceRow", "ChoiceScores", "choice_rows", "choices_of", "score_along", "score_choices"),
     "classes": ("ClassScores", "score_classes"),
     "generation": ("generate",),
     "loss": ("LossScores", "paired_difference", "score_loss"),
@@ -32,6 +32,7 @@ __all__ = [
     "Evaluation",
     "LossScores",
     "choice_rows",
+    "choices_of",
     "evaluate",
     "generate",
     "hold",

@@ -26,6 +26,8 @@ from ingraft.evaluate.modes import scoring
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ingraft.data import DataSet
+
 Normalise = Literal["sum", "tokens"]
 
 
@@ -106,6 +108,22 @@ def choice_rows(
                 )
             )
     return found
+
+
+MOST_LABELS = 20
+"""Above so many labels, scoring each of them as an answer takes too long to do by the way."""
+
+
+def choices_of(data: DataSet, part: str, tokenizer: PreTrainedTokenizerBase) -> list[ChoiceRow]:
+    """The rows of a part as choices between label words; none where they are no rows of text and label, or there is no such part."""
+    if part not in data.parts:
+        return []
+    rows, records = data.parts[part].rows, data.parts[part].records
+    labelled = [record for record in records if isinstance(record, Labelled)]
+    known = sorted({r.label for each in data.parts.values() for r in each.records if isinstance(r, Labelled)})
+    if len(labelled) != len(records) or not 2 <= len(known) <= MOST_LABELS:
+        return []
+    return choice_rows(labelled, rows, tokenizer, known, data.report.max_length)
 
 
 def score_choices(

@@ -26,9 +26,8 @@ from ingraft.bases import load_base, load_tokenizer, reserve
 from ingraft.data import load, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
-from ingraft.data.records import Labelled
 from ingraft.errors import IngraftError, nearest
-from ingraft.evaluate import ChoiceRow, choice_rows, virtual_tokens
+from ingraft.evaluate import ChoiceRow, choices_of, virtual_tokens
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, recompute, samples
@@ -50,9 +49,6 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 ROWS_TO_START_FROM = 64
 """So many training rows, from the front, are shown to a method that starts from data."""
-
-MOST_CHOICES = 20
-"""Above so many labels, scoring each of them as an answer takes too long to do by the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +172,8 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
     with _packed(recipe, model):
         pass  # a base that cannot is refused before anything is written
-    choices = {part: _choices(recipe, data, part, tokenizer) for part in ("eval", "test")}
-    objective = objective_for(recipe.task, model, pad_id(tokenizer), choices["eval"])
+    choices = {part: choices_of(data, part, tokenizer) for part in ("eval", "test") if recipe.task == "sft"}
+    objective = objective_for(recipe.task, model, pad_id(tokenizer), choices.get("eval", ()))
     return Prepared(
         recipe=recipe, model=model, tokenizer=base.tokenizer, data=data, objective=objective, choices=choices
     )
@@ -227,18 +223,6 @@ def _as_started(recipe: Recipe, adapter: Adapter) -> Recipe:
             )
         )
     return dataclasses.replace(recipe, method_config=brought)
-
-
-def _choices(recipe: Recipe, data: DataSet, part: str, tokenizer: PreTrainedTokenizerBase) -> list[ChoiceRow]:
-    """The rows of a part as choices between label words, where they are rows of text and label."""
-    if recipe.task != "sft" or part not in data.parts:
-        return []
-    records = data.parts[part].records
-    labelled = [record for record in records if isinstance(record, Labelled)]
-    known = sorted({r.label for each in data.parts.values() for r in each.records if isinstance(r, Labelled)})
-    if len(labelled) != len(records) or not 2 <= len(known) <= MOST_CHOICES:
-        return []
-    return choice_rows(labelled, data.parts[part].rows, tokenizer, known, recipe.data.max_length)
 
 
 def _run(
@@ -431,7 +415,7 @@ def _measure(prepared: Prepared, session: Session, shown: Sequence[Example]) -> 
     if data.eval:
         metrics |= prepared.objective.evaluate(data.eval, size, whole=True, poll=poll).metrics
     if data.test:
-        scorer = objective_for(recipe.task, prepared.model, prepared.objective.pad_id, prepared.choices["test"])
+        scorer = objective_for(recipe.task, prepared.model, prepared.objective.pad_id, prepared.choices.get("test", ()))
         found = scorer.evaluate(data.test, size, whole=True, poll=poll).metrics
         metrics |= {f"test_{name}": value for name, value in found.items()}
     said = samples.answers(prepared.model, prepared.tokenizer, shown, data.labels, prepared.objective.pad_id, poll)
