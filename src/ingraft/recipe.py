@@ -111,6 +111,10 @@ class Recipe:
         "recompute blocks in backward, less memory for more time: all, none, a number of them, or auto: as few as the memory asks for",
         False,
     )
+    cache_frozen: bool = _key(
+        "run the blocks below the lowest adapted one once a row and keep on disk what they make, for the epochs after the first",
+        False,
+    )
     lr_scheduler_type: Schedule = _key("shape of the learning rate over the run", "cosine")
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = _key("share of all steps spent warming up", 0.03)
     warmup_steps: Annotated[int, Ge(0)] = _key("steps spent warming up; overrides warmup_ratio unless 0", 0)
@@ -403,6 +407,9 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("model",), "model: names no base; `ingraft models` lists the ones at hand."
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
+    if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:
+        text = f"no row comes twice in num_train_epochs {recipe.num_train_epochs:g}, so keeping anything of it brings nothing"
+        yield ("cache_frozen", "max_steps", "num_train_epochs"), f"cache_frozen: {text}; leave it false."
     if 0 < recipe.max_steps < recipe.warmup_steps:
         yield (
             ("max_steps", "warmup_steps"),

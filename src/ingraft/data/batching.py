@@ -17,9 +17,13 @@ size and split each batch, so that 8 x 1 and 4 x 2 see the same rows in every st
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
+from typing import TYPE_CHECKING
 
 from ingraft.errors import IngraftError
+
+if TYPE_CHECKING:
+    from ingraft.data.examples import Example
 
 WINDOW = 50
 """Batches per window: the knee of the measurement above."""
@@ -60,6 +64,11 @@ def batches(
         made.pop()
     source.shuffle(made)
     return made
+
+
+def longest_first(rows: Iterable[Example]) -> list[Example]:
+    """The rows of a step in the order in which they go through, so that those of one micro-batch are alike."""
+    return sorted(rows, key=lambda row: (-len(row), row.row_id))
 
 
 def padding_share(examples: Sequence[Sized], made: Sequence[Sequence[int]]) -> float:

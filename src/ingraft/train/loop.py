@@ -9,6 +9,7 @@ The loop trains a list of adapters over one base. Each has its own optimiser and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -24,10 +25,12 @@ from torch import nn
 from ingraft import adapt
 from ingraft.adapt.control import child_name, shared_name
 from ingraft.data import batches
+from ingraft.data.batching import longest_first
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
 from ingraft.recipe import Recipe
 from ingraft.train import checkpoint, memory, recompute
+from ingraft.train.frozen import Frozen
 from ingraft.train.journal import Journal
 from ingraft.train.learner import Learner
 from ingraft.train.machine import peak_memory
@@ -78,6 +81,7 @@ class Session:
         who: the run's identity, for its checkpoints.
         metric: what best means.
         meter: counts the work of steps.
+        frozen: what the frozen blocks make of each row, where that is kept.
         profiler: looks at one of them, where that is wanted.
     """
 
@@ -95,6 +99,7 @@ class Session:
     who: dict[str, Any]
     metric: str
     meter: Meter
+    frozen: Frozen | None = None
     profiler: Profiler | None = None
 
 
@@ -106,12 +111,12 @@ class Order:
         self._epoch, self._batches = -1, list[list[int]]()
 
     def rows(self, step: int) -> list[Example]:
-        """The rows of a step, longest first, so that those of one micro-batch are alike."""
+        """The rows of a step, longest first."""
         epoch, index = self._plan.position(step)
         if epoch != self._epoch:
             self._epoch = epoch
             self._batches = batches(self._examples, self._plan.effective, self._seed, epoch)
-        return sorted((self._examples[i] for i in self._batches[index]), key=lambda row: (-len(row), row.row_id))
+        return longest_first(self._examples[i] for i in self._batches[index])
 
 
 @dataclass(kw_only=True)
@@ -157,6 +162,8 @@ def fit(session: Session, progress: Progress) -> None:
                 save(session, progress)
         if recipe.save_steps and progress.saved != progress.step:
             save(session, progress)  # what follows (the best adapter, the last evaluation) may be cut short too
+        if session.frozen is not None:
+            session.journal.say(session.frozen.summary)
     finally:
         session.journal.end()
         adapting(session.model, session.learners, False)
@@ -267,7 +274,10 @@ def gradients(
         Stopped: between two micro-batches; the gradients so far are dropped, nothing else has changed.
     """
     total = torch.zeros((), device=session.accelerator.device)
+    frozen = session.frozen
     try:
+        if frozen is not None:
+            frozen.require(rows, session.meter, session.stop.check)
         for start in range(0, len(rows), size):
             session.stop.check()
             micro = rows[start : start + size]
@@ -277,7 +287,8 @@ def gradients(
             adapt.dropout_step(session.model, number, row_ids)
             batch = session.objective.batch(micro)
             learned = sum(map(session.objective.units, micro))
-            with session.meter.micro_batch(learner.name, batch, learned):
+            given = frozen.given(micro) if frozen is not None else contextlib.nullcontext()
+            with given, session.meter.micro_batch(learner.name, batch, learned):
                 with phase("forward"):
                     loss = session.objective.loss(batch)
                 with phase("backward"):
@@ -314,6 +325,8 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         values["skipped_steps"] = skipped
     if progress.masked:
         values["masked_steps"] = progress.masked
+    if session.frozen is not None:
+        values |= session.frozen.taken()
     session.journal.write(**values)
     progress.loss_sum, progress.units, progress.steps = 0.0, 0, 0
     clock.seconds, clock.tokens, clock.learned, clock.steps, clock.work = 0.0, 0, 0, 0, 0

@@ -31,6 +31,7 @@ from ingraft.evaluate import ChoiceRow, choices_of, virtual_tokens
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, recompute, samples
+from ingraft.train.frozen import Frozen, frozen_of
 from ingraft.train.learner import make_learner
 from ingraft.train.lock import locked
 from ingraft.train.loop import Progress, Session, fit, save
@@ -87,6 +88,7 @@ class Prepared:
     data: DataSet
     objective: Objective
     choices: Mapping[str, Sequence[ChoiceRow]]
+    frozen: Frozen | None
 
 
 def train(
@@ -159,9 +161,8 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
         notes.say(line)
     if not any(example.learned for example in data.train):
         raise IngraftError(f"{wanted.train}: no row has a learned token, so there is nothing to train on.")
-    if problems := registry.make_config(recipe.method, recipe.method_config).in_steps(
-        plan(recipe, len(data.train)).total
-    ):
+    steps = plan(recipe, len(data.train))
+    if problems := registry.make_config(recipe.method, recipe.method_config).in_steps(steps.total):
         raise IngraftError(*(f"method_config: {text}" for text in problems))
     torch.manual_seed(recipe.seed)  # the fresh head of a classifier
     labels = list(data.labels) if data.labels is not None else None
@@ -170,12 +171,18 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     model = base.model
     recompute.enable(model, recipe)
     recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
-    with _packed(recipe, model):
-        pass  # a base that cannot is refused before anything is written
     choices = {part: choices_of(data, part, tokenizer) for part in ("eval", "test") if recipe.task == "sft"}
     objective = objective_for(recipe.task, model, pad_id(tokenizer), choices.get("eval", ()))
+    with _packed(recipe, model):  # a base that cannot is refused before anything is written
+        frozen = frozen_of(recipe, model, objective, data.train, steps)
     return Prepared(
-        recipe=recipe, model=model, tokenizer=base.tokenizer, data=data, objective=objective, choices=choices
+        recipe=recipe,
+        model=model,
+        tokenizer=base.tokenizer,
+        data=data,
+        objective=objective,
+        choices=choices,
+        frozen=frozen,
     )
 
 
@@ -266,6 +273,7 @@ def _run(
         who=who,
         metric=recipe.metric_for_best_model.removeprefix("eval_"),
         meter=meter_of(recipe, model),
+        frozen=prepared.frozen,
     )
     progress = _begin(session, found, resume, overwrite)
     progress.options = options
@@ -278,7 +286,8 @@ def _run(
         f"{len(data.train):,} rows an epoch."
     )
     shown = samples.choose(data.eval or data.train)
-    with session.stop.listening(), _packed(recipe, model):
+    kept = prepared.frozen.opened(folder, notes.say) if prepared.frozen is not None else contextlib.nullcontext()
+    with session.stop.listening(), _packed(recipe, model), kept:
         try:
             if not progress.before:
                 progress.before = _measure_base(prepared, session, shown)
@@ -382,7 +391,8 @@ def _begin(session: Session, found: checkpoint.Found | None, resume: str | None,
         if overwrite or resume is not None:
             place.empty(folder)
     saves = session.plan.total // recipe.save_steps if recipe.save_steps else 1
-    durable.require_space(folder, checkpoint.forecast(session.learners, recipe.save_total_limit, saves))
+    cache = session.frozen.bytes if session.frozen is not None else 0
+    durable.require_space(folder, cache + checkpoint.forecast(session.learners, recipe.save_total_limit, saves))
     durable.write_file(folder / place.RECIPE, to_yaml(recipe))
     if found is None:  # a rehearsal: what cannot be saved should be known now and not in an hour
         durable.remove(checkpoint.save(folder, 0, session.learners, {}, session.who, None))
