@@ -12,8 +12,8 @@ on when it is made and beside which rows it is wanted. It is made beside the sam
 Against the run without the cache, states agree up to rounding: there a row's lower blocks run beside other rows, behind other padding, in each
 epoch. Losses and adapters agree as far as that carries; in the first epoch to the bit, unless steps were cut to fit memory or `TOKENS`.
 
-*What it costs.* Disk: width x bytes of a number for each token of the training rows (SmolLM2 in bfloat16: 1.2 kB). Rows come and go by ordinary reads
-and writes, 10,000 times less than the blocks' work. Evaluations are not served: their rows are others, and seen too seldom.
+*What it costs.* Disk: width x bytes of a number for each token of the training rows (SmolLM2 in bfloat16: 1.2 kB). Reading and
+writing are hundredths of the blocks' own work, even on MiniLM (docs/lab-notes.md). Evaluations are not served: their rows are others, and seen too seldom.
 
 Refused is whatever would make something else of a row in another epoch (`adapt/below.py`), and a run in which no row comes twice.
 """
