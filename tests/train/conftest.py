@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,5 +92,48 @@ def recipe(home: Path, tmp_path: Path) -> Make:
             else:
                 values[key] = value
         return values
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bases(home: Path) -> Path:
+    """`llama4`, `gpt2` and `bert4`: four blocks each, with the words of `home`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    size: dict[str, Any] = {"vocab_size": 16, "pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1}
+    wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    made: dict[str, Any] = {
+        "llama4": LlamaForCausalLM(LlamaConfig(**size, **wide, max_position_embeddings=64)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=4, n_head=4, n_positions=64)),
+        "bert4": BertForMaskedLM(BertConfig(**size, **wide, max_position_embeddings=64)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(home / name)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(home / "llama" / file, home / name / file)
+    return home
+
+
+@pytest.fixture
+def top(recipe: Make, bases: Path) -> Make:
+    """A recipe of three epochs of 8 steps over 30 rows, in effect plain descent, so that a rounding error stays one."""
+
+    def make(base: str, **changes: Any) -> dict[str, Any]:
+        values = {
+            "model": str(bases / base),
+            "task": "classify" if base == "bert4" else "sft",
+            "max_steps": 24,
+            "logging_steps": 1,
+            "eval_steps": 8,
+            "save_steps": 8,
+            "data_eval": 30,
+            "learning_rate": 0.2,
+            "adam_epsilon": 1.0,
+            "cache_frozen": True,
+            "method_config": {"lora_dropout": 0.1, "layers_to_transform": [2, 3]},
+        }
+        return recipe(**{**values, **changes})
 
     return make

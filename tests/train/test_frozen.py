@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ingraft import adapt
-from ingraft.adapt.below import Below, below
+from ingraft.adapt.below import below
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
 from ingraft.evaluate.modes import unnoticed
@@ -39,53 +38,10 @@ TIMES = ("step_seconds", "tokens_per_second", "learned_tokens_per_second", "peak
 WITHIN = {"rtol": 1e-5, "atol": 1e-6}
 
 
-@pytest.fixture(scope="module")
-def bases(home: Path) -> Path:
-    """`llama4`, `gpt2` and `bert4`: four blocks each, with the words of `home`."""
-    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    size: dict[str, Any] = {"vocab_size": 16, "pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1}
-    wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    made: dict[str, Any] = {
-        "llama4": LlamaForCausalLM(LlamaConfig(**size, **wide, max_position_embeddings=64)),
-        "gpt2": GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64)),
-        "bert4": BertForMaskedLM(BertConfig(**size, **wide, max_position_embeddings=64)),
-    }
-    for name, model in made.items():
-        model.save_pretrained(home / name)
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(home / "llama" / file, home / name / file)
-    return home
-
-
 @pytest.fixture(autouse=True)
 def _no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine's rate takes longer than a run here."""
     monkeypatch.setattr("ingraft.train.roofline.gemm_rate", lambda model: 1e9)
-
-
-@pytest.fixture
-def top(recipe: Make, bases: Path) -> Make:
-    """A recipe of three epochs of 8 steps over 30 rows, in effect plain descent, so that a rounding error stays one."""
-
-    def make(base: str, **changes: Any) -> dict[str, Any]:
-        values = {
-            "model": str(bases / base),
-            "task": "classify" if base == "bert4" else "sft",
-            "max_steps": 3 * EPOCH,
-            "logging_steps": 1,
-            "eval_steps": EPOCH,
-            "save_steps": EPOCH,
-            "data_eval": 30,
-            "learning_rate": 0.2,
-            "adam_epsilon": 1.0,
-            "cache_frozen": True,
-            "method_config": {"lora_dropout": 0.1, "layers_to_transform": [2, 3]},
-        }
-        return recipe(**{**values, **changes})
-
-    return make
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
@@ -175,7 +131,7 @@ def test_other_methods(top: Make, tmp_path: Path, method: str, options: dict[str
                     "llama4",
                     method=method,
                     method_config=options,
-                    max_steps=16,
+                    max_steps=EPOCH + 4,
                     eval_steps=0,
                     learning_rate=0.05,
                     cache_frozen=cached,
@@ -200,7 +156,7 @@ def test_packed(top: Make, tmp_path: Path, base: str) -> None:
                     base,
                     data_packing=packed,
                     cache_frozen=cached,
-                    max_steps=16,
+                    max_steps=EPOCH + 4,
                     eval_steps=0,
                     output_dir=str(tmp_path / f"{packed}-{cached}"),
                 ),
@@ -237,7 +193,7 @@ def test_recomputing_blocks_change_nothing(top: Make, tmp_path: Path) -> None:
     """To the bit, although those that stand aside are flagged to recompute themselves too."""
     files: list[bytes] = []
     for asked in (False, True):
-        made = top("llama4", gradient_checkpointing=asked, max_steps=16, output_dir=str(tmp_path / str(asked)))
+        made = top("llama4", gradient_checkpointing=asked, max_steps=EPOCH + 4, output_dir=str(tmp_path / str(asked)))
         files.append((train(made, quiet=True).folder / "adapter_model.safetensors").read_bytes())
     assert len(set(files)) == 1
 
@@ -304,7 +260,7 @@ def open_files(folder: Path) -> list[str]:
     return [name for name in found if name.startswith(f"{folder}/")]
 
 
-@pytest.mark.parametrize(("packing", "kills"), [(False, (3, 11, 21)), (True, (11,))])
+@pytest.mark.parametrize(("packing", "kills"), [(False, (3, 21)), (True, (11,))])
 def test_a_killed_run_goes_on_with_the_same_bits(
     top: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool, kills: tuple[int, ...]
 ) -> None:
@@ -336,7 +292,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
         assert lasting(train(made, resume_from_checkpoint="last", quiet=True).folder) == whole, at
 
 
-@pytest.mark.parametrize("polls", [19, 44])
+@pytest.mark.parametrize("polls", [19])
 def test_a_signal(top: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, polls: int) -> None:
     """Ctrl-C leaves a checkpoint and no file; the run goes on to the same bits."""
     whole = lasting(train(top("llama4", output_dir=str(tmp_path / "whole")), quiet=True).folder)
@@ -489,7 +445,7 @@ def test_both_needs_of_a_run_are_added(top: Make, monkeypatch: pytest.MonkeyPatc
     assert cache > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- bases
+# ---------------------------------------------------------------------------------------------------------------- the file
 
 
 ROWS = [
@@ -498,131 +454,22 @@ ROWS = [
 ]
 
 
-def found_in(model: nn.Module, **options: Any) -> Below:
-    """`below` for a LoRA in this model."""
-    adapt.attach(model, registry.make_config("lora", options), seed=0)
-    ids = torch.tensor([[4, 5, 6, 7, 8, 9, 10, 11], [5, 7, 9, 11, 3, 3, 3, 3]])
-    mask = torch.tensor([[1] * 8, [1] * 4 + [0] * 4])
-    with unnoticed(model):
-        return below(model, {"input_ids": ids, "attention_mask": mask})
-
-
-def llama4(bases: Path) -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(bases / "llama4").eval()
-
-
-UPPER = {"layers_to_transform": [2, 3]}
-
-
-def test_what_goes_from_block_to_block_is_tried(bases: Path) -> None:
-    """A block that reads what a lower one left behind, and one whose rows look at each other."""
-    model = llama4(bases)
-    assert len(found_in(model, **UPPER).blocks) == 2
-    layers = model.model.layers
-    left: list[Tensor] = []
-
-    def leave(module: Any, args: Any, output: Tensor) -> None:
-        left[:] = [output]
-
-    def join(module: Any, args: Any, output: Tensor) -> Tensor:
-        return output + left[0].mean()
-
-    attention = layers[0].self_attn.o_proj
-    handles = [attention.register_forward_hook(leave), layers[3].mlp.register_forward_hook(join)]
-    adapt.detach(model, "default")
-    with pytest.raises(IngraftError, match="LlamaForCausalLM says other things"):
-        found_in(model, **UPPER)
-    for handle in handles:
-        handle.remove()
-    handles = [layers[3].mlp.register_forward_hook(lambda *_: left.pop()), attention.register_forward_hook(leave)]
-    adapt.detach(model, "default")
-    with pytest.raises(IngraftError, match=r"does not run on what its lower blocks made \(IndexError\)"):
-        found_in(model, **UPPER)
-    for handle in handles:
-        handle.remove()
-    adapt.detach(model, "default")
-    handle = layers[1].mlp.register_forward_hook(lambda module, args, output: output + output.mean(0, keepdim=True))
-    with pytest.raises(IngraftError, match="says other things"):
-        found_in(model, **UPPER)
-    handle.remove()
-
-
-def test_a_block_that_is_called_several_times() -> None:
-    from transformers import AlbertConfig, AlbertForSequenceClassification
-
-    size: dict[str, Any] = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    model = AlbertForSequenceClassification(
-        AlbertConfig(**size, num_attention_heads=4, embedding_size=16, pad_token_id=3)
-    ).eval()
-    with pytest.raises(IngraftError, match="says other things"):
-        found_in(model, target_modules=["classifier"], r=2)
-
-
-def test_encoder_decoders_and_several_stacks() -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model = T5ForConditionalGeneration(T5Config(vocab_size=16, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=4))
-    with pytest.raises(IngraftError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        found_in(model.eval())
-
-
-def test_a_block_that_returns_more_than_states() -> None:
-    """T5's encoder hands the bias of its first block on."""
-    from transformers import T5Config, T5EncoderModel
-
-    model = T5EncoderModel(T5Config(vocab_size=16, d_model=16, d_kv=4, d_ff=16, num_layers=3, num_heads=4)).eval()
-    with pytest.raises(IngraftError, match="return more than one state a token"):
-        found_in(model, layers_to_transform=[2])
-
-
-def test_the_bases_own_dropout(bases: Path) -> None:
-    """Blocks in training mode are refused; one that only recomputes itself is not."""
-    model = llama4(bases)
-    found = found_in(model, **UPPER)
-    x_BTD = torch.zeros(2, 8, 32)
-    found.blocks[1].self_attn.train()
-    with pytest.raises(IngraftError, match=r"training mode \(LlamaAttention\)"), found.given(x_BTD):
-        pytest.fail("given")
-    model.eval()
-    found.blocks[1].training = True
-    with pytest.raises(IngraftError, match=r"training mode \(LlamaDecoderLayer\)"), found.given(x_BTD):
-        pytest.fail("given")
-    found.blocks[1].gradient_checkpointing = True  # type: ignore[assignment]
-    with found.given(x_BTD):
-        pass
-
-
-def test_the_blocks_are_theirs_again(bases: Path) -> None:
-    """Behind the scope, also through an error; a forward that was on the instance before is there again."""
-    model = llama4(bases)
-    found = found_in(model, **UPPER)
-    batch = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
-    wanted = model(**batch).logits
-    own = found.blocks[0].forward
-    found.blocks[0].__dict__["forward"] = own
-    with pytest.raises(ZeroDivisionError), found.given(torch.zeros(1, 4, 32)):
-        assert not torch.equal(model(**batch).logits, wanted)
-        raise ZeroDivisionError
-    assert found.blocks[0].__dict__["forward"] is own
-    assert "forward" not in found.blocks[1].__dict__
-    assert torch.equal(model(**batch).logits, wanted)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_come_back_as_they_were(bases: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """In the base's dtype, to the bit, zero where no token is."""
+    from transformers import LlamaForCausalLM
+
     from ingraft.train.objectives.causal import CausalObjective
     from ingraft.train.roofline import Meter
 
-    model = llama4(bases).to(dtype)
-    found = found_in(model, **UPPER)
+    model = LlamaForCausalLM.from_pretrained(bases / "llama4").eval().to(dtype)
+    adapt.attach(model, registry.make_config("lora", {"layers_to_transform": [2, 3]}), seed=0)
+    batch = {name: x for name, x in CausalObjective(model, 3, "sft", ()).batch(ROWS).items() if name != "labels"}
+    with unnoticed(model):
+        found = below(model, batch)
+        x_BTD = found.states(batch)
     cache = frozen.Frozen(found, CausalObjective(model, 3, "sft", ()), [ROWS])
     assert cache.bytes == 32 * (8 + 4) * dtype.itemsize
-    batch = CausalObjective(model, 3, "sft", ()).batch(ROWS)
-    with unnoticed(model):
-        x_BTD = found.states({name: x for name, x in batch.items() if name != "labels"})
     assert x_BTD.dtype == dtype
     seen: list[Tensor] = []
     handle = model.model.layers[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
