@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ingraft.adapt as adapt
+from ingraft.adapt.control import require_control
 from ingraft.errors import IngraftError
 from ingraft.methods.full import FullConfig
 from ingraft.methods.houlsby import HoulsbyConfig
@@ -77,6 +81,106 @@ def test_an_adapter_that_is_never_called_is_an_error_that_names_it() -> None:
     model = Bypassing()
     adapt.attach(model, LoraConfig(r=2, target_modules=["inner.0"]))
     model(torch.ones(1, 4))
+
+
+class Twins(nn.Module):
+    """Calls one of two equal layers, and treats the other in a way of its own."""
+
+    def __init__(self, treat: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.norm, self.treat = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), treat
+        self.forwards = 0
+
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        self.forwards += 1
+        if cache is not None:
+            cache.length += len(x)
+        return self.k(self.norm(nn.functional.dropout(x, 0.5, self.training))) + self.treat(self.q, x)
+
+
+READS = {
+    "product": lambda q, x: nn.functional.linear(x, q.weight),
+    "view": lambda q, x: x @ q.weight[:2].data.T @ torch.ones(2, 4),
+    "bias": lambda q, x: x + q.bias,
+}
+LEAVES = {
+    "nothing": lambda q, x: x,
+    "dtype": lambda q, x: x.to(q.weight.dtype),
+    "shape": lambda q, x: x + q.weight.new_zeros(4) + torch.zeros_like(q.weight)[0] + q.weight.shape[0],
+    "on_some_inputs": lambda q, x: q(x) if len(x) > 2 else x,
+}
+
+
+@pytest.mark.parametrize("way", READS)
+def test_a_layer_that_is_read_beside_one_of_its_shape_that_ran_is_refused(way: str) -> None:
+    model = redrawn(Twins(READS[way]))
+    adapt.attach(model, LoraConfig(r=2, target_modules=["q", "k"]))
+    with pytest.raises(IngraftError, match="without calling q:"):
+        model(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("way", LEAVES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_that_is_not_called_on_this_input_is_no_error_and_looking_leaves_no_trace(
+    way: str, training: bool
+) -> None:
+    """Output, gradients, running means and random numbers are those of the one forward; the look is taken once, not for every forward."""
+    x, found = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), []
+    for unchecked in (True, False):
+        model = redrawn(Twins(LEAVES[way]).train(training))
+        adapted(model, LoraConfig(r=2, target_modules=["q", "k"]))
+        require_control(model).unchecked = unchecked
+        torch.manual_seed(3)
+        y = model(x)
+        y.sum().backward()
+        found.append([y, *model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        found[-1].append(torch.rand(3))
+        assert model.forwards == 1 + unchecked
+        model(x)
+        assert model.forwards == 2 + unchecked
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("length", "forwards", "refused"), [(0, 2, True), (3, 1, False)])
+def test_a_cache_is_not_written_to_twice(length: int, forwards: int, refused: bool) -> None:
+    """An empty one is copied for the second look; one that holds something may be large, so there is no second look."""
+
+    class Cache:
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+    model, cache = redrawn(Twins(READS["product"])), Cache(length)
+    adapt.attach(model, LoraConfig(r=2, target_modules=["q", "k"]))
+    with pytest.raises(IngraftError, match="without calling q:") if refused else nullcontext():
+        model(torch.ones(2, 4), cache=cache)
+    assert (model.forwards, cache.length) == (forwards, length + 2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_look_at_the_base_is_not_what_a_recomputation_runs_with(reentrant: bool) -> None:
+    """Blocks checkpointed by torch's own function are run again in backward with the adapters of the forward, not bare as in the look."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Twins(LEAVES["nothing"])
+
+        def forward(self, x: Tensor, through: bool = False) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=reentrant) if through else self.inner(x)
+
+    found = []
+    for through in (False, True):
+        model = adapted(redrawn(Outer().eval()), LoraConfig(r=2, target_modules=["q", "k"]))
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model(x, through=through).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1
+    for one, other in zip(*found, strict=True):
+        close(one, other, "gradients, checkpointed and plain")
 
 
 def test_a_whole_module_that_is_not_run_is_no_error() -> None:

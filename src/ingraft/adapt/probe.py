@@ -6,20 +6,25 @@ positions may be as long as the batch. So before the first forward whose rows di
 its first row changed, and each host notes which entries changed. Where any but the first row's did, the rows are not where they would have to be,
 and the host refuses to serve rows that differ. It costs two forwards of the base for each set of adapters, once.
 
+The other question put to the base alone is whether it reads the weights of a layer that it did not call (`read_uncalled`): a forward in which every
+operation is asked what it was given. Nothing is changed for it, so nothing has to be put back, and no value could send the model another way.
+
 Legend: B entries of dimension 0, n rows of the batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from ingraft.adapt.control import Control, HostState
+from ingraft.adapt.control import CHILD, Control, HostState
 from ingraft.adapt.rows import Call
 from ingraft.errors import IngraftError
 
@@ -90,16 +95,17 @@ def _goes_with_rows(one: Tensor, other: Tensor, numbers: bool, n: int) -> bool:
 def _aside(stack: nn.Module, control: Control) -> Iterator[None]:
     """Inside the block the base runs alone, in evaluation mode, and leaves nothing behind."""
     training = [module for module in stack.modules() if module.training]
-    before = control.call, control.packing
-    control.call, control.packing, control.running = Call(step=control.call.step), False, True
+    before = control.call, control.packing, control.running, control.replaying
+    # As if run again: a backward that recomputes must not take this call for the one it belongs to.
+    control.call, control.packing, control.running, control.replaying = Call(step=control.call.step), False, True, True
     for module in training:
         module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        control.watch, control.running = None, False
-        control.call, control.packing = before
+        control.watch = None
+        control.call, control.packing, control.running, control.replaying = before
         for module in training:
             module.training = True
 
@@ -116,7 +122,7 @@ def _copy(value: Any, first: int, size: int) -> Any:
         named: Mapping[str, Any] = value
         return type(value)(**_copies(named, first, size))
     if not isinstance(value, Tensor):
-        return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+        return copy.deepcopy(value) if _is_cache(value) else value
     if not first or value.dim() < 1 or value.shape[0] != size or value.dtype == torch.bool:
         return value
     value = value.clone()
@@ -133,3 +139,109 @@ def _first_tensor(result: Any) -> object:
         return result
     values = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
     return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+# ---------------------------------------------------------------------------------------------------- weights read, layers not called
+
+Trial = Callable[[], object]
+
+
+def trial(stack: nn.Module, control: Control, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trial | None:
+    """How to run the base alone on these inputs after a forward has been over them, or None if that cannot be done without a trace: something
+    else than tensors and plain values would change once more (a cache that holds something), or other processes would have to run along."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        return None
+    values = tree_iter((args, kwargs), is_leaf=_is_cache)
+    if not all(
+        int(value.get_seq_length()) == 0
+        if _is_cache(value)
+        else isinstance(value, Tensor | bool | int | float | str | None)
+        for value in values
+    ):
+        return None
+    inputs = tuple(_copy(value, 0, 0) for value in args), _copies(kwargs, 0, 0)
+
+    def run() -> object:
+        with _aside(stack, control):
+            return stack.forward(*inputs[0], **inputs[1])
+
+    return run
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
+def read_uncalled(stack: nn.Module, layers: Mapping[str, nn.Module], again: Trial) -> list[str]:
+    """Those of these layers, none of which was called, whose weights a forward reads all the same.
+
+    Not seen: what lies elsewhere (offloaded), and what a called module owns as well (tied).
+    """
+    inside = {path: _own_modules(layer) for path, layer in layers.items()}
+    known = {id(module) for modules in inside.values() for module in modules}
+    elsewhere = {id(value) for module in stack.modules() if id(module) not in known for value in _tensors(module)}
+    watch = Watch(
+        {
+            path: [value for module in modules for value in _tensors(module) if id(value) not in elsewhere]
+            for path, modules in inside.items()
+        }
+    )
+    with watch:
+        again()
+    return [path for path in layers if path in watch.seen]
+
+
+class Watch(TorchDispatchMode):
+    """Notes whose tensors operations are given, views and detached ones too. Those that ask only for a shape do not count."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self._names = {id(value): path for path, values in tensors.items() for value in values}
+        self._spans = [
+            (at, at + value.nbytes, path)
+            for path, values in tensors.items()
+            for value in values
+            if (at := _address(value)) is not None
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else ""
+        if not (name.startswith("new_") or name.endswith("_like")):
+            for value in tree_iter((args, kwargs)):
+                if isinstance(value, Tensor):
+                    self._note(value)
+        return func(*args, **kwargs)
+
+    def _note(self, value: Tensor) -> None:
+        if (path := self._names.get(id(value))) is not None:
+            self.seen.add(path)
+        elif (at := _address(value)) is not None:
+            self.seen |= {path for low, high, path in self._spans if low <= at < high}
+
+
+def _address(value: Tensor) -> int | None:
+    """Where a tensor's numbers lie, None where no storage of its own holds any."""
+    return (value.data_ptr() or None) if torch._C._has_storage(value) and not value.is_meta else None
+
+
+def _own_modules(module: nn.Module) -> list[nn.Module]:
+    """A module and those below it, adapters' parts left out."""
+    found = [module]
+    for name, child in module._modules.items():
+        if child is not None and not name.startswith(CHILD):
+            found += _own_modules(child)
+    return found
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    for value in (*module._parameters.values(), *module._buffers.values()):
+        if value is not None:
+            yield value

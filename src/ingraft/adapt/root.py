@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ingraft.adapt.control import Control, host_state, part_of, require_control
 from ingraft.adapt.joint import refresh
-from ingraft.adapt.probe import find_rows
+from ingraft.adapt.probe import Trial, find_rows, read_uncalled, trial
 from ingraft.adapt.swap import Container, Forward, Mixin
 from ingraft.errors import IngraftError
 from ingraft.methods.contract import AttentionPart
@@ -116,7 +116,7 @@ def outermost(
             if name in control.encoders and issubclass(control.adapters[name].method.part, AttentionPart):
                 control.shared_of(name)
         if control.unchecked and not again and not torch.compiler.is_compiling():
-            return _checked(stack, path, control, acting, run, given)
+            return _checked(stack, path, control, acting, run, given, trial(stack, control, args, kwargs))
         return run()
     finally:
         control.running, control.quick = False, None
@@ -131,8 +131,14 @@ def _checked(
     acting: set[str],
     run: Callable[[], Any],
     given: Callable[[], str | None],
+    again: Trial | None,
 ) -> Any:
-    """Run, then refuse if a host with an acting part was passed over although the module around it ran. `model`: it, or the stack at `at`."""
+    """Run, then refuse if a host with an acting part was passed over although the module around it ran.
+
+    Args:
+        model: it, or the stack at `at`.
+        again: runs the base alone on the same inputs; None if that cannot be done.
+    """
     above = at + "." if at else ""
     sites = (path for name in acting for path in control.adapters[name].sites)
     needless = ("", given())
@@ -161,16 +167,21 @@ def _checked(
     # A tied parameter that some other host computed with is in use, wherever else it is registered (T5's `shared`). Of offloaded ones
     # nobody can tell which are tied; they pass.
     used = {id(p) for path in hosts if _has_run(model, path) for name in acting for p in _tensors(model, path, name)}
-    # What lies beside one of its own shape that ran is called on some inputs only (Longformer's projections for global attention).
-    beside = {(path.rpartition(".")[0], _shape(model, path)) for path in hosts if _has_run(model, path)}
-    bypassed = [
+    missed = [
         path
         for path in hosts
         if path.rpartition(".")[0] in ran
         and not _has_run(model, path)
-        and (path.rpartition(".")[0], _shape(model, path)) not in beside
         and not all(id(p) in used or p.is_meta for name in acting for p in _tensors(model, path, name))
     ]
+    # What lies beside one of its own shape that ran may be called on some inputs only (Longformer's projections for global attention); then its
+    # weights are not read on the others.
+    beside = {(path.rpartition(".")[0], _shape(model, path)) for path in hosts if _has_run(model, path)}
+    twins = {
+        path: model.get_submodule(path) for path in missed if (path.rpartition(".")[0], _shape(model, path)) in beside
+    }
+    read = read_uncalled(model, twins, again) if twins and again is not None else []
+    bypassed = [path for path in missed if path not in twins or path in read]
     if bypassed:
         raise IngraftError(
             f"The model ran without calling {', '.join(above + path for path in bypassed[:8])}{' and others' if len(bypassed) > 8 else ''}: the module around it uses a fused "
