@@ -37,14 +37,17 @@ def pytest_collection_finish() -> None:
 class Picture(nn.Module):
     """Two convolutions and a head, one of them with a bias and a stride."""
 
-    def __init__(self, kernel: int = 3) -> None:
+    def __init__(self, kernel: int = 3, groups: int = 1) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 12, kernel, stride=2, bias=False)
+        self.second = nn.Conv2d(8, 12, kernel, stride=2, bias=False, groups=groups)
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean(dim=(2, 3)))
+
+
+PICTURES: dict[str, dict[str, int]] = {"picture": {}, "points": {"kernel": 1}, "groups": {"groups": 2}}
 
 
 def make(kind: str) -> nn.Module:
@@ -80,8 +83,8 @@ def make(kind: str) -> nn.Module:
         if kind == "mt5":
             config = MT5Config(d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=VOCAB)
             return MT5ForConditionalGeneration(config).eval()
-        if kind in ("picture", "points"):
-            return Picture(3 if kind == "picture" else 1).eval()
+        if kind in PICTURES:
+            return Picture(**PICTURES[kind]).eval()
     raise AssertionError(kind)
 
 
@@ -89,7 +92,7 @@ def example(kind: str) -> dict[str, Tensor]:
     """A batch for it, its second row padded on the right."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        if kind in ("picture", "points"):
+        if kind in PICTURES:
             return {"x": torch.randn(2, 3, 9, 9)}
         ids = torch.randint(2, VOCAB, (2, 7))
         mask = torch.ones_like(ids)

@@ -73,6 +73,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora-and-tokens-gpt2": ("dora", {"r": 2, "trainable_token_indices": {"wte": [3, 16, 20, 45]}}),
     "prompt-and-tokens-gpt2": ("prompt", {"num_virtual_tokens": 3, "trainable_token_indices": [3, 16, 20, 45]}),
     "ia3-by-names-gpt2": ("ia3", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    # PEFT's file is asked about one of the layers.
+    **{
+        f"ia3-by-names-{kind}": ("ia3", {"target_modules": ["first", "second"], "feedforward_modules": [name]})
+        for kind, name in {"conv1d": "first", "conv2d": "first", "conv2d-groups": "second", "conv3d": "second"}.items()
+    },
 }
 
 

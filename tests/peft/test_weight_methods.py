@@ -241,6 +241,18 @@ CASES: dict[str, Case] = {
         {"r": 4, "target_modules": ["first", "second"]},
         lambda: peft.HRAConfig(r=2, target_modules=["first", "second", "head"]),
     ),
+    "ia3-feedforward-conv2d": (
+        "picture",
+        "ia3",
+        {"target_modules": ["first", "second"], "feedforward_modules": ["second"]},
+        lambda: peft.IA3Config(target_modules=["first", "second", "head"], feedforward_modules=["first", "second"]),
+    ),
+    "ia3-feedforward-grouped-conv2d": (
+        "groups",
+        "ia3",
+        {"target_modules": ["first", "second"], "feedforward_modules": ["second"]},
+        lambda: peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
+    ),
     "road-llama": ("llama", "road", {"group_size": 8}, lambda: peft.RoadConfig(group_size=16, target_modules=SOME)),
     "road-2-bert": (
         "bert",

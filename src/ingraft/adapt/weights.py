@@ -238,7 +238,7 @@ class ConvKind(Kind):
         return self._pointwise(layer, v_O)
 
     def along_in(self, layer: Any, v_I: Tensor) -> Tensor:
-        raise NotImplementedError("a convolution's matrix columns are not its input channels")
+        return self._pointwise(layer, v_I)
 
     def _pointwise(self, layer: Any, value: Tensor) -> Tensor:
         """The same with a dimension of one for each of the kernel's."""

@@ -8,7 +8,7 @@ Paper: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheap
 Read against: Hugging Face PEFT's `ia3`.
 What differs: keys, values and feed-forward layers are found by structure where no names are given; several IA3 adapters multiply.
 
-Legend: O out, I in.
+Legend: O out, I columns of the weight; in a convolution G groups of C channels each, K entries of the kernel (elsewhere G = K = 1).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ingraft.methods.adapterhub import factored
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, tuple_of_names
 from ingraft.methods.layout import HubLayout
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +61,17 @@ class IA3(ShortcutPart):
     neutral = 1.0
 
     def __init__(self, config: IA3Config, facts: SiteFacts) -> None:
-        del config
         super().__init__()
-        W_OI = facts.matrix()
-        self.on_input = on_input(facts)
-        self.l = nn.Parameter(torch.ones(W_OI.shape[1] if self.on_input else W_OI.shape[0], device=W_OI.device))
+        self.on_input, self.groups = on_input(facts), groups_and_inputs(facts)[0]
+        self.l = nn.Parameter(torch.ones(count(config, facts), device=facts.matrix().device))
 
     def weight(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.l.to(W.dtype)
-        return (W * factor, b) if self.on_input else (W * factor[:, None], self.bias(b))
+        if not self.on_input:
+            return W * factor[:, None], self.bias(b)
+        factor_G1C1 = factor.reshape(self.groups, 1, -1, 1)
+        W_GOCK = W.reshape(self.groups, W.shape[0] // self.groups, factor_G1C1.shape[2], -1)
+        return (W_GOCK * factor_G1C1).reshape(W.shape), b
 
     def before(self, x: Tensor, site: Site) -> Tensor:
         return x * site.inp(self.l.to(x.dtype)) if self.on_input else x
@@ -80,8 +84,15 @@ class IA3(ShortcutPart):
 
 
 def on_input(facts: SiteFacts) -> bool:
-    """Whether the factors are one an input: a kernel's columns are not channels, a lookup has no input to scale."""
-    return facts.role == "mlp-out" and facts.kind in ("linear", "conv1d-transposed")
+    """Whether the factors are one an input; a lookup has no input to scale."""
+    return facts.role == "mlp-out" and facts.kind in ("linear", "conv1d-transposed", *CONVOLUTIONS)
+
+
+def groups_and_inputs(facts: SiteFacts) -> tuple[int, int]:
+    """Groups and inputs of a layer. A convolution's inputs are channels; its columns are those of a group, entry by entry of the kernel."""
+    layer: object = facts.module
+    convolves = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return (layer.groups, layer.in_channels) if convolves else (1, facts.shape[1])
 
 
 def means(name: str, path: str) -> bool:
@@ -97,7 +108,7 @@ def role(config: IA3Config, path: str) -> str:
 def count(config: MethodConfig, facts: SiteFacts) -> int:
     """One factor for every output, or for every input of a feed-forward layer."""
     del config
-    return facts.shape[1 if on_input(facts) else 0]
+    return groups_and_inputs(facts)[1] if on_input(facts) else facts.shape[0]
 
 
 def read_hub(settings: Mapping[str, Any]) -> IA3Config | None:
@@ -121,8 +132,7 @@ METHOD = Method(
         role_fields={"feedforward_modules": "mlp-out"},
         transposed_field="fan_in_fan_out",
         tensors={"l": "ia3_l"},
-        # They scale a feed-forward convolution's input.
         # It has no convolutions of one dimension.
-        shapes={"l": {"": (-1, 1), "mlp-out": (1, -1), "conv": (1, -1, "ones"), "conv mlp-out": None, "conv1d": None}},
+        shapes={"l": {"": (-1, 1), "mlp-out": (1, -1), "conv": (1, -1, "ones"), "conv1d": None}},
     ),
 )
