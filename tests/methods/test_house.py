@@ -44,7 +44,7 @@ def test_what_methods_share_stays_small() -> None:
     """The helper files are counted by themselves: what a method saves by them is not hidden in the average."""
     sizes = {path.name: lines(path) for path in HELPERS}
     print(f"{len(sizes)} helper files: {sum(sizes.values())} lines, {max(sizes.values())} at most")
-    assert sum(sizes.values()) <= 1100, sizes
+    assert sum(sizes.values()) <= 1150, sizes
     assert max(sizes.values()) <= 150, sizes
 
 

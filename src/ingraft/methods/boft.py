@@ -7,20 +7,22 @@ P_i reorders half blocks so that a block of the i-th factor mixes what lies 2^(i
 Paper: Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", ICLR 2024 (arXiv:2311.06243), section 4.
 Read against: Hugging Face PEFT's `boft`.
 What differs: the factors are products of small blocks and reshapes, never dense matrices; several factors run everywhere (without a CUDA
-extension PEFT silently uses one); blocks are not dropped in training.
+extension PEFT uses one, says another number in its files, and loads none of several); blocks are not dropped in training.
 
 Legend: O out, D the width that is turned, M number of factors, N number of blocks, S their size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ingraft.methods.contract import Method, MethodConfig, PeftLayout, SiteFacts
+from ingraft.methods.layout import Tensors
 from ingraft.methods.rotation import Rotation, blockwise, cayley, divisors, turned_width, uneven_kernel
 
 
@@ -117,6 +119,12 @@ def count(config: BOFTConfig, facts: SiteFacts) -> int:
     return config.boft_n_butterfly_factor * number * size**2 + facts.shape[0]
 
 
+def reread(fields: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any], Tensors, None]:
+    """As many factors as there are, whatever the config says (see the header)."""
+    M = next((R.shape[0] for key, R in tensors.items() if key.rpartition(".")[2] == "boft_R" and R.dim() == 4), None)
+    return fields if M is None else {**fields, "boft_n_butterfly_factor": M}, tensors, None
+
+
 METHOD = Method(
     name="boft",
     config=BOFTConfig,
@@ -135,5 +143,6 @@ METHOD = Method(
         tensors={"boft_R": "boft_R", "boft_s": "boft_s"},
         shapes={"boft_s": {"": (-1, 1), "conv2d": (1, -1)}},
         otherwise=uneven_kernel,
+        reread=reread,
     ),
 )

@@ -1,7 +1,7 @@
 """Where others keep a method's config and tensors, as data.
 
 Each method's record carries these; `adapt/files/peft_format.py` and `adapt/files/peft_tensors.py` interpret `PeftLayout`, `adapt/files/foreign.py` interprets
-`Foreign`. Nothing in the first is code but `otherwise`, which answers a question about one site.
+`Foreign`. Little in the first is code: `otherwise` answers a question about one site, `reread` mends what a file says of itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Modules = Mapping[str, Mapping[str, "Tensor"]]
 """Tensors by path and name."""
+
+Tensors = Mapping[str, "Tensor"]
+"""Tensors by their keys in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class PeftLayout:
         only: values of our options at which they have the method; with any other the adapter is kept under a name of ours.
         encode, decode: values of their fields from all that are about to be written, and of ours from all that were read, where no rule above
             does (a rank that they keep as a mask).
+        reread: fields, tensors and a warning for who trains it further, of a file that does not hold what its config says, as they would be of one
+            that does; by fields and tensors as they are.
         tokens: their field for tokens trained beside the method, where it has one.
         otherwise: what they compute otherwise at a site (a kernel that is not square) with the options that hold there, in words to follow its
             path; None where they agree.
@@ -92,6 +97,7 @@ class PeftLayout:
     otherwise: Callable[[Any, SiteFacts], str | None] | None = None
     encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    reread: Callable[[Mapping[str, Any], Tensors], tuple[Mapping[str, Any], Tensors, str | None]] | None = None
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     embedding_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     shapes: Mapping[str, Mapping[str, tuple[int | str, ...] | None]] = field(

@@ -5,7 +5,7 @@
 Paper: Li et al., "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", NeurIPS 2024 (arXiv:2405.15179), equations 2-4.
 Read against: Hugging Face PEFT's `vblora` (shapes, start, selection).
 What differs: vectors of 64 unless asked, which divide the layers of more models than PEFT's 256. The start is the paper's, random on both
-sides and so not quite the identity. Files that keep the k largest logits alone cannot be trained further and are refused.
+sides and so not quite the identity. Files that keep the mixture's weights alone are read, not written.
 
 Legend: O out, I in, R rank, V vectors in the bank, L their length.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ingraft.methods.contract import Factors, Method, MethodConfig, PeftLayout, ShortcutPart, Site, SiteFacts, fresh
 from ingraft.methods.pieces import divisors, used
 from ingraft.methods.ranked import above
+from ingraft.methods.vblora_layout import reread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,10 @@ METHOD = Method(
         peft_type="VBLORA",
         kinds=frozenset({"linear", "conv1d-transposed"}),
         accepted={"bias": ("none",)},
-        off=("save_only_topk_weights",),
+        ignored=("save_only_topk_weights",),
         written={"bias": "none"},
         transposed_field="fan_in_fan_out",
+        reread=reread,
         shared_tensors={"vblora_vector_bank": "vblora_vector_bank"},
     ),
 )

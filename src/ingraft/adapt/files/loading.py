@@ -51,7 +51,7 @@ from ingraft.adapt.files.peft_tensors import (
     uncovered,
 )
 from ingraft.adapt.files.reading import attach_read, free_name, load_foreign, load_hub
-from ingraft.adapt.files.tensors import TensorFile, all_finite, open_tensors
+from ingraft.adapt.files.tensors import Mended, TensorFile, Tensors, all_finite, open_tensors
 from ingraft.adapt.lifecycle import activate, check_adapter_name, detach, put
 from ingraft.adapt.stacked import each_alone
 from ingraft.errors import IngraftError
@@ -198,8 +198,11 @@ def _load(
     trainable: bool,
 ) -> str:
     """Work out what a folder means for this model, and attach it. What was learned is kept for the next one like it."""
-    folder, raw, header, ours = found.path, found.raw, file.header, found.facts is not None
+    folder, raw, ours, read = found.path, found.raw, found.facts is not None, file
     name, seed = found.named(model, name)
+    if not ours:
+        raw, read = _mended(raw, file, folder / CONFIG, trainable=trainable)
+    header = read.header
     shared_too = any(key.startswith(SHARED_PREFIX) for key in header)
     config, layout = peft_format.read_config(
         model,
@@ -224,10 +227,10 @@ def _load(
             raise IngraftError(
                 f"{folder}: {reason}, so the file cannot be read as it is meant. {peft_format.remedy(adapter.method)}"
             )
-        _untie(file, adapter, parts, inside_of(layout))
+        _untie(read, adapter, parts, inside_of(layout))
         wanted.extend(entries(model, adapter.method, adapter.sites, parts, shared, layout))
         told.update(_check_base(model, adapter, raw, found.facts, folder, allow_base_mismatch))
-        _fill(model, file, wanted, tuple(inside_of(layout) + path for path in adapter.saved_whole))
+        _fill(model, read, wanted, tuple(inside_of(layout) + path for path in adapter.saved_whole))
         if own is not config:
             _put_back(own, mine, config, parts, folder)
         elif shared is None:
@@ -244,6 +247,22 @@ def _load(
     if ours and made:
         learn(model, control, key, adapter, made, wanted, file)
     return name
+
+
+def _mended(raw: dict[str, Any], file: TensorFile, where: Path, *, trainable: bool) -> tuple[dict[str, Any], Tensors]:
+    """The fields and tensors of a file of the incumbent's, or what they would be if it held what its config says (`PeftLayout.reread`)."""
+    layouts = (method.peft for method in registry.methods())
+    rereads = (own.reread for own in layouts if own is not None and own.peft_type == raw.get("peft_type"))
+    reread = next((one for one in rereads if one is not None), None)
+    if reread is None:
+        return raw, file
+    try:
+        fields, tensors, words = reread(raw, {key: file.tensor(key) for key in file.header})
+    except IngraftError as error:
+        raise IngraftError(*(f"{file.path}: {text}" for text in error.problems)) from None
+    if words is not None and trainable:
+        warnings.warn(f"{where}: {words}", stacklevel=4)
+    return dict(fields), Mended(path=file.path, tensors=tensors)
 
 
 def _load_members(
@@ -381,7 +400,7 @@ def _check_base(
     )
 
 
-def _untie(file: TensorFile, adapter: Adapter, parts: Mapping[str, Part], start: str) -> None:
+def _untie(file: Tensors, adapter: Adapter, parts: Mapping[str, Part], start: str) -> None:
     """Give a whole module that the base ties to another one a tensor of its own, where the file has other values for it: PEFT trains a copy of
     each, and they part."""
     first: dict[int, str] = {}
@@ -395,7 +414,7 @@ def _untie(file: TensorFile, adapter: Adapter, parts: Mapping[str, Part], start:
                 parts[path]._parameters[name] = nn.Parameter(own.detach().clone())
 
 
-def _fill(model: nn.Module, file: TensorFile, wanted: list[Entry], whole: tuple[str, ...]) -> None:
+def _fill(model: nn.Module, file: Tensors, wanted: list[Entry], whole: tuple[str, ...]) -> None:
     """Copy a file's tensors into the parts, once everything about them is known to be right.
 
     Args:
@@ -403,12 +422,16 @@ def _fill(model: nn.Module, file: TensorFile, wanted: list[Entry], whole: tuple[
     """
     known = {entry.key: entry for entry in wanted}
     weights = file.path
+    copies = {copy: entry.key for entry in wanted for copy in entry.copies}
+    alone = {key: copy for copy, key in copies.items() if copy in file.header and key not in file.header}
     problems = [
         f"{weights}: {key} is missing (shape {list(entry.shape)})."
+        if key not in alone
+        else f"{weights}: {alone[key]} was trained alone, and in this base its module shares its weight with the one of {key}: what is trained of "
+        "both stays one here. Use the adapter with the library that wrote it, or train it again here."
         for key, entry in known.items()
         if key not in file.header
     ]
-    copies = {copy: entry.key for entry in wanted for copy in entry.copies}
     base: dict[str, Tensor] = {}
     for key, (shape, dtype) in file.header.items():
         entry = known.get(key)
@@ -435,13 +458,15 @@ def _fill(model: nn.Module, file: TensorFile, wanted: list[Entry], whole: tuple[
 
 
 def _extra(
-    file: TensorFile, key: str, base: Mapping[str, Tensor], known: Mapping[str, Entry], copies: Mapping[str, str]
+    file: Tensors, key: str, base: Mapping[str, Tensor], known: Mapping[str, Entry], copies: Mapping[str, str]
 ) -> list[str]:
     """PEFT stores copies beside some adapters: of base weights (a whole embedding), harmless if they are this base's, and of what all sites
     share, once for every site, harmless if they are the same."""
     weights = file.path
     once = copies.get(key, SOFT_PREFIX + key.rpartition(".")[2])
     if once in known and key != once:
+        if key in copies and once not in file.header:
+            return []  # which has been said
         same = torch.equal(file.tensor(key), file.tensor(once)) if once in file.header else False
         return [] if same else [f"{weights}: {key} is not the {once} that these sites share."]
     names = (key.removeprefix(start).replace("base_layer.", "") for start in (PREFIX, SOFT_PREFIX))

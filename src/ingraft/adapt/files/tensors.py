@@ -14,8 +14,9 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO
@@ -48,6 +49,22 @@ KINDS: dict[str, torch.dtype] = {
     "U64": torch.uint64,
 }
 """Safetensors' names of dtypes. Its four- and six-bit numbers are read by nobody here."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mended:
+    """What a file would hold that kept all that its adapter needs."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def header(self) -> Header:
+        names = {dtype: name for name, dtype in KINDS.items()}
+        return {key: (tuple(tensor.shape), names[tensor.dtype]) for key, tensor in self.tensors.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]
 
 
 class TensorFile:
@@ -125,6 +142,10 @@ class TensorFile:
         kind, shape, begin, end = self._entries[key]
         piece = self.data[begin:end]
         return (piece if begin % KINDS[kind].itemsize == 0 else piece.clone()).view(KINDS[kind]).view(shape)
+
+
+Tensors = TensorFile | Mended
+"""What a file holds, however it was come by."""
 
 
 @contextmanager
