@@ -1,13 +1,19 @@
-"""y + s B A d(x) as one step of autograd: the formula, its two derivatives, and what it does to y."""
+"""y + s B A d(x) as one step of autograd: the formula, its two derivatives, and what it does to y. What is rounded once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
+import ingraft.adapt as adapt
 from ingraft.adapt.dropout import dropout
 from ingraft.adapt.products import plus_product
 from ingraft.adapt.rows import Call, row_keys
+from ingraft.methods.registry import make_config
+from ingraft.testing.cases import randomise
 
 KEYS = row_keys(Call(), 5, 3, None, torch.device("cpu"))
 
@@ -66,3 +72,19 @@ def test_under_autocast_it_computes_in_the_dtype_of_autocast() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert A.grad is not None and A.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), x @ (W + B @ A).T, atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"r": 8}, {"r": 8, "mini_r": 4, "init_weights": "mini"}])
+def test_a_sum_of_shards_is_added_with_one_rounding(options: dict[str, Any]) -> None:
+    """In bfloat16 the output is the base's plus the exact change, rounded; the change is not rounded by itself, the same way for every shard."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Sequential(nn.Linear(32, 64)).to(torch.bfloat16)
+    x = torch.randint(-3, 4, (50, 32), generator=generator).to(torch.bfloat16)  # shards whose sums are exact
+    with torch.no_grad():
+        base = layer(x).float()
+        adapt.attach(layer, make_config("miss", {**options, "target_modules": ["0"]}))
+        randomise(layer, "default")
+        D_RM = next(p for name, p in layer.named_parameters() if name.endswith("miss_block")).bfloat16().float()
+        change = x.float().unflatten(-1, (-1, 8)).sum(-2) @ D_RM.repeat(1, 64 // D_RM.shape[1])
+        wrong = layer(x) != (base + change).bfloat16()
+    assert wrong.float().mean() < 0.01

@@ -55,6 +55,12 @@ class LayerSite(Site):
     def mix(self, u: Tensor, matrix_OK: Tensor) -> Tensor:
         return self._kind().mix(self._host, u, matrix_OK)
 
+    def plus(self, y: Tensor, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        if not self._kind().multiplies:
+            return y + self.mix(u, matrix_OK)
+        u = self.own(u)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), matrix_OK.T).view(y.shape)
+
     def own(self, u: Tensor) -> Tensor:
         return u
 

@@ -63,6 +63,10 @@ class Site(ABC):
         """Apply a matrix pointwise to the output channels of `op`."""
 
     @abstractmethod
+    def plus(self, y: Tensor, u: Tensor, matrix_OK: Tensor) -> Tensor:
+        """y + `mix` of u, in the dtype of y; where that is a plain product, rounded once, as a sum."""
+
+    @abstractmethod
     def own(self, u: Tensor) -> Tensor:
         """Hidden units (..., K) with those of other rows' adapters at zero (`Part.stacks`); u itself where one adapter is served."""
 

@@ -92,12 +92,13 @@ class MiSS(ShortcutPart):
     def after(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         block_RM, (high, wide) = self.miss_block.to(y.dtype), self.shape
         x = site.dropout(x, self.p)
-        if self.flat:  # the sum of the shards
-            x_R = F.pad(x, (0, -wide % self.r)).unflatten(-1, (-1, self.r)).sum(-2)
-            y_M = x_R @ block_RM
-            return y + y_M.repeat(*[1] * (y.dim() - 1), high // block_RM.shape[1])
+        block_OR = block_RM.repeat(1, high // block_RM.shape[1]).T
+        if (
+            self.flat
+        ):  # the sum of the shards; a product with D alone would give all shards of "mini" the same error of rounding
+            return site.plus(y, F.pad(x, (0, -wide % self.r)).unflatten(-1, (-1, self.r)).sum(-2), block_OR)
         shards_RI = torch.eye(self.r, dtype=y.dtype, device=y.device).repeat(1, -(-wide // self.r))[:, :wide]
-        return site.low_rank(x, y, shards_RI, block_RM.repeat(1, high // block_RM.shape[1]).T)
+        return site.low_rank(x, y, shards_RI, block_OR)
 
 
 def refuses(config: MissConfig, facts: SiteFacts) -> str | None:

@@ -115,7 +115,7 @@ class RandLoRA(ShortcutPart):
 
         if not self.high:
             return y + recomputed(thin, site.op(x, fixed_LQ.T), *diagonals)
-        return y + site.mix(recomputed(thin, x, *diagonals), fixed_LQ)
+        return site.plus(y, recomputed(thin, x, *diagonals), fixed_LQ)
 
 
 def refuses(config: RandLoraConfig, facts: SiteFacts) -> str | None:
