@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ingraft
+import ingraft.peft
 import peft
 from ingraft.errors import IngraftError
 
@@ -128,3 +129,37 @@ def test_rows_of_an_untied_head_alone_are_read(tmp_path: Path, tiny: SimpleNames
     model = tiny.make("llama")
     ingraft.load(model, tmp_path / "theirs")
     assert (tiny.output(model, tiny.example("llama")) - wanted).abs().max() < 1e-5
+
+
+def test_hiras_ranks_are_those_of_the_file(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """PEFT passes over the pattern for a model's first adapter, and follows it for a second one; the config says the same of both."""
+    config = peft.HiraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=SOME)
+    model, batch = peft.get_peft_model(tiny.make("llama"), config).eval(), tiny.example("llama")
+    model.add_adapter("second", config)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        tiny.perturb(p for p in model.parameters() if p.requires_grad)
+        wanted = tiny.output(model, batch)
+        model.save_pretrained(str(tmp_path), selected_adapters=[name])
+        folder = tmp_path if name == "default" else tmp_path / name
+        here = tiny.make("llama")
+        ingraft.load(here, folder, name)
+        assert (tiny.output(here, batch) - wanted).abs().max() < 1e-5
+        ingraft.save(here, tmp_path / "ours", name, dtype=torch.float32, overwrite=True)
+        again = tiny.make("llama")
+        ingraft.load(again, tmp_path / "ours", name)
+        assert torch.equal(tiny.output(again, batch), tiny.output(here, batch))
+
+
+def test_hiras_pattern_of_a_script_is_followed(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    """And its file is of a type that PEFT, which would want other ranks, does not mistake."""
+    config = ingraft.peft.HiraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=SOME)
+    model = ingraft.peft.get_peft_model(tiny.make("llama"), config)
+    ranks = {name.split(".")[-3]: p.shape[0] for name, p in model.named_parameters() if name.endswith("hira_A")}
+    assert ranks == {"q_proj": 2, "v_proj": 4, "down_proj": 4}
+    tiny.perturb(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(str(tmp_path))
+    again = ingraft.peft.PeftModel.from_pretrained(tiny.make("llama"), str(tmp_path))
+    batch = tiny.example("llama")
+    assert torch.equal(tiny.output(again, batch), tiny.output(model, batch))
+    assert "INGRAFT_HIRA" in (tmp_path / "adapter_config.json").read_text()

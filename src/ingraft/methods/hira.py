@@ -5,7 +5,8 @@
 Paper: Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025 (openreview TwJrTz9cRS),
 equation 4.
 Read against: Hugging Face PEFT's `hira`.
-What differs: one product with W' instead of one with W and one with the change; grouped convolutions; no dropout, which would need both.
+What differs: ranks may differ from site to site (in PEFT only for a model's second adapter and later ones); one product with W' instead of one
+with W and one with the change; grouped convolutions; no dropout, which would need both.
 
 Legend: O out, I in, R rank.
 """
@@ -13,32 +14,38 @@ Legend: O out, I in, R rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ingraft.methods.contract import Method, MethodConfig, PeftLayout, SiteFacts, WeightPart, fresh
+from ingraft.methods.contract import Method, PeftLayout, SiteFacts, WeightPart, fresh
+from ingraft.methods.layout import Tensors
+from ingraft.methods.pattern import PatternedConfig
 from ingraft.methods.pieces import used
 from ingraft.methods.ranked import above
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiraConfig(MethodConfig):
+class HiraConfig(PatternedConfig):
     """HiRA's hyperparameters.
 
     Attributes:
         r: rank of the factor, at least 1 and at most the weight's.
+        rank_pattern: other ranks by the end of the module's path (a regular expression), the first that matches.
         init_weights: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / r; False: B random too (tests).
     """
 
     method: ClassVar[str] = "hira"
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
     r: int = 32
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     init_weights: bool | str = True
 
     def problems(self) -> list[str]:
-        found = [] if self.r >= 1 else [f"r must be at least 1, got {self.r}."]
+        found = super().problems() + self.below_one("rank_pattern")
         if self.init_weights not in (True, False, "gaussian"):
             found.append(f"init_weights must be true, false or 'gaussian', got {self.init_weights!r}.")
         return found
@@ -76,6 +83,12 @@ def count(config: HiraConfig, facts: SiteFacts) -> int:
     return config.r * (facts.shape[0] + facts.shape[1])
 
 
+def reread(fields: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any], Tensors, None]:
+    """Without the pattern where all ranks are one: PEFT passed over it."""
+    ranks = {A.shape[0] for key, A in tensors.items() if key.endswith(("hira_A", "hira_embedding_A")) and A.dim() > 1}
+    return {**fields, "rank_pattern": None} if len(ranks) == 1 else fields, tensors, None
+
+
 METHOD = Method(
     name="hira",
     config=HiraConfig,
@@ -86,7 +99,9 @@ METHOD = Method(
     refuses=refuses,
     peft=PeftLayout(
         peft_type="HIRA",
-        ignored=("hira_dropout", "rank_pattern"),  # PEFT itself passes over the pattern
+        ignored=("hira_dropout",),
+        only={"rank_pattern": {}},  # their first adapter would have other ranks than its file
+        reread=reread,
         transposed_field="fan_in_fan_out",
         tensors={"hira_A": "hira_A", "hira_B": "hira_B"},
         embedding_tensors={"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"},
