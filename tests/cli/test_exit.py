@@ -129,8 +129,8 @@ def test_ctrl_c_while_importing(delay: float, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    """`ingraft methods | head -1` is quiet."""
-    with start("-m", "ingraft.cli.main", "methods") as child:
+    """`ingraft models | head -1` is quiet."""
+    with start("-m", "ingraft.cli.main", "models") as child:
         assert child.stdout is not None
         child.stdout.close()
         assert child.stderr is not None

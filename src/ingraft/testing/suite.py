@@ -31,8 +31,8 @@ LATER = {14: "packs", 15: "two processes"}
 OF_LAYERS = (*range(8), 21)
 """Laws that hold of a method's maths on a kind of layer; the others are about who acts when, which does not depend on the kind."""
 
-OF_MODELS = (*OF_LAYERS, 13, 18, 22)
-"""Laws that hold of a method's place in a family of models: its rows, its text, the reference's numbers."""
+OF_MODELS = (*OF_LAYERS, 13, 18, 19, 22)
+"""Laws that hold of a method's place in a family of models: its rows, its text, its outputs, the numbers of the reference."""
 
 OF_PACKED = 17
 """The law that is about packed weights and nothing else."""
@@ -177,15 +177,17 @@ def _study(each: Law, case: Case) -> str | None:
     if everyday is not None and case.method.name in METHODS and case.method.name not in everyday:
         return f"`pytest -m study` tries it: every day {case.subject.name} has one method of each family"
     if case.subject.packed:
-        if each.number == OF_PACKED or case.method.name == "lora":
+        if each.number == OF_PACKED or (case.method.name == "lora" and (not each.heavy or each.everyday(case))):
             return None
         return f"`pytest -m study` tries it: over packed weights every day has law {OF_PACKED}, and LoRA all laws"
     own = case.method.name in METHODS and case.method.name not in FAMILIES and case.row == row(case.method.name)
     model = case.subject.transformers and case.subject.name != "llama"
-    if own and model and case.method.sites == ("all-linear",):
+    everywhere = case.method.sites == ("all-linear",)
+    if own and model and everywhere:
         return "`pytest -m study` tries it: a method on linear layers knows no models; its kinds of layer and a Llama are tried every day"
-    if own and model and each.number not in OF_MODELS:
-        return "`pytest -m study` tries it: it is a law of calls, not of places, and is tried on a Llama and with a method of each family every day"
+    if own and case.subject.transformers and each.number not in OF_MODELS and (model or everywhere) and not each.heavy:
+        where = "linear layers" if everywhere else "a Llama"
+        return f"`pytest -m study` tries it: it is a law of calls, not of models, and is tried on {where} and with a method of each family every day"
     if own and not case.subject.transformers and case.subject.name != "linear" and each.number not in OF_LAYERS:
         return "`pytest -m study` tries it: it is a law of calls, not of layers, and is tried on linear layers and a Llama every day"
     if each.heavy and not each.everyday(case):
