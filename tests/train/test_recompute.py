@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe
-from ingraft.train import memory, recompute
+from ingraft.train import loop, memory, recompute
 from ingraft.train.objectives.causal import CausalObjective
 from ingraft.train.roofline import Products
 from ingraft.train.run import train
@@ -209,3 +210,33 @@ def test_products_of_backward_below_the_lowest_adapted_block_are_not_made() -> N
         upper - 2 * n * 3 * width * width - rank * 3 * width
     )  # q, k and v of the lowest adapted block hand nothing down
     assert back == upper + lower
+
+
+@pytest.mark.parametrize("name", ["OPT", "Bart", "GPT2"])
+def test_a_frozen_base_drops_nothing_where_its_blocks_recompute(name: str) -> None:
+    """OPT's blocks and Bart's stacks ask their own flag whether to drop out, the flag that checkpointing sets."""
+    import transformers
+
+    size: dict[str, dict[str, Any]] = {
+        "OPT": {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.5},
+        "Bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.5}
+        | {
+            f"{side}_{what}": n
+            for side in ("encoder", "decoder")
+            for what, n in (("ffn_dim", 24), ("attention_heads", 2))
+        },
+        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.5, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    kind = {"OPT": "OPTForCausalLM", "Bart": "BartForConditionalGeneration", "GPT2": "GPT2LMHeadModel"}[name]
+    model: Any = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(vocab_size=64, **size[name])).eval()
+    recompute.enable(model, recipe_of(True))
+    adapt.attach(model, registry.make_config("lora", {}), seed=0)
+    batch = {"input_ids": torch.arange(3, 15)[None], "use_cache": False}
+    plain = model(**batch).logits
+    loop.adapting(model, [SimpleNamespace(name="default")], True)  # type: ignore[list-item]
+    kept: list[str] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append("x") or x, lambda x: x):
+        found = model(**batch).logits
+    assert len(kept) < 40, "nothing recomputes, so nothing is shown"
+    assert torch.equal(found, plain)
+    found.sum().backward()

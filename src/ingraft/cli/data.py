@@ -29,12 +29,16 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     from ingraft.bases import load_tokenizer
     from ingraft.cli.sources import load_data, settle
     from ingraft.data import preview
+    from ingraft.errors import IngraftError
+    from ingraft.train.place import absent
 
     output = Output(as_json=as_json)
     overrides = given(arguments)
     if config is None:
         overrides.setdefault("model", _DEFAULT_BASE)
     recipe = settle(overrides, config=config, keep_split=True)
+    if problems := absent(recipe):  # before seconds go into what would be read first
+        raise IngraftError(*problems)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     data = load_data(recipe, tokenizer)
     part = data.parts["train"]

@@ -390,10 +390,10 @@ def adapting(model: nn.Module, learners: Sequence[Learner], mode: bool) -> None:
     flag whether to, so with gradient checkpointing that one flag is set, without what lies inside.
     """
     names = {of(learner.name) for learner in learners for of in (child_name, shared_name)}
+    flagged = recompute.flagged(model)
     for path, module in model.named_modules():
-        recomputing = getattr(module, "gradient_checkpointing", None)
-        if names.intersection(path.split(".")) or recomputing is not None:
-            module.training = mode and recomputing is not False
+        if names.intersection(path.split(".")) or module in flagged:
+            module.training = mode and getattr(module, "gradient_checkpointing", True) is True
 
 
 def _due(number: int, every: int) -> bool:

@@ -9,7 +9,7 @@ kept whole or kept small, whichever was chosen; recomputing the last ones would 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from torch import nn
@@ -54,6 +54,30 @@ def enable(model: nn.Module, recipe: Recipe) -> None:
     # transformers lets the embeddings' output require a gradient, which reentrant checkpointing would need: everything below the lowest
     # adapted layer would then run backward for nothing.
     cast(Any, model).disable_input_require_grads()
+    for block in cast(Any, blocks):
+        block._gradient_checkpointing_func = _in_evaluation(block, block._gradient_checkpointing_func)
+
+
+def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A block recomputes itself only with its training flag set, and some blocks' own code asks the same flag whether to drop out
+    (`functional.dropout` in OPT's); a frozen base drops nothing."""
+
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def still(*args: Any, **kwargs: Any) -> Any:
+            before, block.training = block.training, False
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                block.training = before
+
+        return checkpoint(still, *args, **kwargs)
+
+    return run
+
+
+def flagged(model: nn.Module) -> set[nn.Module]:
+    """The modules that ask their own training flag whether to recompute: the blocks, or what holds them in a model where they cannot be chosen."""
+    return set(blocks_of(model)) or {m for m in model.modules() if hasattr(m, "gradient_checkpointing")}
 
 
 def use(model: nn.Module, chosen: Collection[int]) -> None:
