@@ -40,7 +40,7 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_method_of_ones_own_inherits_the_lifecycle(gain: Any) -> None:
     """One class of under 40 lines, and every law holds of it: on a layer by itself, on packed blocks, in a model."""
     assert len(inspect.getsource(gain.Gain).splitlines()) < 40
-    subjects = [SUBJECTS[name] for name in ("linear", "linear-nf4", "llama")]
+    layers, model = [SUBJECTS[name] for name in ("linear", "linear-nf4")], [SUBJECTS["llama"]]
 
     def equation(values: Mapping[str, Tensor], base: nn.Module) -> None:
         for key, g in values.items():
@@ -48,7 +48,8 @@ def test_a_method_of_ones_own_inherits_the_lifecycle(gain: Any) -> None:
             for parameter in layer.parameters():
                 parameter.mul_(1 + g.view(-1, *[1] * (parameter.dim() - 1)))
 
-    assert check_method(Row(config=gain.GainConfig(), equation=equation), subjects=subjects, study=True) > 100
+    row = Row(config=gain.GainConfig(), equation=equation)
+    assert check_method(row, subjects=layers, study=True) + check_method(row, subjects=model) > 100
 
 
 def test_its_options_are_checked_like_any(gain: Any) -> None:

@@ -146,7 +146,7 @@ def test_other_methods(top: Make, tmp_path: Path, method: str, options: dict[str
         torch.testing.assert_close(found[1][name], found[0][name], **WITHIN)
 
 
-@pytest.mark.parametrize("base", ["llama4", "gpt2"])
+@pytest.mark.parametrize("base", ["llama4", pytest.param("gpt2", marks=pytest.mark.study)])
 def test_packed(top: Make, tmp_path: Path, base: str) -> None:
     """Rows laid end to end, in what is kept and where it is given."""
     found = [
@@ -260,7 +260,7 @@ def open_files(folder: Path) -> list[str]:
     return [name for name in found if name.startswith(f"{folder}/")]
 
 
-@pytest.mark.parametrize(("packing", "kills"), [(False, (3, 21)), (True, (11,))])
+@pytest.mark.parametrize(("packing", "kills"), [(False, (3, 21)), pytest.param(True, (11,), marks=pytest.mark.study)])
 def test_a_killed_run_goes_on_with_the_same_bits(
     top: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool, kills: tuple[int, ...]
 ) -> None:

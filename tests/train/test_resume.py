@@ -113,7 +113,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 def test_a_real_signal(recipe: Make, tmp_path: Path, number: signal.Signals) -> None:
     """Another process, stopped while it trains: exit code, time, and the same bits after going on."""
-    wanted = recipe(output_dir=str(tmp_path / "wanted"), max_steps=60, save_steps=3, eval_steps=0, data_eval=4)
+    wanted = recipe(output_dir=str(tmp_path / "wanted"), max_steps=36, save_steps=3, eval_steps=0, data_eval=4)
     (tmp_path / "child.py").write_text(CHILD)
     made = {**wanted, "output_dir": str(tmp_path / "run")}
     (tmp_path / "recipe.json").write_text(json.dumps(made))
