@@ -37,7 +37,7 @@ UPPER = {"layers_to_transform": [2, 3]}
 
 
 def test_what_goes_from_block_to_block_is_tried() -> None:
-    """A block that reads what a lower one left behind, and one whose rows look at each other."""
+    """A block that reads what a lower one left behind, also one that says NaN without it, and one whose rows look at each other."""
     model = llama()
     assert len(found_in(model, **UPPER).blocks) == 2
     layers = model.model.layers
@@ -53,6 +53,16 @@ def test_what_goes_from_block_to_block_is_tried() -> None:
     handles = [attention.register_forward_hook(leave), layers[3].mlp.register_forward_hook(join)]
     adapt.detach(model, "default")
     with pytest.raises(IngraftError, match="LlamaForCausalLM says other things"):
+        found_in(model, **UPPER)
+    for handle in handles:
+        handle.remove()
+
+    def join_or_fail(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output + left.pop().mean() if left else output * float("nan")
+
+    handles = [attention.register_forward_hook(leave), layers[3].mlp.register_forward_hook(join_or_fail)]
+    adapt.detach(model, "default")
+    with pytest.raises(IngraftError, match=r"says other things .*by nan"):
         found_in(model, **UPPER)
     for handle in handles:
         handle.remove()

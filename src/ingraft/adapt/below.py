@@ -184,7 +184,7 @@ def _plain(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
 def _try(found: Below, inputs: Mapping[str, Tensor], x_BTD: Tensor) -> None:
     """Each row alone says what it says with its states given, which were made beside another row."""
     model = found.model
-    what, wrong = original_class(model).__name__, 0.0
+    what = original_class(model).__name__
     rows = [
         (x_BTD[row : row + 1, :length], _plain(model, {name: x[row : row + 1, :length] for name, x in inputs.items()}))
         for row, length in enumerate(inputs["attention_mask"].sum(1).tolist())
@@ -200,12 +200,12 @@ def _try(found: Below, inputs: Mapping[str, Tensor], x_BTD: Tensor) -> None:
                 f"cache_frozen: tried on two rows, {what} does not run on what its lower blocks made ({type(error).__name__}): more than hidden "
                 f"states goes from block to block. {LEAVE} for this base."
             ) from error
-        wrong = max(wrong, float((y - said).abs().max() / said.abs().max().clamp(min=torch.finfo(y.dtype).tiny)))
-    if not wrong <= torch.finfo(found.dtype).eps ** 0.5:
-        raise IngraftError(
-            f"cache_frozen: tried on two rows, {what} says other things where what its lower blocks made is kept and given to it (by {wrong:.1e} of "
-            f"the largest): more than a row's own hidden states goes from block to block. {LEAVE} for this base."
-        )
+        wrong = float((y - said).abs().max() / said.abs().max().clamp(min=torch.finfo(y.dtype).tiny))
+        if not wrong <= torch.finfo(found.dtype).eps ** 0.5:  # NaN too
+            raise IngraftError(
+                f"cache_frozen: tried on two rows, {what} says other things where what its lower blocks made is kept and given to it (by {wrong:.1e} "
+                f"of the largest): more than a row's own hidden states goes from block to block. {LEAVE} for this base."
+            )
 
 
 def _drops(module: nn.Module) -> bool:
