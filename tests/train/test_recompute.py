@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,3 +242,17 @@ def test_a_frozen_base_drops_nothing_where_its_blocks_recompute(name: str) -> No
     assert len(kept) < 40, "nothing recomputes, so nothing is shown"
     assert torch.equal(found, plain)
     found.sum().backward()
+
+
+def test_a_model_whose_blocks_recompute_can_be_copied_and_pickled() -> None:
+    """A copy's blocks set flags of their own, not those of the blocks that they were copied from."""
+    import transformers
+
+    size = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.5}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=64, **size)).eval()  # type: ignore[arg-type]
+    recompute.enable(model, recipe_of(True))
+    adapt.attach(model, registry.make_config("lora", {}), seed=0)
+    plain = model(input_ids=torch.arange(3, 15)[None], use_cache=False).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        loop.adapting(other, [SimpleNamespace(name="default")], True)  # type: ignore[list-item]
+        assert torch.equal(other(input_ids=torch.arange(3, 15)[None], use_cache=False).logits, plain)

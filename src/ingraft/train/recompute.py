@@ -10,6 +10,7 @@ kept whole or kept small, whichever was chosen; recomputing the last ones would 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -55,24 +56,24 @@ def enable(model: nn.Module, recipe: Recipe) -> None:
     # adapted layer would then run backward for nothing.
     cast(Any, model).disable_input_require_grads()
     for block in cast(Any, blocks):
-        block._gradient_checkpointing_func = _in_evaluation(block, block._gradient_checkpointing_func)
+        # A partial of a module's function, so that copies and pickles of the model have blocks of their own in it.
+        block._gradient_checkpointing_func = partial(_in_evaluation, block, block._gradient_checkpointing_func)
 
 
-def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _in_evaluation(
+    block: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """A block recomputes itself only with its training flag set, and some blocks' own code asks the same flag whether to drop out
     (`functional.dropout` in OPT's); a frozen base drops nothing."""
 
-    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def still(*args: Any, **kwargs: Any) -> Any:
-            before, block.training = block.training, False
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                block.training = before
+    def still(*args: Any, **kwargs: Any) -> Any:
+        before, block.training = block.training, False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            block.training = before
 
-        return checkpoint(still, *args, **kwargs)
-
-    return run
+    return checkpoint(still, *args, **kwargs)
 
 
 def flagged(model: nn.Module) -> set[nn.Module]:
