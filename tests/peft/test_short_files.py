@@ -131,9 +131,10 @@ def test_rows_of_an_untied_head_alone_are_read(tmp_path: Path, tiny: SimpleNames
     assert (tiny.output(model, tiny.example("llama")) - wanted).abs().max() < 1e-5
 
 
-def test_hiras_ranks_are_those_of_the_file(tmp_path: Path, tiny: SimpleNamespace) -> None:
+@pytest.mark.parametrize("pattern", ["q_proj", ".*_proj"])
+def test_hiras_ranks_are_those_of_the_file(pattern: str, tmp_path: Path, tiny: SimpleNamespace) -> None:
     """PEFT passes over the pattern for a model's first adapter, and follows it for a second one; the config says the same of both."""
-    config = peft.HiraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=SOME)
+    config = peft.HiraConfig(r=4, rank_pattern={pattern: 2}, target_modules=SOME)
     model, batch = peft.get_peft_model(tiny.make("llama"), config).eval(), tiny.example("llama")
     model.add_adapter("second", config)
     for name in ("default", "second"):

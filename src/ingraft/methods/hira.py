@@ -84,9 +84,11 @@ def count(config: HiraConfig, facts: SiteFacts) -> int:
 
 
 def reread(fields: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any], Tensors, None]:
-    """Without the pattern where all ranks are one: PEFT passed over it."""
+    """Without the pattern where all ranks are one: PEFT passed over it, or all sites matched it."""
     ranks = {A.shape[0] for key, A in tensors.items() if key.endswith(("hira_A", "hira_embedding_A")) and A.dim() > 1}
-    return {**fields, "rank_pattern": None} if len(ranks) == 1 else fields, tensors, None
+    if not fields.get("rank_pattern") or len(ranks) != 1:
+        return fields, tensors, None
+    return {**fields, "rank_pattern": None, "r": ranks.pop()}, tensors, None
 
 
 METHOD = Method(
