@@ -142,6 +142,19 @@ def test_a_layer_that_is_not_called_on_this_input_is_no_error_and_looking_leaves
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_base_that_writes_into_its_input_writes_there_once(mixed: bool) -> None:
+    """Neither the look for layers passed over nor the one for rows is a trace in what the caller gave."""
+    model = redrawn(Twins(lambda q, x: x.add_(1)).eval())
+    for name in ("a", "b"):
+        adapt.attach(model, LoraConfig(r=2, target_modules=["q", "k"]), name=name)
+    x = torch.zeros(2, 4)
+    with adapt.rows(model, ["a", "b"]) if mixed else nullcontext():
+        model(x)
+    assert model.forwards == (4 if mixed else 2)
+    assert torch.equal(x, torch.ones(2, 4))
+
+
 @pytest.mark.parametrize(("length", "forwards", "refused"), [(0, 2, True), (3, 1, False)])
 def test_a_cache_is_not_written_to_twice(length: int, forwards: int, refused: bool) -> None:
     """An empty one is copied for the second look; one that holds something may be large, so there is no second look."""

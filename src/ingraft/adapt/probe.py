@@ -117,15 +117,16 @@ def _copies(named: Mapping[str, Any], first: int, size: int) -> dict[str, Any]:
 
 
 def _copy(value: Any, first: int, size: int) -> Any:
-    """A value with its first entries changed, if it is a tensor of the batch, or holds some; caches are copied, because a forward adds to them."""
+    """A copy of a value, with its first entries changed if it is a tensor of the batch, or holds some. Tensors and caches are copied in any case,
+    because a forward may write into them."""
     if isinstance(value, Mapping):
         named: Mapping[str, Any] = value
         return type(value)(**_copies(named, first, size))
     if not isinstance(value, Tensor):
         return copy.deepcopy(value) if _is_cache(value) else value
+    value = value.detach().clone().requires_grad_(value.requires_grad)  # which reentrant checkpointing asks for
     if not first or value.dim() < 1 or value.shape[0] != size or value.dtype == torch.bool:
         return value
-    value = value.clone()
     if value.is_floating_point():
         value[:first] = value[:first] * 0.5 + torch.rand_like(value[:first])
     else:
