@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ingraft.errors import IngraftError
 from ingraft.methods import registry
-from ingraft.testing import SUBJECTS, Row, check_method
+from ingraft.testing import SUBJECTS, Row, check_method, checks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "own_method"
 
@@ -50,6 +50,13 @@ def test_a_method_of_ones_own_inherits_the_lifecycle(gain: Any) -> None:
 
     row = Row(config=gain.GainConfig(), equation=equation)
     assert check_method(row, subjects=layers, study=True) + check_method(row, subjects=model) > 100
+
+
+def test_every_law_is_tried_on_it_unasked(gain: Any) -> None:
+    """No other method stands for it, so none of its laws waits for `study`."""
+    subjects = [SUBJECTS[name] for name in ("linear", "linear-nf4", "llama")]
+    found = list(checks([Row(config=gain.GainConfig(), equation=lambda values, base: None)], subjects))
+    assert {each.law.name for each in found} == {each.law.name for each in found if each.study is None}
 
 
 def test_its_options_are_checked_like_any(gain: Any) -> None:

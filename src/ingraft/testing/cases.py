@@ -34,8 +34,8 @@ from ingraft.methods.contract import (
     WeightPart,
     everywhere,
 )
-from ingraft.testing.subjects import Subject
-from ingraft.testing.table import Row
+from ingraft.testing.subjects import FAMILIES, Subject
+from ingraft.testing.table import METHODS, Row
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 """Largest difference allowed where two ways of computing the same are compared: root mean square, as a share of what is expected.
@@ -64,6 +64,12 @@ class Case:
     def method(self) -> Method:
         """The facts of the method."""
         return registry.load(self.row.config.method)
+
+    @property
+    def exemplary(self) -> bool:
+        """Whether laws that need one method of each family are tried with this one; a method that the package does not know has no other to stand
+        for it."""
+        return self.method.name in FAMILIES or self.method.name not in METHODS
 
     @property
     def config(self) -> MethodConfig:

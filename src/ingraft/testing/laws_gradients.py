@@ -26,7 +26,6 @@ from ingraft.testing.cases import (
     shared_over_rows,
     taken,
 )
-from ingraft.testing.subjects import FAMILIES
 from ingraft.testing.suite import law
 
 
@@ -108,7 +107,7 @@ def _worth_compiling(case: Case) -> bool:
 def _of_a_family(case: Case) -> bool:
     """What sets of adapters and steps of dropout cost is the hosts' doing; that each method's own arithmetic compiles, forward and back, is
     `compiles_before_attach_and_in_training`."""
-    return _worth_compiling(case) and case.method.name in (*FAMILIES, "parallel")
+    return _worth_compiling(case) and (case.exemplary or case.method.name == "parallel")
 
 
 @law(11, heavy=True, everyday=_of_a_family)

@@ -26,7 +26,7 @@ from ingraft.testing.cases import (
     run,
     same,
 )
-from ingraft.testing.subjects import FAMILIES, Subject
+from ingraft.testing.subjects import Subject
 from ingraft.testing.suite import law
 
 
@@ -177,7 +177,7 @@ def _pick(logits_BV: Tensor) -> Tensor:
 
 def _worth_many_texts(case: Case) -> bool:
     """Twelve texts; what padding and beams do to rows is the hosts' doing, and the prompts'."""
-    return case.method.name == "lora" or (case.subject.name in ("llama", "gpt2") and case.method.name in FAMILIES)
+    return case.method.name == "lora" or (case.subject.name in ("llama", "gpt2") and case.exemplary)
 
 
 @law(18, hole=_not_causal, heavy=True, everyday=lambda case: _worth_many_texts(case) or not on_weights(case))
@@ -345,7 +345,7 @@ def _worth_training(case: Case) -> bool:
     """A Trainer treats all adapters alike: every day one of each family, and those that want more of a trainer than a step."""
     method = case.method
     own = method.update or method.penalty or method.rates or method.shared
-    return method.name == "lora" or (case.subject.name == "llama" and (method.name in FAMILIES or own is not None))
+    return method.name == "lora" or (case.subject.name == "llama" and (case.exemplary or own is not None))
 
 
 @law(20, hole=_not_transformers, heavy=True, everyday=_worth_training)

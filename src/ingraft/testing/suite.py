@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ingraft.testing.cases import Case, why_not
-from ingraft.testing.subjects import FAMILIES, SUBJECTS, Subject
+from ingraft.testing.subjects import SUBJECTS, Subject
 from ingraft.testing.table import METHODS, Row, row
 
 Reason = Callable[[Case], str | None]
@@ -180,7 +180,7 @@ def _study(each: Law, case: Case) -> str | None:
         if each.number == OF_PACKED or (case.method.name == "lora" and (not each.heavy or each.everyday(case))):
             return None
         return f"`pytest -m study` tries it: over packed weights every day has law {OF_PACKED}, and LoRA all laws"
-    own = case.method.name in METHODS and case.method.name not in FAMILIES and case.row == row(case.method.name)
+    own = not case.exemplary and case.row == row(case.method.name)
     model = case.subject.transformers and case.subject.name != "llama"
     everywhere = case.method.sites == ("all-linear",)
     if own and model and everywhere:
