@@ -408,8 +408,8 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
     if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:
-        text = f"no row comes twice in num_train_epochs {recipe.num_train_epochs:g}, so keeping anything of it brings nothing"
-        yield ("cache_frozen", "max_steps", "num_train_epochs"), f"cache_frozen: {text}; leave it false."
+        text = f"no row comes twice in num_train_epochs {recipe.num_train_epochs:g}; leave it false, or train for more epochs."
+        yield ("cache_frozen", "max_steps", "num_train_epochs"), f"cache_frozen: {text}"
     if 0 < recipe.max_steps < recipe.warmup_steps:
         yield (
             ("max_steps", "warmup_steps"),

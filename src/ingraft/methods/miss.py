@@ -93,9 +93,8 @@ class MiSS(ShortcutPart):
         block_RM, (high, wide) = self.miss_block.to(y.dtype), self.shape
         x = site.dropout(x, self.p)
         block_OR = block_RM.repeat(1, high // block_RM.shape[1]).T
-        if (
-            self.flat
-        ):  # the sum of the shards; a product with D alone would give all shards of "mini" the same error of rounding
+        if self.flat:
+            # The sum of the shards, times D repeated: a product with D alone would give all shards of "mini" the same error of rounding.
             return site.plus(y, F.pad(x, (0, -wide % self.r)).unflatten(-1, (-1, self.r)).sum(-2), block_OR)
         shards_RI = torch.eye(self.r, dtype=y.dtype, device=y.device).repeat(1, -(-wide // self.r))[:, :wide]
         return site.low_rank(x, y, shards_RI, block_OR)

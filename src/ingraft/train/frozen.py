@@ -1,7 +1,7 @@
 """`cache_frozen`: what the blocks below the lowest adapted one make of a row is worked out once and kept for the epochs after.
 
 *Kept* are the hidden states of a row's real tokens, in the base's dtype, in one file without a name in the run folder: whatever ends the process, the
-system takes the file away with it. All of its room is taken before the first step. It is read and not mapped, because pages of a mapped file
+system takes the file away with it. All of its room is taken before the first step (on Linux). It is read and not mapped, because pages of a mapped file
 count as memory of the process, and because a disk that fails is then an error and not a signal.
 
 *What is promised.* A run with the cache is a function of recipe and data like any other, so one that is stopped anywhere and goes on ends with the
