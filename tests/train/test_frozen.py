@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -486,3 +487,35 @@ def test_states_come_back_as_they_were(bases: Path, tmp_path: Path, dtype: torch
     assert not given[0, 4:].any()
     assert torch.equal(seen[-1][0], x_BTD[1, :4])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_is_told_in_words(bases: Path, tmp_path: Path) -> None:
+    """Whether it takes nothing more, gives nothing back, or less than it was given."""
+    from transformers import LlamaForCausalLM
+
+    from ingraft.train.objectives.causal import CausalObjective
+    from ingraft.train.roofline import Meter
+
+    model = LlamaForCausalLM.from_pretrained(bases / "llama4").eval()
+    adapt.attach(model, registry.make_config("lora", {"layers_to_transform": [2, 3]}), seed=0)
+    objective = CausalObjective(model, 3, "sft", ())
+    with unnoticed(model):
+        found = below(model, {name: x for name, x in objective.batch(ROWS).items() if name != "labels"})
+
+    def failing(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for fails, words in (
+        ({"write": failing}, "cannot be written: Input/output error"),
+        ({"readinto": failing}, "cannot be read again: Input/output error"),
+        ({"readinto": lambda data: 0}, "cannot be read again: the file ends"),
+    ):
+        cache = frozen.Frozen(found, objective, [ROWS])
+        with cache.opened(tmp_path, lambda text: None):
+            file = cache._file
+            whole: dict[str, Any] = {name: getattr(file, name) for name in ("seek", "write", "readinto")}
+            cache._file = SimpleNamespace(**{**whole, **fails})  # type: ignore[assignment]
+            with pytest.raises(IngraftError, match=words):
+                cache.require(ROWS, Meter(1.0))
+                with cache.given(ROWS):
+                    pytest.fail("given")

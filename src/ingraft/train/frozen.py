@@ -191,13 +191,15 @@ class Frozen:
         assert self._file is not None, "opened was not entered"
         data = _bytes(x_TD)
         self._file.seek(at)
-        while data:
-            count = self._file.readinto(data)
-            if not count:
-                raise IngraftError(
-                    "cache_frozen: what was kept of a row cannot be read again; go on from the last checkpoint."
-                )
-            data = data[count:]
+        try:
+            while data:
+                if not (count := self._file.readinto(data)):
+                    raise OSError("the file ends before it")
+                data = data[count:]
+        except OSError as error:
+            raise IngraftError(
+                f"cache_frozen: what was kept of a row cannot be read again: {error.strerror or error}. Go on from the last checkpoint."
+            ) from error
 
 
 def frozen_of(
