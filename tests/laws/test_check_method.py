@@ -9,6 +9,7 @@ from ingraft.methods.contract import Site
 from ingraft.methods.lora import LoRA, LoraConfig
 from ingraft.testing import SUBJECTS, Row, all_laws, check_method, checks
 from ingraft.testing.matrix import lines
+from ingraft.testing.table import row
 
 LINEAR = [SUBJECTS["linear"]]
 
@@ -39,6 +40,14 @@ def test_an_error_of_the_method_is_a_broken_law(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(LoRA, "weight", weight)
     with pytest.raises(AssertionError, match="RuntimeError: no such thing"):
         check_method(LoraConfig(r=2), subjects=LINEAR, numbers=[2])
+
+
+@pytest.mark.parametrize("method", ["lokr", "trainable-tokens", "reft", "p-tuning"])
+def test_every_number_of_a_law_is_tried_with_a_method_every_day(method: str) -> None:
+    """Whatever waits for `study` of it, also of a method that linear layers refuse."""
+    subjects = [SUBJECTS[name] for name in ("linear", "embedding", "llama", "linear-nf4")]
+    found = list(checks([row(method)], subjects))
+    assert {each.law.number for each in found} == {each.law.number for each in found if each.study is None}
 
 
 def test_every_law_states_itself_and_every_number_is_there() -> None:

@@ -72,6 +72,11 @@ class Case:
         return self.method.name in FAMILIES or self.method.name not in METHODS
 
     @property
+    def layer(self) -> str:
+        """The subject that stands for all layers by themselves: linear ones, or embeddings for a method of tokens."""
+        return "embedding" if self.method.sites == ("tokens",) else "linear"
+
+    @property
     def config(self) -> MethodConfig:
         """The options on this subject; a plain module's layers are named unless the options name some already."""
         config = self.row.elsewhere.get(self.subject.plain, self.row.config)

@@ -100,8 +100,7 @@ def _worth_compiling(case: Case) -> bool:
     if case.subject.transformers:
         in_model = issubclass(case.part, AttentionPart | InputPart) or case.method.name in ("lora", "parallel")
         return case.subject.name == "llama" and in_model
-    own = "embedding" if case.method.sites == ("tokens",) else "linear"
-    return case.subject.plain == own or case.method.name == "lora"
+    return case.subject.plain == case.layer or case.method.name == "lora"
 
 
 def _of_a_family(case: Case) -> bool:

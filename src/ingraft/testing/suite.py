@@ -188,8 +188,8 @@ def _study(each: Law, case: Case) -> str | None:
     if own and case.subject.transformers and each.number not in OF_MODELS and (model or everywhere) and not each.heavy:
         where = "linear layers" if everywhere else "a Llama"
         return f"`pytest -m study` tries it: it is a law of calls, not of models, and is tried on {where} and with a method of each family every day"
-    if own and not case.subject.transformers and case.subject.name != "linear" and each.number not in OF_LAYERS:
-        return "`pytest -m study` tries it: it is a law of calls, not of layers, and is tried on linear layers and a Llama every day"
+    if own and not case.subject.transformers and case.subject.name != case.layer and each.number not in OF_LAYERS:
+        return f"`pytest -m study` tries it: it is a law of calls, not of layers, and is tried on {case.layer} layers and a Llama every day"
     if each.heavy and not each.everyday(case):
         return "heavy: `pytest -m study` tries it"
     return None
