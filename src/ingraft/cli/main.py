@@ -2,7 +2,10 @@
 
 Two promises are kept here. `ingraft --help` answers at once: a verb's module is imported only when that verb is used, and this file imports
 nothing outside the standard library before `main` runs. And Ctrl-C never shows a traceback, wherever it lands: the handler notes the signal
-before it raises, because libraries that are interrupted while being imported may turn the exception into another one.
+before it raises, because libraries may turn the exception into another one. While something is being imported it does not raise at all but
+ends the process: torch's compiled parts call Python as they load, and an exception there aborts with a dump of the stack; Python interrupted
+in an `exec` of text (dataclasses are made so) ends itself by the signal, whatever code was asked for. Nothing is lost by that: what is being
+written meanwhile has a temporary name until it is whole.
 
 Exit codes: 0 done, 1 a defect of ours, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     import click
 
 
+_STOPPED = {signal.SIGINT: "interrupted.", signal.SIGTERM: "stopped by SIGTERM."}
+
+
 class Terminated(BaseException):
     """SIGTERM, raised in the main thread so that `with` blocks and `finally` clauses run before the process ends."""
 
@@ -37,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> NoReturn:
-        del frame
+        if _importing(frame):
+            _complain(_STOPPED[number])
+            os._exit(128 + number)
         received.append(number)
         if number == signal.SIGTERM:
             raise Terminated
@@ -59,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _reader_gone() -> int:
@@ -93,10 +109,12 @@ def _exit_code(error: BaseException, received: list[int], *, debug: bool) -> int
     from ingraft.errors import IngraftError
 
     if signal.SIGTERM in received or isinstance(error, Terminated):
-        _complain("stopped by SIGTERM.")
+        _complain(_STOPPED[signal.SIGTERM])
         return 143
     if signal.SIGINT in received or isinstance(error, KeyboardInterrupt | Abort):
-        _complain(f"interrupted. {error}" if isinstance(error, KeyboardInterrupt) and str(error) else "interrupted.")
+        _complain(
+            f"interrupted. {error}" if isinstance(error, KeyboardInterrupt) and str(error) else _STOPPED[signal.SIGINT]
+        )
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
