@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,14 +46,30 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
         (["data", "--data", "none.jsonl"], ["none.jsonl"]),
     ],
 )
-def test_bad_input_exits_with_2(words: list[str], expected: list[str], ingraft: Run, tmp_path: Path) -> None:
+def test_bad_input_exits_with_2(
+    words: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The code is 2, every problem is named on standard error, there is no traceback and nothing was written."""
-    done = ingraft(*words)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets it, for the life of its process
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" not in said.err
     for text in expected:
-        assert text in done.stderr
+        assert text in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_ends_a_process_with_2(ingraft: Run, tmp_path: Path) -> None:
+    """So it is for the shell, too."""
+    done = ingraft("train", "--config", "none.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "none.yaml: cannot read" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import click
 
 
-_STOPPED = {signal.SIGINT: "interrupted.", signal.SIGTERM: "stopped by SIGTERM."}
+_STOPPED: dict[int, str] = {signal.SIGINT: "interrupted.", signal.SIGTERM: "stopped by SIGTERM."}
 
 
 class Terminated(BaseException):
