@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import transformers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,17 +22,19 @@ from ingraft.data.records import Labelled
 from ingraft.data.rows import Row
 from ingraft.errors import IngraftError
 from ingraft.evaluate import (
+    SCORERS,
     ChoiceRow,
     LossScores,
     choice_rows,
-    evaluate,
     generate,
     paired_difference,
     score_along,
     score_choices,
     score_classes,
     score_loss,
+    scorer_of,
 )
+from ingraft.evaluate.writing import metrics_of_text
 
 
 @pytest.fixture(scope="module")
@@ -240,12 +243,27 @@ def test_class_scores_equal_scikit_learn() -> None:
 def test_evaluate_names_its_metrics(llama: Any) -> None:
     examples = sequences(5)
     choices = [ChoiceRow(prompt=e.input_ids, choices=((5,), (6,)), answer=0, row_id=0) for e in examples]
-    plain = evaluate(llama, examples, task="sft", pad_id=0)
-    assert set(plain.metrics) == {"loss", "perplexity"}
-    both = evaluate(llama, examples, task="sft", pad_id=0, choices=choices)
-    assert set(both.metrics) == {"loss", "perplexity", "accuracy", "macro_f1"}
-    assert both.metrics["loss"] == plain.metrics["loss"]
+    plain = metrics_of_text(llama, examples, 0)
+    assert set(plain) == {"loss", "perplexity"}
+    both = metrics_of_text(llama, examples, 0, choices=choices)
+    assert set(both) == {"loss", "perplexity", "accuracy", "macro_f1"}
+    assert both["loss"] == plain["loss"]
     with pytest.raises(IngraftError, match="no rows"):
-        evaluate(llama, [], task="sft", pad_id=0)
+        metrics_of_text(llama, [], 0)
     with pytest.raises(IngraftError, match="no evaluation yet"):
-        evaluate(llama, examples, task="dpo", pad_id=0)
+        scorer_of("dpo")
+
+
+def test_every_layer_declares_the_same_tasks() -> None:
+    """A task that a recipe may name is one entry in each layer's table, and every entry leads somewhere."""
+    from ingraft.bases import HEADS
+    from ingraft.data import TASKS
+    from ingraft.recipe import READY_TASKS
+    from ingraft.train.objectives import OBJECTIVES, objective_for
+
+    assert list(READY_TASKS) == list(TASKS) == list(HEADS) == list(SCORERS) == list(OBJECTIVES)
+    for task in READY_TASKS:
+        assert scorer_of(task).task == task
+        assert hasattr(transformers, HEADS[task].loader)
+        assert HEADS[task].named == (TASKS[task].labels is not None)
+        objective_for(task, BertForSequenceClassification(BertConfig(num_hidden_layers=1)), 0)

@@ -465,11 +465,11 @@ def test_states_come_back_as_they_were(bases: Path, tmp_path: Path, dtype: torch
 
     model = LlamaForCausalLM.from_pretrained(bases / "llama4").eval().to(dtype)
     adapt.attach(model, registry.make_config("lora", {"layers_to_transform": [2, 3]}), seed=0)
-    batch = {name: x for name, x in CausalObjective(model, 3, "sft", ()).batch(ROWS).items() if name != "labels"}
+    batch = {name: x for name, x in CausalObjective(model, 3).batch(ROWS).items() if name != "labels"}
     with unnoticed(model):
         found = below(model, batch)
         x_BTD = found.states(batch)
-    cache = frozen.Frozen(found, CausalObjective(model, 3, "sft", ()), [ROWS])
+    cache = frozen.Frozen(found, CausalObjective(model, 3), [ROWS])
     assert cache.bytes == 32 * (8 + 4) * dtype.itemsize
     assert x_BTD.dtype == dtype
     seen: list[Tensor] = []
@@ -477,9 +477,9 @@ def test_states_come_back_as_they_were(bases: Path, tmp_path: Path, dtype: torch
     with cache.opened(tmp_path, lambda text: None):
         cache.require(ROWS, Meter(1.0))
         with cache.given(ROWS[::-1]):
-            model(**CausalObjective(model, 3, "sft", ()).batch(ROWS[::-1]))
+            model(**CausalObjective(model, 3).batch(ROWS[::-1]))
         with cache.given(ROWS[1:]):
-            model(**CausalObjective(model, 3, "sft", ()).batch(ROWS[1:]))
+            model(**CausalObjective(model, 3).batch(ROWS[1:]))
     handle.remove()
     given = seen[-2]
     assert torch.equal(given[1], x_BTD[0])
@@ -498,7 +498,7 @@ def test_a_disk_that_fails_is_told_in_words(bases: Path, tmp_path: Path) -> None
 
     model = LlamaForCausalLM.from_pretrained(bases / "llama4").eval()
     adapt.attach(model, registry.make_config("lora", {"layers_to_transform": [2, 3]}), seed=0)
-    objective = CausalObjective(model, 3, "sft", ())
+    objective = CausalObjective(model, 3)
     with unnoticed(model):
         found = below(model, {name: x for name, x in objective.batch(ROWS).items() if name != "labels"})
 

@@ -132,7 +132,7 @@ def test_what_is_kept_is_counted_once_and_by_block() -> None:
 def test_rows_keep_in_proportion(tiny: SimpleNamespace) -> None:
     model = tiny.make("llama")
     adapt.attach(model, LoraConfig(r=2, lora_dropout=0.1), seed=0)
-    objective = CausalObjective(model, 0, "sft", ())
+    objective = CausalObjective(model, 0)
     objective.begin()
     ids = list(range(2, 22))
     rows = [Example(row_id=i, input_ids=ids, labels=[-100] * 10 + ids[10:]) for i in range(3)]

@@ -48,7 +48,7 @@ def prepared(asked: Any, method: str = "lora", **options: Any) -> tuple[Any, Cau
     model, recipe = llama(), recipe_of(asked)
     recompute.enable(model, recipe)
     adapt.attach(model, registry.make_config(method, options), seed=0)
-    objective = CausalObjective(model, 0, "sft", ())
+    objective = CausalObjective(model, 0)
     objective.begin()
     return model, objective, recipe
 

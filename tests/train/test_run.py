@@ -16,7 +16,7 @@ from torch import Tensor
 from ingraft import adapt, durable
 from ingraft.adapt.files import load as load_adapter
 from ingraft.bases import load_base
-from ingraft.data import load, pad_id
+from ingraft.data import load
 from ingraft.errors import IngraftError
 from ingraft.evaluate import evaluate
 from ingraft.train import run as run_module
@@ -71,8 +71,8 @@ def test_the_folder_loads_again_with_the_same_loss(recipe: Make) -> None:
     base = load_base(wanted["model"], "bfloat16", task="sft")
     load_adapter(base.model, run.folder)
     data = load(wanted["data"]["train"], base.tokenizer, eval=12, max_length=512, seed=42)
-    found = evaluate(base.model, data.eval, task="sft", pad_id=pad_id(base.tokenizer))
-    assert found.metrics["loss"] == run.metrics["after"]["loss"]
+    found = evaluate(base.model, base.tokenizer, data)
+    assert found["loss"] == run.metrics["after"]["loss"]
 
 
 def test_the_recipe_that_is_left_repeats_the_run(recipe: Make, tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_a_classifier_learns_with_its_head(recipe: Make, home: Path) -> None:
     base = load_base(str(home / "bert"), "float32", task="classify", labels=["bad", "good"])
     load_adapter(base.model, run.folder)
     data = load(str(home / "rows.jsonl"), base.tokenizer, task="classify", eval=12, seed=42)
-    found = evaluate(base.model, data.eval, task="classify", pad_id=pad_id(base.tokenizer))
-    assert found.metrics["loss"] == run.metrics["after"]["loss"]
+    found = evaluate(base.model, base.tokenizer, data)
+    assert found["loss"] == run.metrics["after"]["loss"]
 
 
 def test_plain_text_is_learned(recipe: Make, tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from ingraft.bases.catalogue import BASES, BaseRecord, installed
 from ingraft.bases.dtypes import as_dtype, default_device, fast_dtype
+from ingraft.bases.heads import HEADS, Head
 from ingraft.bases.loading import QUANTIZATIONS, Base, check_base, load_base, load_tokenizer
 from ingraft.bases.places import places, reserve
 
 __all__ = [
     "BASES",
+    "HEADS",
     "QUANTIZATIONS",
     "Base",
     "BaseRecord",
+    "Head",
     "as_dtype",
     "check_base",
     "default_device",

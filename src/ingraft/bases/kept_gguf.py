@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.bases import dense_gguf
+from ingraft.bases.heads import HEADS
 from ingraft.errors import IngraftError
 from ingraft.quant.blocks import dequantise
 from ingraft.quant.formats import FILE_FORMATS
@@ -96,8 +97,9 @@ def check(gguf: Path | None, name: str, task: str | None = None) -> None:
         )
     reader = _read(gguf)
     found: list[str] = []
-    if task == "classify":
-        found.append("a GGUF kept in its blocks writes text; for the task 'classify' leave quantization out.")
+    head = HEADS.get(task or "")
+    if head is not None and head.fresh:
+        found.append(f"a GGUF kept in its blocks writes text; for the task {task!r} leave quantization out.")
     if (architecture := _architecture(reader)) not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         found.append(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ingraft.bases import dense_gguf
 from ingraft.bases.dtypes import as_dtype, default_device
+from ingraft.bases.heads import HEADS
 from ingraft.bases.hush import quiet
 from ingraft.bases.naming import find, gguf_of
 from ingraft.bases.places import places
@@ -70,8 +71,8 @@ def load_base(
         name: a catalogue name, a folder, a `.gguf` file or a hub id.
         dtype: "auto" (see `fast_dtype`), "float32", "bfloat16", "float16", or a torch dtype.
         trust_remote_code: let the model's own Python code run. Only a person at the keyboard may grant that.
-        task: "sft" or "lm" (a causal language model), "classify" (a classifier with a fresh head), or None (as the model was saved).
-        num_labels, labels: for "classify": how many classes, and their names in order.
+        task: what the base is for, a name of `bases.heads.HEADS`, or None (as the model was saved).
+        num_labels, labels: for a task whose outputs have names: how many they are, or the names in order.
         device: where to put it; None picks CUDA if there is one, else the CPU.
         quantization: how its linear layers are held: "none" (dense), "nf4" or "int8" (quantised while loading), or "keep" (a GGUF file's own
             blocks, those of the embedding and the head included).
@@ -159,34 +160,21 @@ def _load_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     import transformers
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    )
 
     config = AutoConfig.from_pretrained(source, **options)
-    kind = str(config.model_type)
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if task in ("sft", "lm"):
-        if encoder or not (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")):
-            raise IngraftError(
-                f"{name}: a {kind} model does not write text, which the task {task!r} needs; use --task classify, or another base."
-            )
-        loader: Any = transformers.AutoModelForCausalLM
-    elif task == "classify":
-        if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and not hasattr(config, "auto_map"):
-            raise IngraftError(f"{name}: transformers has no sequence classifier for a {kind} model; use another base.")
-        loader = transformers.AutoModelForSequenceClassification
-        if labels is not None:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
-        elif num_labels is not None:
-            config.num_labels = num_labels
+    head = None
+    if task is not None:
+        if task not in HEADS:
+            raise IngraftError(f"task: no head is known for {task!r}{nearest(task, HEADS)}; known: {', '.join(HEADS)}.")
+        head = HEADS[task]
+        head.require(name, config, task)
+        head.prepare(config, labels, num_labels)
+        loader: Any = getattr(transformers, head.loader)
     else:
         saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
         loader = getattr(transformers, saved_as, transformers.AutoModel)
-    extra: dict[str, Any] = {"ignore_mismatched_sizes": True} if task == "classify" else {}
+    fresh = head is not None and head.fresh
+    extra: dict[str, Any] = {"ignore_mismatched_sizes": True} if fresh else {}
     if quantization != "none":
         from ingraft.bases.packing import BlockConfig
 
@@ -199,7 +187,7 @@ def _load_model(
         source, config=config, dtype=dtype, output_loading_info=True, **extra, **options
     )
     missing = sorted(info["missing_keys"])
-    if missing and task != "classify":
+    if missing and not fresh:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise IngraftError(f"{name}: the files of {source} lack weights that a {type(model).__name__} needs: {shown}.")
     if quantization != "none":

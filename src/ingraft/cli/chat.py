@@ -91,13 +91,14 @@ def command(
     While talking: /adapter NAME, /base, /reset, /help, /quit.
     """
     from ingraft.cli.sources import open_model, settle
+    from ingraft.evaluate import scorer_of
 
     output = Output(as_json=as_json)
     first = adapters[0] if adapters else None
     recipe = settle(given(arguments), config=config, adapter=first, needs_data=False)
-    if recipe.task == "classify":
+    if not scorer_of(recipe.task).writes:
         raise IngraftError(
-            f"{first or recipe.model}: classifies texts and does not talk; use `ingraft predict` or `ingraft eval`."
+            f"{first or recipe.model}: is for the task {recipe.task!r} and does not talk; use `ingraft predict` or `ingraft eval`."
         )
     opened = open_model(
         recipe,

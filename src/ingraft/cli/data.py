@@ -28,7 +28,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     """
     from ingraft.bases import load_tokenizer
     from ingraft.cli.sources import load_data, settle
-    from ingraft.data import preview
+    from ingraft.data import preview, task_of
     from ingraft.errors import IngraftError
     from ingraft.train.place import absent
 
@@ -43,7 +43,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     data = load_data(recipe, tokenizer)
     part = data.parts["train"]
     used = {example.row_id for example in part.examples}  # a dropped row has nothing to show; the report names it
-    rows_to_show = [row for n, row in enumerate(part.rows) if recipe.task == "lm" or n in used][:rows]
+    rows_to_show = [row for n, row in enumerate(part.rows) if task_of(recipe.task).blocks or n in used][:rows]
     shown = [
         {
             "place": row.place,

@@ -5,15 +5,11 @@ Without --data the rows that the adapter's own run held out are scored, so that 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ingraft.cli.options import adapter_option, given, trust_option, verb
 from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
-
-if TYPE_CHECKING:
-    from ingraft.cli.sources import Opened
-    from ingraft.data import DataSet
 
 
 @verb("model", "quantization", "task", "data", "dtype", "per_device_eval_batch_size", "seed")
@@ -32,7 +28,7 @@ def command(
     Rows named with --data are all scored. Without it, those that the recipe of the adapter (or of --config) holds out.
     """
     from ingraft.cli.sources import load_data, model_labels, open_model, settle
-    from ingraft.evaluate import hold
+    from ingraft.evaluate import evaluate, hold
 
     output = Output(as_json=as_json)
     overrides = given(arguments)
@@ -53,26 +49,9 @@ def command(
     output.say(*(f"note: {note}" for note in data.report.notes))
     found: dict[str, Any] = {}
     for part in parts:
-        metrics, rows = score(opened, data, part)
-        found[part] = {"rows": rows, "source": data.parts[part].rows[0].file, **metrics}
+        metrics = evaluate(opened.model, opened.tokenizer, data, part, batch_size=recipe.per_device_eval_batch_size)
+        found[part] = {"rows": len(data.parts[part].examples), "source": data.parts[part].rows[0].file, **metrics}
     output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})
     for part in parts:
         values = {name: f"{value:.6f}" if isinstance(value, float) else value for name, value in found[part].items()}
         output.facts({f"{part}_{name}" if len(parts) > 1 else name: value for name, value in values.items()})
-
-
-def score(opened: Opened, data: DataSet, part: str) -> tuple[dict[str, float], int]:
-    """The metrics of one part of the data, by name, and the number of sequences they were computed from."""
-    from ingraft.data import pad_id
-    from ingraft.evaluate import choices_of, evaluate
-
-    examples = data.parts[part].examples
-    scores = evaluate(
-        opened.model,
-        examples,
-        task=opened.recipe.task,
-        pad_id=pad_id(opened.tokenizer),
-        batch_size=opened.recipe.per_device_eval_batch_size,
-        choices=choices_of(data, part, opened.tokenizer) if opened.recipe.task == "sft" else (),
-    )
-    return scores.metrics, len(examples)

@@ -75,6 +75,7 @@ def command(
     Prints the largest difference between the logits of the merged and the unmerged model on real text, and refuses to write above a bound.
     """
     from ingraft.cli.sources import free_folder, open_model, settle
+    from ingraft.evaluate import scorer_of
 
     output = Output(as_json=as_json)
     missing = needed(("--adapter DIR", adapter), ("--output-dir DIR", output_dir))
@@ -97,7 +98,7 @@ def command(
         "",
         "next:",
         f"  ingraft chat --model {output_dir}"
-        if recipe.task != "classify"
+        if scorer_of(recipe.task).writes
         else f"  ingraft eval --model {output_dir} --data FILE",
     )
 

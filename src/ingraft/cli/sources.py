@@ -156,7 +156,7 @@ def open_model(
     from transformers.utils import logging
 
     import ingraft
-    from ingraft.bases import load_base
+    from ingraft.bases import HEADS, load_base
 
     logging.disable_progress_bar()
 
@@ -167,8 +167,8 @@ def open_model(
     dtype = recipe.dtype
     if dtype == "auto" and facts.get("dtype"):  # the dtype the adapter was trained in, not what is fast here today
         dtype = facts["dtype"]
-    # A classifier saved by itself (merged, or trained elsewhere) brings its head and its labels.
-    task = None if recipe.task == "classify" and labels is None else recipe.task
+    # A model with a head that was saved by itself (merged, or trained elsewhere) brings the head, and its labels.
+    task = None if HEADS[recipe.task].fresh and labels is None else recipe.task
     torch.manual_seed(recipe.seed)  # what a base lacks for the task starts at random: draw it as training did
     base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels, quantization=recipe.quantization)
     model, tokenizer = base.model, base.tokenizer
@@ -185,8 +185,10 @@ def manifest_facts(folder: Path) -> dict[str, Any]:
 
 
 def model_labels(opened: Opened) -> tuple[str, ...] | None:
-    """A classifier's classes in the order of its outputs; None for other models."""
-    names = opened.model.config.id2label if opened.recipe.task == "classify" else None
+    """What the model's outputs are called, in their order; None where they have no names."""
+    from ingraft.bases import HEADS
+
+    names = opened.model.config.id2label if HEADS[opened.recipe.task].named else None
     return None if names is None else tuple(name for _, name in sorted(names.items()))
 
 

@@ -111,7 +111,9 @@ def sample_lines(sample: dict[str, str], *, longest: int = 600) -> list[str]:
 
 def next_commands(folder: str, task: str) -> list[str]:
     """What a person can type now."""
-    use = [f"ingraft chat --adapter {folder}"] if task != "classify" else []
+    from ingraft.evaluate import scorer_of
+
+    use = [f"ingraft chat --adapter {folder}"] if scorer_of(task).writes else []
     return [
         *use,
         f"ingraft eval --adapter {folder} --data FILE",

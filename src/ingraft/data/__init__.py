@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ingraft.data.rows import Row
     from ingraft.data.show import preview
     from ingraft.data.splits import split
+    from ingraft.data.tasks import TASKS, Settings, Task, task_of
     from ingraft.data.tensors import collate, pad_id, row_ids
 
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "report": ("DataReport", "PartReport"),
     "rows": ("Row",),
     "splits": ("split",),
+    "tasks": ("TASKS", "Settings", "Task", "task_of"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -41,11 +43,14 @@ __all__ = [
     "check_source",
     "FORMATS",
     "IGNORED",
+    "TASKS",
     "DataReport",
     "DataSet",
     "Example",
     "PartReport",
     "Row",
+    "Settings",
+    "Task",
     "batches",
     "collate",
     "detect",
@@ -64,6 +69,7 @@ __all__ = [
     "render",
     "row_ids",
     "split",
+    "task_of",
 ]
 
 

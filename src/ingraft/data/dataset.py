@@ -5,39 +5,27 @@ It takes plain arguments and no recipe: data does not know where its settings ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from ingraft.data.chat import has_template, name_of
-from ingraft.data.examples import Example, Tally, as_chat, encode_chats, encode_documents, encode_labelled, label_names
-from ingraft.data.formats import Format, read_records
+from ingraft.data.chat import name_of
+from ingraft.data.examples import Example, Tally
 from ingraft.data.readers import read_rows
-from ingraft.data.records import Chat, Document, Labelled, Record, given
+from ingraft.data.records import Record, given
 from ingraft.data.report import UNKNOWN_LIMIT, DataReport, part_report
 from ingraft.data.rows import Row
 from ingraft.data.splits import Eval, choose, evaluation_size
-from ingraft.errors import IngraftError, nearest
+from ingraft.data.tasks import Settings, task_of
+from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MEANINGS: Mapping[str, tuple[tuple[type[Record], ...], str]] = {
-    "sft": (
-        (Chat, Labelled),
-        "rows with an answer: instructions, conversations, prompt and completion, or text and label",
-    ),
-    "lm": ((Document,), "plain text: {text} rows or a text file"),
-    "classify": ((Labelled,), "{text, label} or {text, text2, label} rows"),
-}
-"""Which kinds of record a task can learn from, and how to say so."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Rows and what became of them; `rows[example.row_id]` is an example's row (except for `lm`, where examples are
-    blocks).
-    """
+    """Rows and what became of them; `rows[example.row_id]` is an example's row, unless the task's examples are `blocks`."""
 
     rows: list[Row]
     records: list[Record]
@@ -50,7 +38,7 @@ class DataSet:
 
     Attributes:
         train, eval, test: the examples; empty where there is no such part.
-        labels: the classes in the order of the head's outputs; None for language models.
+        labels: what the head's outputs are called, in their order; None where they have no names.
         report: what was counted on the way.
         parts: rows and records behind the examples, by part name (train, eval, test).
     """
@@ -83,7 +71,7 @@ def load(
         train: file, `datasets` folder or hub id with the rows to train on (for an evaluation alone: the rows to
             evaluate on).
         tokenizer: the base's.
-        task: sft, lm or classify.
+        task: a name of `data.tasks.TASKS`.
         eval: share, number of rows, or another file; see `split`.
         test: a file of rows that neither training nor the choice of a checkpoint ever sees.
         form: a format's name or `auto`; it holds for all files.
@@ -92,25 +80,22 @@ def load(
         chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer
             has a template.
         seed: of the split.
-        labels: for classify, the classes of a model that is already trained; None takes them from the training rows.
+        labels: what the outputs of a model that is already trained are called; None takes them from the training rows.
 
     Raises:
         IngraftError: everything that `read_rows`, `split` and the encoders refuse; a task that cannot use these rows;
             more than 5 % unknown tokens.
     """
-    if task not in MEANINGS:
-        raise IngraftError(
-            f"No data is prepared for task '{task}'{nearest(task, MEANINGS)}. Now: {', '.join(MEANINGS)}."
-        )
+    wanted = task_of(task)
     if max_length < 2:
         raise IngraftError(f"data.max_length must be at least 2, not {max_length}.")
     files = {"train": read_rows(train)}
-    chosen, records = _read(files["train"], form, task)
+    chosen, records = wanted.read(files["train"], form)
     read: dict[str, tuple[list[Row], list[Record]]] = {"train": (files["train"], records)}
     aside = evaluation_size(eval, len(records))
     if isinstance(aside, str):
         rows = read_rows(aside)
-        read["eval"] = (rows, _read(rows, form, task)[1])
+        read["eval"] = (rows, wanted.read(rows, form)[1])
     elif aside:
         taken = choose(records, aside, seed)
         kept = [i for i in range(len(records)) if i not in taken]
@@ -118,7 +103,7 @@ def load(
             read[name] = ([files["train"][i] for i in positions], [records[i] for i in positions])
     if test is not None:
         rows = read_rows(test)
-        read["test"] = (rows, _read(rows, form, task)[1])
+        read["test"] = (rows, wanted.read(rows, form)[1])
 
     notes: list[str] = []
     if tokenizer.model_max_length < max_length:
@@ -126,24 +111,22 @@ def load(
             f"max_length lowered from {max_length} to {tokenizer.model_max_length}, the most that this base reads"
         )
         max_length = tokenizer.model_max_length
-    if task == "sft" and not has_template(tokenizer):
-        bare = chat is not True and chosen.name == "prompt-completion"
-        notes.append(
-            f"{name_of(tokenizer)} has no chat template: "
-            + ("prompts and completions are read as they stand" if bare else "Ingraft's default template is used")
-        )
-    names = tuple(labels) if labels is not None else label_names(records)
-    if task == "classify" and len(names) < 2:
-        raise IngraftError(
-            f"{train}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
-        )
-    encoder = _encoder(task, tokenizer, names, max_length, learn, chat)
+    names: tuple[str, ...] = ()
+    if wanted.labels is not None:
+        names = tuple(labels) if labels is not None else wanted.labels(records)
+        if len(names) < 2:
+            raise IngraftError(
+                f"{train}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
+            )
+    how = Settings(tokenizer=tokenizer, max_length=max_length, labels=names, learn=learn, chat=chat)
+    if wanted.notes is not None:
+        notes += wanted.notes(chosen, how)
 
     parts: dict[str, Part] = {}
     reports = []
     for name, (rows, part_records) in read.items():
         tally = Tally()
-        examples = encoder(part_records, rows, tally)
+        examples = wanted.encode(part_records, rows, how, tally)
         parts[name] = Part(rows=rows, records=part_records, examples=examples)
         reports.append(part_report(name, rows, part_records, examples, tally))
     _refuse_unknown([(report.source, report.unknown_share) for report in reports], tokenizer)
@@ -162,44 +145,10 @@ def load(
         train=parts["train"].examples,
         eval=parts["eval"].examples if "eval" in parts else [],
         test=parts["test"].examples if "test" in parts else [],
-        labels=names if task == "classify" else None,
+        labels=names or None,
         report=report,
         parts=parts,
     )
-
-
-def _read(rows: Sequence[Row], form: str, task: str) -> tuple[Format, list[Record]]:
-    chosen, records = read_records(rows, form)
-    kinds, wanted = MEANINGS[task]
-    if chosen.meaning not in kinds:
-        fitting = [name for name, (others, _) in MEANINGS.items() if chosen.meaning in others]
-        other = f" These rows fit `--task {fitting[0]}`." if fitting else " The task for such rows comes later."
-        raise IngraftError(f"{rows[0].file}: task {task} needs {wanted}; these are {chosen.name} rows.{other}")
-    return chosen, records
-
-
-Encoder = Callable[[Sequence[Record], Sequence[Row], Tally], list[Example]]
-
-
-def _encoder(
-    task: str,
-    tokenizer: PreTrainedTokenizerBase,
-    names: tuple[str, ...],
-    max_length: int,
-    learn: str,
-    chat: bool | None,
-) -> Encoder:
-    def sft(records: Sequence[Record], rows: Sequence[Row], tally: Tally) -> list[Example]:
-        chats = [as_chat(record) for record in records]
-        return encode_chats(chats, rows, tokenizer, max_length, learn=learn, chat=chat, tally=tally)
-
-    def lm(records: Sequence[Record], rows: Sequence[Row], tally: Tally) -> list[Example]:
-        return encode_documents(cast("Sequence[Document]", records), rows, tokenizer, max_length, tally=tally)
-
-    def classify(records: Sequence[Record], rows: Sequence[Row], tally: Tally) -> list[Example]:
-        return encode_labelled(cast("Sequence[Labelled]", records), rows, tokenizer, names, max_length, tally=tally)
-
-    return {"sft": sft, "lm": lm, "classify": classify}[task]
 
 
 def _refuse_unknown(shares: Sequence[tuple[str, float]], tokenizer: PreTrainedTokenizerBase) -> None:

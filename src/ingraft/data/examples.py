@@ -58,6 +58,17 @@ class Example:
         """How many tokens the loss counts; 1 for a classified row. The first token of a sequence is never predicted."""
         return 1 if self.labels is None else sum(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """What it teaches last: its class, or the last stretch of learned tokens. Rows with equal ones are of one kind."""
+        if self.label is not None or self.labels is None:
+            return () if self.label is None else (self.label,)
+        end = max((i for i, label in enumerate(self.labels) if label != IGNORED), default=len(self.labels) - 1) + 1
+        start = end
+        while start > 0 and self.labels[start - 1] != IGNORED:
+            start -= 1
+        return tuple(self.input_ids[start:end])
+
 
 @dataclass(kw_only=True, slots=True)
 class Tally:

@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from ingraft.data.examples import IGNORED, encode_classify, encode_lm, encode_sft
-from ingraft.data.formats import read_records
-from ingraft.data.records import label_of
+from ingraft.data.examples import IGNORED, Tally
 from ingraft.data.rows import Row
+from ingraft.data.tasks import TASKS, Settings
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
@@ -30,24 +29,21 @@ def preview(
     """The tokens of one row, (text, learned), in order; the texts join to what the model reads.
 
     A token that ends within a character (common in Chinese) has an empty text, and the one that completes it carries
-    the character. For `classify`, which learns a class and no token, the last entry is the label.
+    the character. What a row teaches beside tokens, such as its class, is the last entry.
 
     Raises:
         IngraftError: as `load` does for this row.
     """
-    rows = [row]
-    if task == "classify":
-        label = label_of(read_records(rows, form)[1][0])
-        example = encode_classify(rows, tokenizer, [label] if label is not None else [], max_length, form=form)[0]
-        return [*((text, False) for text in token_texts(example.input_ids, tokenizer)), (f" → {label}", True)]
-    if task == "lm":
-        example = encode_lm(rows, tokenizer, max_length, form=form)[0]
-    elif task == "sft":
-        example = encode_sft(rows, tokenizer, max_length, form=form, learn=learn, chat=chat)[0]
-    else:
-        raise IngraftError(f"There is no preview for task '{task}' yet: sft, lm and classify have one.")
-    learned = [label != IGNORED for label in example.labels or []]
-    return list(zip(token_texts(example.input_ids, tokenizer), learned, strict=True))
+    if task not in TASKS:
+        raise IngraftError(f"There is no preview for task '{task}' yet: {', '.join(TASKS)} have one.")
+    shown, rows = TASKS[task], [row]
+    records = shown.read(rows, form)[1]
+    labels = shown.labels(records) if shown.labels is not None else ()
+    how = Settings(tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat)
+    example = shown.encode(records, rows, how, Tally())[0]
+    learned = [label != IGNORED for label in example.labels or [IGNORED] * len(example)]
+    told = [(f" → {shown.told(records[0])}", True)] if shown.told is not None else []
+    return [*zip(token_texts(example.input_ids, tokenizer), learned, strict=True), *told]
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

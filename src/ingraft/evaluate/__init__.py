@@ -12,25 +12,27 @@ if TYPE_CHECKING:
     from ingraft.evaluate.classes import ClassScores, score_classes
     from ingraft.evaluate.generation import generate
     from ingraft.evaluate.loss import LossScores, paired_difference, score_loss
-    from ingraft.evaluate.metrics import Evaluation, evaluate
     from ingraft.evaluate.room import hold, virtual_tokens
+    from ingraft.evaluate.scorer import SCORERS, Asked, Scorer, evaluate, scorer_of
 
 _HOME = {
     "choices": ("ChoiceRow", "ChoiceScores", "choice_rows", "choices_of", "score_along", "score_choices"),
     "classes": ("ClassScores", "score_classes"),
     "generation": ("generate",),
     "loss": ("LossScores", "paired_difference", "score_loss"),
-    "metrics": ("Evaluation", "evaluate"),
     "room": ("hold", "virtual_tokens"),
+    "scorer": ("SCORERS", "Asked", "Scorer", "evaluate", "scorer_of"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "SCORERS",
+    "Asked",
     "ChoiceRow",
     "ChoiceScores",
     "ClassScores",
-    "Evaluation",
     "LossScores",
+    "Scorer",
     "choice_rows",
     "choices_of",
     "evaluate",
@@ -41,6 +43,7 @@ __all__ = [
     "score_choices",
     "score_classes",
     "score_loss",
+    "scorer_of",
     "virtual_tokens",
 ]
 

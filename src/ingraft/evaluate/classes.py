@@ -1,17 +1,24 @@
-"""Scores of a sequence classifier."""
+"""A sequence classifier, judged: its loss, its likeliest classes against the right ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 from torch.nn import functional as F
 
 from ingraft.data.examples import Example
+from ingraft.data.records import Labelled
 from ingraft.evaluate.loss import Poll, by_length, device_of
 from ingraft.evaluate.modes import scoring
+from ingraft.evaluate.scorer import Asked, Done, Scorer
+
+if TYPE_CHECKING:
+    from ingraft.data.dataset import DataSet, Part
+    from ingraft.data.rows import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +100,39 @@ def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
         hits = sum(p == kind == y for p, y in zip(predictions, labels, strict=True))
         scores.append(2 * hits / (predictions.count(kind) + labels.count(kind)))
     return sum(scores) / max(1, len(scores))
+
+
+class ClassifyScorer(Scorer):
+    """One class a row."""
+
+    task: ClassVar[str] = "classify"
+    cheap: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    adds: ClassVar[tuple[str, ...]] = ("prediction", "scores")
+
+    def evaluate(
+        self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
+    ) -> dict[str, float]:
+        del whole
+        scores = score_classes(self.model, data.parts[part].examples, self.pad_id, batch_size, poll)
+        return {"loss": scores.loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+
+    def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
+        asked = [part.records[example.row_id] for example in examples]
+        return [
+            {"prompt": f"{record.text}\n{record.text2 or ''}".strip(), "expected": record.label}
+            for record in asked
+            if isinstance(record, Labelled)
+        ]
+
+    def answers(self, part: Part, examples: Sequence[Example], poll: Poll | None = None) -> list[str]:
+        del part
+        scores = score_classes(self.model, examples, self.pad_id, poll=poll)
+        found = zip(scores.predictions, scores.probabilities, strict=True)
+        return [f"{self.labels[prediction]} ({max(p):.0%})" for prediction, p in found]
+
+    def predict(self, rows: Sequence[Row], asked: Asked, done: Done) -> None:
+        def told(position: int, best: int, shares: Sequence[float]) -> None:
+            scores = dict(zip(self.labels, (round(p, 6) for p in shares), strict=True))
+            done(position, {"prediction": self.labels[best], "scores": scores})
+
+        score_classes(self.model, self.encoded(rows, asked).examples, self.pad_id, asked.batch_size, done=told)

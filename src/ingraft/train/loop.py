@@ -26,8 +26,10 @@ from ingraft import adapt
 from ingraft.adapt.control import child_name, shared_name
 from ingraft.data import batches
 from ingraft.data.batching import longest_first
+from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
+from ingraft.evaluate.scorer import LOWER, Scorer
 from ingraft.recipe import Recipe
 from ingraft.train import checkpoint, memory, recompute
 from ingraft.train.frozen import Frozen
@@ -79,6 +81,7 @@ class Session:
 
     Attributes:
         who: the run's identity, for its checkpoints.
+        scorer: measures what was learned.
         metric: what best means.
         meter: counts the work of steps.
         frozen: what the frozen blocks make of each row, where that is kept.
@@ -90,8 +93,8 @@ class Session:
     model: nn.Module
     objective: Objective
     learners: Sequence[Learner]
-    train: Sequence[Example]
-    evaluation: Sequence[Example]
+    scorer: Scorer
+    data: DataSet
     folder: Path
     journal: Journal
     stop: Stop
@@ -138,7 +141,7 @@ def fit(session: Session, progress: Progress) -> None:
         IngraftError: the loss stays not finite, or the disk refused.
     """
     recipe, plan = session.recipe, session.plan
-    clock, order = Clock(), Order(session.train, plan, recipe.seed)
+    clock, order = Clock(), Order(session.data.train, plan, recipe.seed)
     adapt.trainable(session.model, *(learner.name for learner in session.learners))
     adapting(session.model, session.learners, True)
     session.objective.begin()
@@ -146,7 +149,7 @@ def fit(session: Session, progress: Progress) -> None:
     session.journal.begin(progress.step, plan.total)
     try:
         unfinished = progress.step and _due(progress.step, recipe.eval_steps) and progress.evaluated < progress.step
-        if session.evaluation and unfinished:
+        if session.data.eval and unfinished:
             evaluate(session, progress)  # the checkpoint was written on the way out of this evaluation
         while progress.step < plan.total and not progress.early:
             session.stop.check()
@@ -156,7 +159,7 @@ def fit(session: Session, progress: Progress) -> None:
             if _due(progress.step, recipe.logging_steps) or progress.step == plan.total:
                 values = log_line(session, progress, clock, norms)
             session.journal.step(progress.step, values)
-            if session.evaluation and _due(progress.step, recipe.eval_steps):
+            if session.data.eval and _due(progress.step, recipe.eval_steps):
                 evaluate(session, progress)
             if _due(progress.step, recipe.save_steps):
                 save(session, progress)
@@ -177,7 +180,7 @@ def _settle(session: Session, progress: Progress) -> None:
     asked = progress.micro_batch or recipe.per_device_train_batch_size
     if progress.micro_batch:
         recipe = dataclasses.replace(recipe, auto_find_batch_size=False)
-    choice = memory.choose(session.model, session.objective, session.train, recipe, asked)
+    choice = memory.choose(session.model, session.objective, session.data.train, recipe, asked)
     for line in choice.why:
         session.journal.say(line)
     progress.micro_batch = choice.rows
@@ -339,17 +342,15 @@ def evaluate(session: Session, progress: Progress) -> None:
     Raises:
         Stopped: a signal came; the evaluation counts as not made.
     """
-    recipe, objective = session.recipe, session.objective
-    whole = session.metric not in objective.cheap_metrics
+    recipe, scorer = session.recipe, session.scorer
+    whole = session.metric not in scorer.cheap
     results: list[dict[str, float]] = []
     for learner in session.learners:
         if len(session.learners) > 1:
             adapt.activate(session.model, learner.name)
-        found = objective.evaluate(
-            session.evaluation, recipe.per_device_eval_batch_size, whole=whole, poll=session.stop.check
-        )
-        results.append(found.metrics)
-    lower = objective.lower_is_better(session.metric)
+        size, poll = recipe.per_device_eval_batch_size, session.stop.check
+        results.append(scorer.evaluate(session.data, "eval", size, whole=whole, poll=poll))
+    lower = session.metric in LOWER
     for learner, metrics in zip(session.learners, results, strict=True):
         best = learner.consider(metrics[session.metric], progress.step, lower=lower, keep=recipe.load_best_model_at_end)
         named = {f"eval_{name}": value for name, value in metrics.items()}

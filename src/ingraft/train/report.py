@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ingraft.evaluate.scorer import LOWER, scorer_of
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train.curves import Series, chart
 
@@ -44,8 +45,6 @@ th { font-weight: 600; color: var(--soft); font-size: .85rem; } td.n, th.n { tex
 details { margin-top: .6rem; } summary { cursor: pointer; color: var(--soft); }
 details pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; margin-top: .5rem; overflow-x: auto; }
 """
-
-_LOWER = ("loss", "perplexity")
 
 
 def write_report(
@@ -124,7 +123,7 @@ def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         change = ""
         if name in before:
             difference = value - before[name]
-            lower = name.removeprefix("test_") in _LOWER
+            lower = name.removeprefix("test_") in LOWER
             kind = "good" if difference * (-1 if lower else 1) > 0 else "bad" if difference else ""
             change = f'<span class="{kind}">{difference:+.4f}</span>'
         rows.append(
@@ -170,7 +169,7 @@ def _details(title: str, text: str) -> str:
 
 def _next(recipe: Recipe) -> str:
     folder = recipe.output_dir
-    talk = [] if recipe.task == "classify" else [f"ingraft chat --adapter {folder}"]
+    talk = [f"ingraft chat --adapter {folder}"] if scorer_of(recipe.task).writes else []
     return "\n".join(
         [
             *talk,

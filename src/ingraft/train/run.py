@@ -22,12 +22,13 @@ from ingraft import adapt, durable
 from ingraft.adapt.control import Adapter, require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS, base_of, save_members, serialised
 from ingraft.adapt.files import load as load_adapter
-from ingraft.bases import load_base, load_tokenizer, reserve
+from ingraft.bases import HEADS, load_base, load_tokenizer, reserve
+from ingraft.bases.heads import head_modules
 from ingraft.data import load, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError, nearest
-from ingraft.evaluate import ChoiceRow, choices_of, virtual_tokens
+from ingraft.evaluate import Scorer, scorer_of, virtual_tokens
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, recompute, samples
@@ -37,7 +38,6 @@ from ingraft.train.lock import locked
 from ingraft.train.loop import Progress, Session, fit, save
 from ingraft.train.machine import environment, keep_freed_memory, peak_memory
 from ingraft.train.objectives import Objective, objective_for
-from ingraft.train.objectives.classify import head_modules
 from ingraft.train.profile import Profiler
 from ingraft.train.report import write_report
 from ingraft.train.roofline import meter_of
@@ -87,7 +87,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     data: DataSet
     objective: Objective
-    choices: Mapping[str, Sequence[ChoiceRow]]
+    scorer: Scorer
     frozen: Frozen | None
 
 
@@ -171,8 +171,7 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     model = base.model
     recompute.enable(model, recipe)
     recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
-    choices = {part: choices_of(data, part, tokenizer) for part in ("eval", "test") if recipe.task == "sft"}
-    objective = objective_for(recipe.task, model, pad_id(tokenizer), choices.get("eval", ()))
+    objective = objective_for(recipe.task, model, pad_id(tokenizer))
     with _packed(recipe, model):  # a base that cannot is refused before anything is written
         frozen = frozen_of(recipe, model, objective, data.train, steps)
     return Prepared(
@@ -181,7 +180,7 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
         tokenizer=base.tokenizer,
         data=data,
         objective=objective,
-        choices=choices,
+        scorer=scorer_of(recipe.task)(model, tokenizer, data.labels),
         frozen=frozen,
     )
 
@@ -198,7 +197,7 @@ def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...], allo
     for name, folder in recipe.adapters.items():
         load_adapter(model, folder, name=name)
     config = registry.make_config(recipe.method, recipe.method_config)
-    if recipe.task == "classify" and not config.modules_to_save:
+    if HEADS[recipe.task].fresh and not config.modules_to_save:
         head = head_modules(model)
         beside = tuple(path for path in fresh if path.split(".")[0] not in head)
         config = dataclasses.replace(config, modules_to_save=(*head, *beside))
@@ -264,8 +263,8 @@ def _run(
         model=model,
         objective=prepared.objective,
         learners=[learner],
-        train=data.train,
-        evaluation=data.eval,
+        scorer=prepared.scorer,
+        data=data,
         folder=folder,
         journal=notes,
         stop=Stop(),
@@ -285,7 +284,7 @@ def _run(
         f"{recipe.method}: {trained:,} trained parameters; {session.plan.total} steps of {session.plan.effective} rows, "
         f"{len(data.train):,} rows an epoch."
     )
-    shown = samples.choose(data.eval or data.train)
+    shown = samples.choose(data.parts[shown_part(data)].examples)
     kept = prepared.frozen.opened(folder, notes.say) if prepared.frozen is not None else contextlib.nullcontext()
     with session.stop.listening(), _packed(recipe, model), kept:
         try:
@@ -326,14 +325,13 @@ def _result(
 ) -> Run:
     """The finished run, written. A signal that comes now is too late to matter: what is left takes a second."""
     learner, data = session.learners[0], prepared.data
-    part = data.parts["eval" if data.eval else "train"]
     run = Run(
         folder=session.folder,
         metrics={"before": progress.before["metrics"], "after": after["metrics"]} if after["metrics"] else {},
         samples=[
             {**question, "before": was, "after": now}
             for question, was, now in zip(
-                samples.questions(shown, prepared.tokenizer, None if prepared.recipe.task == "lm" else part.records),
+                prepared.scorer.questions(data.parts[shown_part(data)], shown),
                 progress.before["answers"],
                 after["answers"],
                 strict=True,
@@ -419,17 +417,19 @@ def _measure_base(prepared: Prepared, session: Session, shown: Sequence[Example]
 
 def _measure(prepared: Prepared, session: Session, shown: Sequence[Example]) -> dict[str, Any]:
     """Every metric of evaluation and test rows, and answers to the rows that are shown, from the model as it stands."""
-    recipe, data, poll = prepared.recipe, prepared.data, session.stop.check
-    size = recipe.per_device_eval_batch_size
+    data, poll, size = prepared.data, session.stop.check, prepared.recipe.per_device_eval_batch_size
     metrics: dict[str, float] = {}
     if data.eval:
-        metrics |= prepared.objective.evaluate(data.eval, size, whole=True, poll=poll).metrics
+        metrics |= prepared.scorer.evaluate(data, "eval", size, poll=poll)
     if data.test:
-        scorer = objective_for(recipe.task, prepared.model, prepared.objective.pad_id, prepared.choices.get("test", ()))
-        found = scorer.evaluate(data.test, size, whole=True, poll=poll).metrics
+        found = prepared.scorer.evaluate(data, "test", size, poll=poll)
         metrics |= {f"test_{name}": value for name, value in found.items()}
-    said = samples.answers(prepared.model, prepared.tokenizer, shown, data.labels, prepared.objective.pad_id, poll)
-    return {"metrics": metrics, "answers": said}
+    return {"metrics": metrics, "answers": prepared.scorer.answers(data.parts[shown_part(data)], shown, poll)}
+
+
+def shown_part(data: DataSet) -> str:
+    """The part of the data that samples are taken from."""
+    return "eval" if data.eval else "train"
 
 
 def _leave(session: Session, progress: Progress) -> NoReturn:

@@ -1,36 +1,36 @@
-"""What is learned: one file an objective. A new one is a subclass of `Objective` and a line in `objective_for`."""
+"""What is learned: one file an objective. A new one is a subclass of `Objective` and a line in `OBJECTIVES`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ingraft.errors import IngraftError
+from ingraft.errors import IngraftError, nearest
 from ingraft.train.objectives.base import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ingraft.evaluate import ChoiceRow
+__all__ = ["OBJECTIVES", "Objective", "objective_for"]
 
-__all__ = ["Objective", "objective_for"]
+OBJECTIVES: Mapping[str, str] = {
+    "sft": "causal:CausalObjective",
+    "lm": "causal:CausalObjective",
+    "classify": "classify:ClassifyObjective",
+}
+"""Task -> module and class."""
 
 
-def objective_for(task: str, model: PreTrainedModel, pad_id: int, choices: Sequence[ChoiceRow] = ()) -> Objective:
+def objective_for(task: str, model: PreTrainedModel, pad_id: int) -> Objective:
     """The objective of a task.
-
-    Args:
-        choices: for sft, the evaluation rows as choices between label words.
 
     Raises:
         IngraftError: a task that cannot be trained yet.
     """
-    if task in ("sft", "lm"):
-        from ingraft.train.objectives.causal import CausalObjective
-
-        return CausalObjective(model, pad_id, task, choices)
-    if task == "classify":
-        from ingraft.train.objectives.classify import ClassifyObjective
-
-        return ClassifyObjective(model, pad_id)
-    raise IngraftError(f"task: {task!r} comes later; today sft, lm and classify can be trained.")
+    if task not in OBJECTIVES:
+        raise IngraftError(
+            f"task: {task!r} comes later{nearest(task, OBJECTIVES)}; today {', '.join(OBJECTIVES)} can be trained."
+        )
+    module, name = OBJECTIVES[task].split(":")
+    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id)

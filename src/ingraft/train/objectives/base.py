@@ -1,4 +1,4 @@
-"""What the loop asks of an objective, and nothing more: how much there is to learn in a row, a summed loss, an evaluation.
+"""What the loop asks of an objective, and nothing more: how much there is to learn in a row, and a summed loss.
 
 The loss is a sum and not a mean, because only the loop knows the whole effective batch that it has to be divided by. That is what makes
 8 rows at once and 2 rows four times the same step.
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from ingraft.data import collate
 from ingraft.data.examples import Example
-from ingraft.evaluate import Evaluation
-from ingraft.evaluate.loss import Poll, device_of
+from ingraft.evaluate.loss import device_of
 
 
 class Objective(ABC):
     """One way to learn from examples. Abstract."""
 
-    def __init__(self, model: nn.Module, pad_id: int, task: str) -> None:
-        self.model, self.pad_id, self.task = model, pad_id, task
+    def __init__(self, model: nn.Module, pad_id: int) -> None:
+        self.model, self.pad_id = model, pad_id
 
     def begin(self) -> None:  # noqa: B027 - most objectives need nothing
         """Called once when everything is attached, before the first loss."""
@@ -40,25 +39,21 @@ class Objective(ABC):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss of a micro-batch in nats, a float32 scalar with a gradient."""
 
+
+class HeadObjective(Objective):
+    """A loss of what a head of its own puts out. Abstract."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.of(self.model(**inputs).logits.float(), batch["labels"])
+
     @abstractmethod
-    def evaluate(
-        self, examples: Sequence[Example], batch_size: int, *, whole: bool, poll: Poll | None = None
-    ) -> Evaluation:
-        """Score the adapters that act.
+    def of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss.
 
         Args:
-            whole: every metric of the task; False leaves out what takes further passes over the rows.
+            logits: in float32. labels: as `collate` makes them.
         """
-
-    @property
-    def cheap_metrics(self) -> tuple[str, ...]:
-        """The metrics that an evaluation has even if it is not whole."""
-        return ("loss",)
-
-    @staticmethod
-    def lower_is_better(metric: str) -> bool:
-        """Losses fall, everything else rises."""
-        return metric in ("loss", "perplexity")
 
 
 def finite(x: Tensor) -> bool:

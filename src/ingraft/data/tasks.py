@@ -1,0 +1,195 @@
+"""What each task learns from, one declaration a task: which records, how they become examples, what the model's outputs are called.
+
+Whoever reads rows for a task asks its declaration and never its name, so a new task is an entry here and an encoder in a file of its own.
+The other layers have a table each under the same names: `bases.heads`, `evaluate.SCORERS`, `train.objectives.OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ingraft.data.chat import has_template, name_of
+from ingraft.data.examples import Example, Tally, as_chat, encode_chats, encode_documents, encode_labelled, label_names
+from ingraft.data.formats import ROLES, Format, Values, read_records
+from ingraft.data.records import Chat, Document, Labelled, Record
+from ingraft.data.rows import Row
+from ingraft.errors import IngraftError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How records become examples.
+
+    Attributes:
+        tokenizer: the base's.
+        max_length: longest sequence in tokens.
+        labels: what the model's outputs are called, in their order; empty for a task without such names.
+        learn: for sft, `answer` or `all`.
+        chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    labels: tuple[str, ...] = ()
+    learn: str = "answer"
+    chat: bool | None = None
+
+
+Encode = Callable[[Sequence[Any], Sequence[Row], Settings, Tally], list[Example]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A task, as the data see it.
+
+    Attributes:
+        name: the recipe's.
+        records: which kinds of record it can learn from.
+        rows: how a message calls such rows.
+        encode: records and the rows they come from, as examples.
+        blocks: whether examples are blocks of a running text, so that their `row_id` counts blocks and not rows.
+        labels: what the outputs are called, from the training records; None where outputs have no names.
+        told: what a row teaches beside the tokens that are marked as learned; None where those are all.
+        unanswered: the fields of a row that may lack its answer, with a stand-in for the answer (`labels` are the model's).
+        notes: what is decided about a set of rows and may surprise.
+    """
+
+    name: str
+    records: tuple[type[Record], ...]
+    rows: str
+    encode: Encode
+    blocks: bool = False
+    labels: Callable[[Sequence[Record]], tuple[str, ...]] | None = None
+    told: Callable[[Any], str] | None = None
+    unanswered: Callable[[Row, Sequence[str]], Values]
+    notes: Callable[[Format, Settings], list[str]] | None = None
+
+    def read(self, rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[Record]]:
+        """The form of the rows and what they mean.
+
+        Raises:
+            IngraftError: as `read_records`, or this task cannot learn from such rows.
+        """
+        chosen, records = read_records(rows, form)
+        if chosen.meaning not in self.records:
+            fitting = [name for name, other in TASKS.items() if chosen.meaning in other.records]
+            hint = f" These rows fit `--task {fitting[0]}`." if fitting else " The task for such rows comes later."
+            raise IngraftError(
+                f"{rows[0].file}: task {self.name} needs {self.rows}; these are {chosen.name} rows.{hint}"
+            )
+        return chosen, records
+
+    def filled(self, rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Row]:
+        """The rows with a stand-in where an answer belongs, so that rows without one can be read."""
+        return [
+            Row(values=self.unanswered(row, labels), file=row.file, line=row.line, reader=row.reader) for row in rows
+        ]
+
+
+def task_of(name: str) -> Task:
+    """The declaration of a task.
+
+    Raises:
+        IngraftError: there is none of this name.
+    """
+    if name not in TASKS:
+        raise IngraftError(f"No data is prepared for task '{name}'{nearest(name, TASKS)}. Now: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def _sft(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    chats = [as_chat(record) for record in records]
+    return encode_chats(chats, rows, how.tokenizer, how.max_length, learn=how.learn, chat=how.chat, tally=tally)
+
+
+def _lm(records: Sequence[Document], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_documents(records, rows, how.tokenizer, how.max_length, tally=tally)
+
+
+def _classify(records: Sequence[Labelled], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_labelled(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
+
+
+def _template_notes(form: Format, how: Settings) -> list[str]:
+    if has_template(how.tokenizer):
+        return []
+    bare = how.chat is not True and form.name == "prompt-completion"
+    how_read = "prompts and completions are read as they stand" if bare else "Ingraft's default template is used"
+    return [f"{name_of(how.tokenizer)} has no chat template: {how_read}"]
+
+
+ANSWERS = {"instruction": "output", "prompt": "completion", "text": "label"}
+"""The field that makes a row recognisable -> the field that holds its answer, which a row to be answered may lack."""
+
+TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+"""The fields that hold turns, and what the turns' own fields are called; the last answer may be lacking."""
+
+
+def _unwritten(row: Row, labels: Sequence[str]) -> Values:
+    """For a model that writes: a stand-in where an answer is missing, and for the answering turn."""
+    del labels
+    values = dict(row.values)
+    for field, answer in ANSWERS.items():
+        if field in values and _absent(values.get(answer)) and (answer != "label" or row.reader != "txt"):
+            values[answer] = "?"
+    for field, (role, text) in TURNS.items():
+        if field in values:
+            values[field] = _answered(values[field], role, text)
+    return values
+
+
+def _absent(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, str) and not answer.strip())
+
+
+def _answered(turns: Any, role: str, text: str) -> Any:
+    """The turns with a stand-in for the answer that is wanted, in the place of one that is there. What is no list of turns is left for the
+    reader to name."""
+    if not isinstance(turns, list) or not turns:
+        return turns
+    known, stand_in = cast("list[Any]", turns), {role: "assistant", text: "?"}
+    if not isinstance(known[-1], dict):
+        return known
+    speaker = ROLES.get(str(cast("dict[str, Any]", known[-1]).get(role)).lower())
+    return [*(known[:-1] if speaker == "assistant" else known), stand_in]
+
+
+def _unclassified(row: Row, labels: Sequence[str]) -> Values:
+    return {**row.values, "label": labels[0]}  # any class: it is not looked at
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="sft",
+            records=(Chat, Labelled),
+            rows="rows with an answer: instructions, conversations, prompt and completion, or text and label",
+            encode=_sft,
+            unanswered=_unwritten,
+            notes=_template_notes,
+        ),
+        Task(
+            name="lm",
+            records=(Document,),
+            rows="plain text: {text} rows or a text file",
+            encode=_lm,
+            blocks=True,
+            unanswered=_unwritten,
+        ),
+        Task(
+            name="classify",
+            records=(Labelled,),
+            rows="{text, label} or {text, text2, label} rows",
+            encode=_classify,
+            labels=label_names,
+            told=lambda record: record.label,
+            unanswered=_unclassified,
+        ),
+    )
+}

@@ -1,0 +1,163 @@
+"""What is asked of a model in a task, apart from learning: its metrics, its answer to a row for people, and predictions for rows without an answer.
+
+One class a task, named in `SCORERS`. A verb, a report or the training loop asks the class and never the task's name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ingraft.data import pad_id
+from ingraft.data.dataset import Part
+from ingraft.data.examples import Example, Tally
+from ingraft.data.tasks import Settings, task_of
+from ingraft.errors import IngraftError, nearest
+from ingraft.evaluate.loss import Poll
+from ingraft.evaluate.room import hold
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ingraft.data.dataset import DataSet
+    from ingraft.data.rows import Row
+
+SCORERS: Mapping[str, str] = {
+    "sft": "writing:SftScorer",
+    "lm": "writing:LmScorer",
+    "classify": "classes:ClassifyScorer",
+}
+"""Task -> module and class."""
+
+LOWER = frozenset({"loss", "perplexity"})
+"""The metrics of which less is better."""
+
+Done = Callable[[int, dict[str, Any]], None]
+"""Told of every row as soon as it is answered: its position, and the fields it gets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How rows without an answer are to be answered.
+
+    Attributes:
+        form: of the rows, or `auto`.
+        max_length: longest sequence in tokens. batch_size: rows in a forward pass.
+        max_new_tokens: longest answer, where one is written.
+        say: told what may surprise.
+    """
+
+    form: str = "auto"
+    max_length: int = 512
+    batch_size: int = 8
+    max_new_tokens: int = 128
+    say: Callable[[str], None] = lambda text: None
+
+
+class Scorer(ABC):
+    """Asks a model, as it stands, with whatever adapters act. Abstract.
+
+    Attributes:
+        task: its name.
+        cheap: the metrics that an evaluation has even if it is not whole.
+        adds: the fields that a predicted row gets.
+        writes: whether the model answers in text, so that one can talk to it.
+    """
+
+    task: ClassVar[str]
+    cheap: ClassVar[tuple[str, ...]] = ("loss",)
+    adds: ClassVar[tuple[str, ...]] = ("prediction",)
+    writes: ClassVar[bool] = False
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+    ) -> None:
+        """Args:
+        labels: what the outputs are called, in their order; None where they have no names.
+        """
+        self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
+        self.labels = tuple(labels) if labels is not None else ()
+
+    @abstractmethod
+    def evaluate(
+        self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
+    ) -> dict[str, float]:
+        """The metrics of a part that has rows, by name; `loss` among them.
+
+        Args:
+            whole: every metric of the task; False leaves out what takes further passes over the rows.
+            poll: called between batches; may raise to stop.
+        """
+
+    @abstractmethod
+    def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
+        """What rows ask (`prompt`) and what answer they have (`expected`), as a person wrote them.
+
+        Args:
+            examples: of the part, one for each row that is wanted.
+        """
+
+    @abstractmethod
+    def answers(self, part: Part, examples: Sequence[Example], poll: Poll | None = None) -> list[str]:
+        """What the model says to the rows of these examples, for people."""
+
+    @abstractmethod
+    def predict(self, rows: Sequence[Row], asked: Asked, done: Done) -> None:
+        """Answer every row; what stands in the place of an answer is not looked at.
+
+        Raises:
+            IngraftError: rows that cannot be used, by file and line.
+        """
+
+    def encoded(self, rows: Sequence[Row], asked: Asked) -> Part:
+        """Rows to be answered, as examples of this task; the tokenizer then declares no more than the model has room for.
+
+        Raises:
+            IngraftError: rows that cannot be used, by file and line.
+        """
+        hold(self.tokenizer, self.model)
+        task, tally = task_of(self.task), Tally()
+        longest = min(asked.max_length, self.tokenizer.model_max_length)
+        how = Settings(tokenizer=self.tokenizer, max_length=longest, labels=self.labels)
+        records = task.read(task.filled(rows, self.labels), asked.form)[1]
+        examples = task.encode(records, rows, how, tally)
+        if tally.cut:
+            asked.say(f"note: {tally.cut} rows were cut at {longest} tokens")
+        return Part(rows=list(rows), records=records, examples=examples)
+
+
+def scorer_of(task: str) -> type[Scorer]:
+    """The scorer of a task.
+
+    Raises:
+        IngraftError: the task has none.
+    """
+    if task not in SCORERS:
+        raise IngraftError(
+            f"task: {task!r} has no evaluation yet{nearest(task, SCORERS)}; today {', '.join(SCORERS)} have one."
+        )
+    module, name = SCORERS[task].split(":")
+    return getattr(import_module(f"ingraft.evaluate.{module}"), name)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSet,
+    part: str = "eval",
+    *,
+    batch_size: int = 8,
+    poll: Poll | None = None,
+) -> dict[str, float]:
+    """Every metric of a part of the data, by name, for the task that it was read for.
+
+    Raises:
+        IngraftError: there are no rows in it, or the task has no evaluation.
+    """
+    if part not in data.parts or not data.parts[part].examples:
+        raise IngraftError("There are no rows to evaluate on.")
+    scorer = scorer_of(data.report.task)(model, tokenizer, data.labels)
+    return scorer.evaluate(data, part, batch_size, poll=poll)
