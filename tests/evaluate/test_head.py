@@ -79,6 +79,11 @@ def reference(model: Any, data: dict[str, Tensor]) -> Tensor:
     )
 
 
+def bent_reference(model: Any, data: dict[str, Tensor]) -> Tensor:
+    rows = [{name: value[i : i + 1] for name, value in data.items()} for i in range(len(data["input_ids"]))]
+    return sum((reference(model, row) ** 2 for row in rows), reference(model, data))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradient_equal_those_of_the_whole_logits(family: str) -> None:
     model = adapt.attach(build(family), LoraConfig(r=4), seed=0)
@@ -93,6 +98,11 @@ def test_loss_and_gradient_equal_those_of_the_whole_logits(family: str) -> None:
     grads = torch.autograd.grad(wanted, own)
     loss = head.loss(data)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-4)
+    bent = head.by_row(data).square().sum() + head.loss(data)  # a row's gradient is weighed by what is made of its sum
+    for got, want in zip(
+        torch.autograd.grad(bent, own), torch.autograd.grad(bent_reference(model, data), own), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
     # 3 * loss, so that the gradient from outside is seen to be applied
     for got, want in zip(torch.autograd.grad(3 * loss, own), grads, strict=True):
         torch.testing.assert_close(got, 3 * want, rtol=1e-3, atol=1e-4)
@@ -113,6 +123,7 @@ def test_losses_name_their_rows() -> None:
     for row in range(3):
         alone = {name: value[row : row + 1] for name, value in data.items()}
         torch.testing.assert_close(losses[rows == row].sum(), reference(model, alone), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(CausalHead(model).by_row(data)[row], losses[rows == row].sum())
 
 
 def test_a_trained_head_gets_its_gradient() -> None:

@@ -70,8 +70,16 @@ class Seen:
             return F.cross_entropy(x_NX.float(), targets_N, reduction="sum")
         return cast(Tensor, _PiecewiseLoss.apply(x_NX, self.weight_VD, self.bias_V, targets_N, self.behind)[0])
 
+    def by_row(self, labels_BT: Tensor) -> Tensor:
+        """(B,) the summed negative log-likelihood (nats) of each row's learned tokens. Differentiable, as `loss`."""
+        losses_N, rows_N = self.losses(labels_BT)
+        at_N = learned(labels_BT)[1]
+        # Each into a place of its own and not added up as they come, which on a GPU is in another order every time.
+        losses_BT = losses_N.new_zeros(labels_BT.shape).index_put((rows_N, at_N), losses_N)
+        return losses_BT.sum(dim=1)
+
     def losses(self, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Per learned token its negative log-likelihood in nats (N,) and its row (N,)."""
+        """Per learned token its negative log-likelihood in nats (N,) and its row (N,). Differentiable, as `loss`."""
         rows_N, at_N, targets_N = learned(labels_BT)
         x_NX = self.states_BTX[rows_N, at_N]
         if self.behind is None or self.weight_VD is None:
@@ -104,6 +112,10 @@ class CausalHead:
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed negative log-likelihood (nats) of the batch's learned tokens; `labels` (B, T) holds -100 elsewhere. Differentiable."""
         return self._see(batch, self.by_pieces).loss(batch["labels"])
+
+    def by_row(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B,) the same for each row of the batch. Differentiable."""
+        return self._see(batch, self.by_pieces).by_row(batch["labels"])
 
     @torch.no_grad()
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -213,7 +225,9 @@ def _inverse(x: float | None) -> float | None:
 
 
 class _PiecewiseLoss(torch.autograd.Function):
-    """Summed cross entropy through a frozen head, piece by piece; the gradient to the hidden states is made along with the loss."""
+    """Cross entropy through a frozen head, summed and by token, piece by piece; the gradient to the hidden states is made along with the loss.
+
+    Of one token that is a gradient for its loss alone, so whatever is computed from the losses later only weighs it."""
 
     @staticmethod
     def forward(
@@ -248,10 +262,14 @@ class _PiecewiseLoss(torch.autograd.Function):
                 torch.mm(p_CV if narrow is room else narrow_CV.copy_(p_CV), weight_VD, out=grad_ND[piece])
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
-        ctx.mark_non_differentiable(losses_N)
+        ctx.set_materialize_grads(False)
         return losses_N.sum(), losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None, None
+        of_sum, of_each_N = grads
+        if of_each_N is None:
+            return grad_ND * of_sum, None, None, None, None
+        weight_N = of_each_N if of_sum is None else of_each_N + of_sum
+        return (grad_ND * weight_N[:, None]).to(grad_ND.dtype), None, None, None, None
