@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ingraft.data.formats import FORMATS, detect, read_records
-from ingraft.data.records import Chat, Document, Judged, Labelled, Preference, Span, Tagged
+from ingraft.data.records import Chat, Document, Judged, Labelled, Preference, Ranking, Span, Tagged
 from ingraft.errors import IngraftError
 
 USER, BOT, SYSTEM = (
@@ -28,6 +28,7 @@ SAMPLES = [
     ("judged", {"prompt": "Q", "completion": "A", "label": True}, Judged(messages=(USER,), completion="A", good=True)),
     ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}, Preference(messages=(USER,), chosen="A", rejected="B")),
     ("messages-preference", {"prompt": "x", "messages": [USER], "chosen": "A", "rejected": "B"}, Preference(messages=(USER,), chosen="A", rejected="B")),
+    ("ranking", {"prompt": "Q", "responses": ["A", "B", "C"], "ranking": [4, 1, 4]}, Ranking(messages=(USER,), answers=("A", "B", "C"), places=(2, 1, 2))),
     ("text-label", {"text": "T", "label": 1}, Labelled(text="T", text2=None, label="1")),
     ("text-label", {"text": "T", "label": 2.0}, Labelled(text="T", text2=None, label="2")),
     ("text-label", {"text": "T", "label": False}, Labelled(text="T", text2=None, label="false")),
@@ -120,6 +121,12 @@ def test_an_asked_for_form_is_kept(make_rows: Callable[..., Any]) -> None:
         ({"tokens": ["a"], "tags": []}, "1 tokens but 0 tags"),
         ({"context": "abcd", "question": "Q", "answers": [{"text": "x", "answer_start": 0}]}, "does not stand at character 0"),
         ({"prompt": "Q", "chosen": [USER], "rejected": "B"}, "one turn of the assistant"),
+        ({"messages": [USER, BOT], "chosen": "A", "rejected": "B"}, "the last turn of 'messages' is the assistant's"),
+        ({"prompt": "Q", "responses": ["A", "B"], "ranking": [1]}, "2 responses but 1 places"),
+        ({"prompt": "Q", "responses": ["A", "B"], "ranking": [0, 1]}, "'ranking' holds 0"),
+        ({"prompt": "Q", "responses": ["A", "B"], "ranking": [True, 2]}, "'ranking' holds True"),
+        ({"prompt": "Q", "responses": ["A", "B"], "ranking": [2, 2]}, "one place"),
+        ({"prompt": "Q", "responses": ["A", ""], "ranking": [1, 2]}, r"field 'responses\[2\]' is empty"),
     ],
 )  # fmt: skip
 def test_unusable_values_are_named(values: dict[str, Any], message: str, make_rows: Callable[..., Any]) -> None:

@@ -285,7 +285,7 @@ JSON = st.recursive(
     max_leaves=4,
 )
 FIELD_NAMES = st.sampled_from(
-    ["text", "text2", "label", "instruction", "input", "output", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "tokens", "tags", "context", "question", "answers", "role", "content", "from", "value", "answer_start"]
+    ["text", "text2", "label", "instruction", "input", "output", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "responses", "ranking", "tokens", "tags", "context", "question", "answers", "role", "content", "from", "value", "answer_start"]
 )  # fmt: skip
 OBJECTS = st.dictionaries(
     FIELD_NAMES,

@@ -35,12 +35,14 @@ LEARN = ("answer", "all")
 class Example:
     """One sequence ready for a batch.
 
+    Its length is the number of tokens that the row puts through the model.
+
     Attributes:
         input_ids: the tokens.
         row_id: the row's position among the rows that were encoded (for `lm` the block's number). It names the row in
             logs and seeds its dropout.
         labels: per token its id where it is learned and -100 elsewhere; None for classification.
-        label: the class; None for language models.
+        label: the class, or among several answers the place; None for language models.
         token_type_ids: 0/1 for the first and second text, for encoders that want it.
     """
 
@@ -52,6 +54,11 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What goes through the model for this row, each a row of the batch."""
+        return (self,)
 
     @property
     def learned(self) -> int:
@@ -79,6 +86,7 @@ class Tally:
     lengths: list[int] = field(default_factory=list[int])
     cut: int = 0
     dropped: list[str] = field(default_factory=list[str])
+    same: list[str] = field(default_factory=list[str])
     unknown: int = 0
     tokens: int = 0
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ingraft.data.records import Chat, Document, Judged, Labelled, Message, Preference, Record, Span, Tagged
+from ingraft.data.records import Chat, Document, Judged, Labelled, Message, Preference, Ranking, Record, Span, Tagged
 from ingraft.data.rows import Row, RowProblem, refuse
 from ingraft.errors import IngraftError, nearest
 
@@ -203,7 +203,25 @@ def _read_preference(values: Values) -> Preference:
 
 def _read_chat_preference(values: Values) -> Preference:
     turns = _turns(values, "messages", "role", "content")
+    if turns[-1]["role"] == "assistant":
+        raise RowProblem("the last turn of 'messages' is the assistant's; they end with the turn that is answered")
     return Preference(messages=turns, chosen=_answer(values, "chosen"), rejected=_answer(values, "rejected"))
+
+
+def _read_ranking(values: Values) -> Ranking:
+    names = [(f"responses[{number}]", answer) for number, answer in enumerate(_list(values, "responses"), 1)]
+    answers = tuple(_answer({name: answer}, name) for name, answer in names)
+    places = _list(values, "ranking")
+    if len(places) != len(answers):
+        raise RowProblem(f"{len(answers)} responses but {len(places)} places in 'ranking'")
+    if wrong := [place for place in places if isinstance(place, bool) or not isinstance(place, int) or place < 1]:
+        raise RowProblem(
+            f"field 'ranking' holds {wrong[0]!r}: it gives the place of each response in turn, whole numbers from 1, the best, upwards"
+        )
+    if len(set(places)) < 2:
+        raise RowProblem("field 'ranking' gives all responses one place, so there is nothing to prefer")
+    order = {place: number for number, place in enumerate(sorted(set(places)), 1)}
+    return Ranking(messages=_prompt(values), answers=answers, places=tuple(order[place] for place in places))
 
 
 def _read_judged(values: Values) -> Judged:
@@ -263,6 +281,7 @@ FORMATS: dict[str, Format] = {
             meaning=Preference,
         ),
         Format(name="preference", fields=("prompt", "chosen", "rejected"), read=_read_preference, meaning=Preference),
+        Format(name="ranking", fields=("prompt", "responses", "ranking"), read=_read_ranking, meaning=Ranking),
         Format(name="span", fields=("context", "question", "answers"), read=_read_span, meaning=Span),
         Format(name="pair-label", fields=("text", "text2", "label"), read=_read_pair, meaning=Labelled),
         Format(name="instruction", fields=("instruction", "output"), read=_read_instruction, meaning=Chat),

@@ -1,6 +1,6 @@
 """What a row means, whatever its fields were called.
 
-Seven shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
+Eight shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
 (templates, encoding, splits) sees only these, so a new form of row costs one entry there and nothing here.
 """
 
@@ -57,6 +57,15 @@ class Preference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """A prompt, several answers to it and the place of each: 1 is the best, and answers of one place are as good as each other."""
+
+    messages: tuple[Message, ...]
+    answers: tuple[str, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
     """A prompt, one answer to it and whether a reader found it good. Never learned as it stands: half of such
     answers are bad ones.
@@ -84,7 +93,7 @@ class Span:
     answers: tuple[tuple[str, int], ...]
 
 
-Record = Chat | Labelled | Document | Preference | Judged | Tagged | Span
+Record = Chat | Labelled | Document | Preference | Ranking | Judged | Tagged | Span
 
 
 def given(record: Record) -> str:
@@ -103,7 +112,7 @@ def given(record: Record) -> str:
             return record.text if record.text2 is None else f"{record.text}\x1e{record.text2}"
         case Document():
             return record.text
-        case Preference() | Judged():
+        case Preference() | Ranking() | Judged():
             return "\x1e".join(f"{m['role']}\x1f{m['content']}" for m in record.messages)
         case Tagged():
             return "\x1f".join(record.tokens)

@@ -35,6 +35,7 @@ class PartReport:
         labels: rows per class, largest first; empty for language models.
         cut: rows longer than `max_length`.
         dropped: rows without a learned token, mostly because their whole answer was cut away; by place.
+        same: rows dropped because their answers are the same, as written or within `max_length`; by place.
         duplicates: rows that repeat an earlier row entirely.
         unknown_share: share of tokens that the tokenizer does not know.
     """
@@ -49,6 +50,7 @@ class PartReport:
     labels: dict[str, int]
     cut: int
     dropped: tuple[str, ...]
+    same: tuple[str, ...]
     duplicates: int
     unknown_share: float
 
@@ -67,11 +69,13 @@ class PartReport:
             out.append(f"  learned: {self.learned_share:.1%} of the tokens")
         if self.cut:
             out.append(f"  cut at max_length: {self.cut} rows ({self.cut / self.rows:.1%})")
-        if self.dropped:
-            more = ", ..." if len(self.dropped) > LISTED else ""
-            out.append(
-                f"  dropped, nothing to learn within max_length: {len(self.dropped)} rows ({', '.join(self.dropped[:LISTED])}{more})"
-            )
+        for why, places in (
+            ("nothing to learn within max_length", self.dropped),
+            ("the answers are the same, as written or within max_length", self.same),
+        ):
+            if places:
+                more = ", ..." if len(places) > LISTED else ""
+                out.append(f"  dropped, {why}: {len(places)} rows ({', '.join(places[:LISTED])}{more})")
         if self.duplicates:
             out.append(f"  duplicates: {self.duplicates} rows repeat an earlier one")
         if self.unknown_share:
@@ -144,6 +148,7 @@ def part_report(
         labels=dict(classes.most_common()) if classified else {},
         cut=tally.cut,
         dropped=tuple(tally.dropped),
+        same=tuple(tally.same),
         duplicates=0 if rows[0].reader == "txt" else len(records) - distinct,
         unknown_share=tally.unknown / max(1, tally.tokens),
     )

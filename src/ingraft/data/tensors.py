@@ -31,7 +31,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
     """The batch a model is called with.
 
     Args:
-        examples: rows of one kind, all with token labels or all with a class.
+        examples: rows of one kind, all with token labels or all with a class; a row of several sequences takes as many rows of the batch.
         pad_id: what to fill the tail of short rows with.
         multiple: round T up to a multiple of this; fixed shapes suit compiled graphs and tensor cores.
 
@@ -44,9 +44,10 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
     """
     if not examples:
         raise IngraftError("An empty batch has no tensors.")
+    examples = [sequence for example in examples for sequence in example.sequences]
     if len({(e.labels is None, e.label is None, e.token_type_ids is None) for e in examples}) > 1:
         raise IngraftError("A batch must hold rows of one kind: all with token labels, or all with a class.")
-    longest = max(len(example) for example in examples)
+    longest = max(len(example.input_ids) for example in examples)
     width = -(-longest // multiple) * multiple
 
     def pad(row: Sequence[int], filler: int) -> list[int]:
@@ -54,7 +55,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
 
     batch = {
         "input_ids": torch.tensor([pad(e.input_ids, pad_id) for e in examples]),
-        "attention_mask": torch.tensor([pad([1] * len(e), 0) for e in examples]),
+        "attention_mask": torch.tensor([pad([1] * len(e.input_ids), 0) for e in examples]),
     }
     if examples[0].labels is not None:
         batch["labels"] = torch.tensor([pad(e.labels or [], IGNORED) for e in examples])
@@ -66,5 +67,8 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
 
 
 def row_ids(examples: Sequence[Example]) -> Tensor:
-    """The rows' numbers, shape (B,), for dropout that depends on the row and not on its place in the batch."""
-    return torch.tensor([example.row_id for example in examples])
+    """The rows' numbers, shape (B,), for dropout that depends on the row and not on its place in the batch.
+
+    Sequences of one row have one number, so that what they begin with alike (the prompt) stays alike: their difference is the answers'.
+    """
+    return torch.tensor([sequence.row_id for example in examples for sequence in example.sequences])
