@@ -145,10 +145,19 @@ def test_what_cannot_be_compared_is_refused(chatml: Any, with_template: Any, mak
     telling = with_template(
         "{{ '!' if messages[-1]['content'] == 'b' else '?' }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(
-        IngraftError, match=r"rows\.jsonl:1: the chat template .* (shows the prompt differently|does not show)"
-    ):
+    with pytest.raises(IngraftError, match=r"rows\.jsonl:1: the chat template .* does not show"):
         encoded(make_rows(pair), telling)
+
+
+def test_blanks_before_one_answer_belong_to_it(with_template: Any, make_rows: Rows) -> None:
+    """Also with a template whose generation prompt opens what its past does not show, so that the answer is found by its words."""
+    thinking = with_template(
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
+    (row,) = encoded(make_rows({"prompt": "Q", "chosen": "a", "rejected": "\n b"}), thinking)
+    assert [thinking.decode(prompt_of(one)) for one in row.sequences] == ["user:Q<|im_end|>assistant:"] * 2
+    assert [answer_of(one, thinking) for one in row.sequences] == ["a<|im_end|>", "\n b<|im_end|>"]
 
 
 def test_the_report_names_dropped_pairs(chatml: Any, make_rows: Rows) -> None:

@@ -183,16 +183,11 @@ def _conversations(
     max_length: int,
     tally: Tally,
 ) -> list[tuple[int, list[Example]]]:
-    parts: list[list[Segment]] = []
+    parts: list[tuple[Segment, Segment]] = []
     problems: list[str] = []
     for row, prompt, texts in zip(rows, prompts, answers, strict=True):
         try:
-            rendered = [_rendered(prompt, text, tokenizer) for text in texts]
-            if len({asked.text for asked, _ in rendered}) > 1:
-                raise RowProblem(
-                    f"the chat template of {name_of(tokenizer)} shows the prompt differently before each answer"
-                )
-            parts += [list(two) for two in rendered]
+            parts += _one_prompt([_rendered(prompt, text, tokenizer) for text in texts], tokenizer)
         except RowProblem as problem:
             problems.append(f"{row.place}: {problem}")
     if problems:
@@ -216,6 +211,19 @@ def _rendered(prompt: Sequence[Message], answer: str, tokenizer: PreTrainedToken
     parts = segments(turns, tokenizer)
     last = max(i for i, part in enumerate(parts) if part.learned)
     return Segment(text="".join(part.text for part in parts[:last]), learned=False), parts[last]
+
+
+def _one_prompt(
+    rendered: Sequence[tuple[Segment, Segment]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Segment, Segment]]:
+    """The same with one prompt before all answers. Blanks that stand before some only belong to the answer."""
+    prompt = min((asked.text for asked, _ in rendered), key=len)
+    if any(asked.text.rstrip() != prompt.rstrip() or not asked.text.startswith(prompt) for asked, _ in rendered):
+        raise RowProblem(f"the chat template of {name_of(tokenizer)} shows the prompt differently before each answer")
+    return [
+        (Segment(text=prompt, learned=False), Segment(text=asked.text[len(prompt) :] + said.text, learned=True))
+        for asked, said in rendered
+    ]
 
 
 def _reads_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
