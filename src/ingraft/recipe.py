@@ -38,7 +38,9 @@ Quantization = Literal["none", "nf4", "int8", "keep"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
-READY_TASKS = ("sft", "lm", "classify")
+READY_TASKS = ("sft", "lm", "classify", "reward", "dpo", "ipo", "kto")
+REFERENCE_TASKS = ("dpo", "ipo", "kto")
+"""Those that compare a policy with the one it was at first."""
 
 _KEYBOARD_ONLY = {
     "trust_remote_code": "a file may not decide whose code runs here",
@@ -73,6 +75,21 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceRecipe:
+    """How preferences become a loss (tasks dpo, ipo and kto)."""
+
+    beta: Annotated[float, Gt(0)] = _key(
+        "dpo, kto: how dear a step away from the reference is; ipo: the goal is a margin of 1 / (2 beta) nats a token",
+        0.1,
+    )
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = _key(
+        "dpo: the share of pairs taken to be the wrong way round", 0.0
+    )
+    desirable_weight: Annotated[float, Gt(0)] = _key("kto: weight of answers judged good", 1.0)
+    undesirable_weight: Annotated[float, Gt(0)] = _key("kto: weight of answers judged bad", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run. Build it through `as_recipe` or `load_recipe`, which check it; the fields carry their help text."""
 
@@ -80,7 +97,10 @@ class Recipe:
     quantization: Quantization = _key(
         "how the frozen base is held in memory: nf4, int8, keep (a GGUF's own blocks) or none (dense)", "none"
     )
-    task: Task = _key("what is learned: sft (answers), lm (plain text) or classify (labels)", "sft")
+    task: Task = _key(
+        "what is learned: sft (answers), lm (plain text), classify (labels), reward (which answer is better), or dpo, ipo, kto (to give the better one)",
+        "sft",
+    )
     data: DataRecipe = _key("the data, see the data.* keys")
     method: str = _key("tuning method, a name from `ingraft methods`", "lora")
     method_config: dict[str, Any] = _key("the method's own keys, for example method_config.r", factory=dict)
@@ -88,6 +108,11 @@ class Recipe:
         "trained adapters that the method acts over (fusion): a folder by the name it gets here", factory=dict
     )
     init_adapter: str | None = _key("start from this adapter folder instead of a fresh adapter", None)
+    reference_adapter: str | None = _key(
+        "dpo, ipo, kto: the adapter that the policy is compared with; null takes init_adapter, else the base alone",
+        None,
+    )
+    preference: PreferenceRecipe = _key("see the preference.* keys", factory=PreferenceRecipe)
 
     learning_rate: Annotated[float, Gt(0)] | None = _key(
         "peak learning rate; null takes the method's own, see `ingraft methods`", None
@@ -144,6 +169,10 @@ class Recipe:
         """The learning rate of a resolved recipe."""
         assert self.learning_rate is not None, "as_recipe resolves it"
         return self.learning_rate
+
+
+GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe}
+"""The keys that hold keys of their own."""
 
 
 def recipe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
@@ -255,7 +284,8 @@ def _adapter() -> TypeAdapter[Recipe]:
     from pydantic import ConfigDict, TypeAdapter, with_config
 
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    with_config(config)(DataRecipe)
+    for group in GROUPS.values():
+        with_config(config)(group)
     return TypeAdapter(with_config(config)(Recipe))
 
 
@@ -263,7 +293,7 @@ def _parse(values: dict[str, Any]) -> tuple[Recipe, list[str], set[str]]:
     """Types and names. Returns what could be understood (defaults elsewhere), the problems and the dotted keys they concern."""
     from pydantic import ValidationError
 
-    known = [key for key, _, _ in recipe_fields()] + ["data"]
+    known = [key for key, _, _ in recipe_fields()] + list(GROUPS)
     known_set = set(known)
     problems: dict[str, str] = {}
     remaining = plain(values)
@@ -349,6 +379,12 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.train",), "data.train: names no file."
     if not recipe.model.strip():
         yield ("model",), "model: names no base; `ingraft models` lists the ones at hand."
+    if recipe.reference_adapter is not None and recipe.task not in REFERENCE_TASKS:
+        text = f"only {', '.join(REFERENCE_TASKS)} compare with another adapter, and task is {recipe.task!r}; leave it out."
+        yield ("reference_adapter", "task"), f"reference_adapter: {text}"
+    if recipe.cache_frozen and recipe.task in ("reward", *REFERENCE_TASKS):
+        text = f"rows of task {recipe.task!r} are several sequences each, whose states are not kept; leave it false."
+        yield ("cache_frozen", "task"), f"cache_frozen: {text}"
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
     if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:

@@ -80,7 +80,7 @@ def test_rows_of_another_task_are_refused_with_the_right_one(tmp_path: Path, cha
     with pytest.raises(IngraftError, match=r"task sft needs rows with an answer.*these are text rows.*--task lm"):
         data.load(text, chatml)
     pairs = write(tmp_path / "b.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
-    with pytest.raises(IngraftError, match=r"these are preference rows.*comes later"):
+    with pytest.raises(IngraftError, match=r"these are preference rows.*--task reward` or `--task dpo"):
         data.load(pairs, chatml)
     with pytest.raises(IngraftError, match=r"task 'sfd' \(did you mean 'sft'\?\)"):
         data.load(text, chatml, task="sfd")
@@ -115,8 +115,13 @@ def test_preview_of_every_task(tmp_path: Path, chatml: Any, bert_like: Any) -> N
     assert not any(learned for _, learned in data.preview(row, bert_like("good"), task="classify")[:-1])
     line = data.read_rows(write(tmp_path / "b.jsonl", {"text": "good"}))[0]
     assert all(learned for _, learned in data.preview(line, chatml, task="lm"))
+    pair = data.read_rows(write(tmp_path / "c.jsonl", {"prompt": "a", "chosen": "good", "rejected": "bad"}))[0]
+    for task in ("dpo", "reward"):
+        shown = data.preview(pair, chatml, task=task)
+        assert "".join(text for text, _ in shown).endswith("good<|im_end|> → \n2. bad")
+        assert any(learned for _, learned in shown[:-1]) is (task == "dpo")
     with pytest.raises(IngraftError, match="no preview"):
-        data.preview(row, chatml, task="dpo")
+        data.preview(row, chatml, task="grpo")
 
 
 def test_quantiles() -> None:

@@ -251,7 +251,7 @@ def test_evaluate_names_its_metrics(llama: Any) -> None:
     with pytest.raises(IngraftError, match="no rows"):
         metrics_of_text(llama, [], 0)
     with pytest.raises(IngraftError, match="no evaluation yet"):
-        scorer_of("dpo")
+        scorer_of("grpo")
 
 
 def test_every_layer_declares_the_same_tasks() -> None:

@@ -26,6 +26,7 @@ class Head:
         what: how a message calls it.
         fresh: whether it begins at random, so that weights which the files lack are no damage.
         named: whether its outputs are called something: labels, in order.
+        outputs: how many it has, where that is no matter of labels.
     """
 
     loader: str
@@ -33,6 +34,7 @@ class Head:
     what: str
     fresh: bool = True
     named: bool = False
+    outputs: int | None = None
 
     def require(self, name: str, config: Any, task: str) -> None:
         """Refuse a base that cannot have this head.
@@ -59,6 +61,8 @@ class Head:
 
     def prepare(self, config: Any, labels: list[str] | None, num_labels: int | None) -> None:
         """Tell a base's config what the outputs are."""
+        if self.outputs is not None:
+            config.num_labels = self.outputs
         if not self.named:
             return
         if labels is not None:
@@ -77,8 +81,22 @@ CLASSIFIER = Head(
     what="sequence classifier",
     named=True,
 )
+NUMBER = Head(
+    loader="AutoModelForSequenceClassification",
+    families="MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    what="head that says one number",
+    outputs=1,
+)
 
-HEADS: Mapping[str, Head] = {"sft": WRITER, "lm": WRITER, "classify": CLASSIFIER}
+HEADS: Mapping[str, Head] = {
+    "sft": WRITER,
+    "lm": WRITER,
+    "classify": CLASSIFIER,
+    "reward": NUMBER,
+    "dpo": WRITER,
+    "ipo": WRITER,
+    "kto": WRITER,
+}
 """The head of each task."""
 
 

@@ -12,7 +12,7 @@ from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
 
 
-@verb("model", "quantization", "task", "data", "dtype", "per_device_eval_batch_size", "seed")
+@verb("model", "quantization", "task", "data", "preference", "dtype", "per_device_eval_batch_size", "seed")
 @adapter_option
 @trust_option
 def command(
@@ -49,7 +49,14 @@ def command(
     output.say(*(f"note: {note}" for note in data.report.notes))
     found: dict[str, Any] = {}
     for part in parts:
-        metrics = evaluate(opened.model, opened.tokenizer, data, part, batch_size=recipe.per_device_eval_batch_size)
+        metrics = evaluate(
+            opened.model,
+            opened.tokenizer,
+            data,
+            part,
+            batch_size=recipe.per_device_eval_batch_size,
+            preference=recipe.preference,
+        )
         found[part] = {"rows": len(data.parts[part].examples), "source": data.parts[part].rows[0].file, **metrics}
     output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})
     for part in parts:

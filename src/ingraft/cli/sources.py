@@ -26,6 +26,7 @@ _TRAINING_ONLY = (
     "method",
     "method_config",
     "init_adapter",
+    "reference_adapter",
     "output_dir",
     "load_best_model_at_end",
     "early_stopping_patience",
@@ -156,7 +157,9 @@ def open_model(
     from transformers.utils import logging
 
     import ingraft
+    from ingraft.adapt.lifecycle import acting_kept
     from ingraft.bases import HEADS, load_base
+    from ingraft.evaluate.roles import REFERENCE
 
     logging.disable_progress_bar()
 
@@ -168,13 +171,19 @@ def open_model(
     if dtype == "auto" and facts.get("dtype"):  # the dtype the adapter was trained in, not what is fast here today
         dtype = facts["dtype"]
     # A model with a head that was saved by itself (merged, or trained elsewhere) brings the head, and its labels.
-    task = None if HEADS[recipe.task].fresh and labels is None else recipe.task
+    head = HEADS[recipe.task]
+    by_itself = head.fresh and (labels is None if head.named else adapter is None)
+    task = None if by_itself else recipe.task
     torch.manual_seed(recipe.seed)  # what a base lacks for the task starts at random: draw it as training did
     base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels, quantization=recipe.quantization)
     model, tokenizer = base.model, base.tokenizer
     name = None
     if adapter is not None:
-        name = ingraft.load(model, adapter_folder(adapter), allow_base_mismatch=allow_base_mismatch)
+        folder = adapter_folder(adapter)
+        name = ingraft.load(model, folder, allow_base_mismatch=allow_base_mismatch)
+        if (kept := folder / REFERENCE).is_dir():  # what the run compared its policy with
+            with acting_kept(model):
+                ingraft.load(model, kept, name=REFERENCE, allow_base_mismatch=allow_base_mismatch)
     model.eval()
     return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name, source=base.source)
 

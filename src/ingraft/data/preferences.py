@@ -55,8 +55,19 @@ class Compared(Example):
         return len(self.input_ids) + sum(map(len, self.beside))
 
     @property
+    def own(self) -> Example:
+        """The first sequence alone: the best answer, or the judged one."""
+        return Example(
+            input_ids=self.input_ids,
+            labels=self.labels,
+            label=self.label,
+            token_type_ids=self.token_type_ids,
+            row_id=self.row_id,
+        )
+
+    @property
     def sequences(self) -> tuple[Example, ...]:
-        return (self, *self.beside)
+        return (self.own, *self.beside)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -65,7 +76,7 @@ class Compared(Example):
 
     @property
     def learned(self) -> int:
-        return sum(own.learned for own in (_alone(self), *self.beside))
+        return sum(one.learned for one in self.sequences)
 
 
 def encode_preferences(
@@ -87,7 +98,7 @@ def encode_preferences(
         IngraftError: a template refuses rows or shows a prompt differently before its answers; no row is left.
     """
     tally = Tally() if tally is None else tally
-    answers = [_ranked(record) for record in records]
+    answers = [answers_of(record) for record in records]
     prompts = [cast("Preference | Ranking", record).messages for record in records]
     encoded = _encode(prompts, [[text for text, _ in row] for row in answers], rows, tokenizer, max_length, tally)
     examples: list[Compared] = []
@@ -132,10 +143,50 @@ def encode_judged(
     return examples
 
 
-def _ranked(record: Record) -> list[tuple[str, int]]:
+def encode_answers(
+    records: Sequence[Record],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    tally: Tally | None = None,
+) -> list[list[Example]]:
+    """Every answer of every row, in the row's own order, for a model that reads the whole; of a conversation its last turn is the answer.
+
+    Raises:
+        IngraftError: a row without an answer, or whose prompt leaves it no room.
+    """
+    tally = Tally() if tally is None else tally
+    prompts: list[tuple[Message, ...]] = []
+    answers: list[list[str]] = []
+    problems: list[str] = []
+    for row, record in zip(rows, records, strict=True):
+        if isinstance(record, Chat) and record.messages[-1]["role"] == "assistant":
+            prompts.append(record.messages[:-1])
+            answers.append([record.messages[-1]["content"]])
+        elif isinstance(record, Preference | Ranking | Judged):
+            prompts.append(record.messages)
+            in_order = list(record.answers) if isinstance(record, Ranking) else [text for text, _ in answers_of(record)]
+            answers.append(in_order)
+        else:
+            problems.append(f"{row.place}: it has no answer")
+    if problems:
+        refuse(problems, summary=f"{len(problems)} of {len(rows)} rows have no answer to judge:")
+    encoded = _encode(prompts, answers, rows, tokenizer, max_length, tally)
+    if tally.dropped:
+        refuse(
+            tally.dropped,
+            summary=f"The prompts of {len(tally.dropped)} rows leave no room for an answer within {max_length} tokens:",
+        )
+    return [[_named(one, number, 0, whole=True) for one in found or []] for number, found in enumerate(encoded)]
+
+
+def answers_of(record: Record) -> list[tuple[str, int]]:
     """The answers with their places, the best first."""
     if isinstance(record, Preference):
         return [(record.chosen, 1), (record.rejected, 2)]
+    if isinstance(record, Judged):
+        return [(record.completion, 1)]
     assert isinstance(record, Ranking)
     return sorted(zip(record.answers, record.places, strict=True), key=lambda answer: answer[1])
 
@@ -292,10 +343,6 @@ def _joined(sequences: Sequence[Example]) -> Compared:
         row_id=own.row_id,
         beside=tuple(beside),
     )
-
-
-def _alone(example: Example) -> Example:
-    return Example(input_ids=example.input_ids, labels=example.labels, row_id=example.row_id)
 
 
 def _require(

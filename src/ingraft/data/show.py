@@ -41,7 +41,7 @@ def preview(
     labels = shown.labels(records) if shown.labels is not None else ()
     how = Settings(tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat)
     example = shown.encode(records, rows, how, Tally())[0]
-    learned = [label != IGNORED for label in example.labels or [IGNORED] * len(example)]
+    learned = [label != IGNORED for label in example.labels or [IGNORED] * len(example.input_ids)]
     told = [(f" → {shown.told(records[0])}", True)] if shown.told is not None else []
     return [*zip(token_texts(example.input_ids, tokenizer), learned, strict=True), *told]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ingraft.data.chat import has_template, name_of
 from ingraft.data.examples import Example, Tally, as_chat, encode_chats, encode_documents, encode_labelled, label_names
 from ingraft.data.formats import ROLES, Format, Values, read_records
-from ingraft.data.records import Chat, Document, Labelled, Record
+from ingraft.data.preferences import answers_of, encode_judged, encode_preferences
+from ingraft.data.records import Chat, Document, Judged, Labelled, Preference, Ranking, Record
 from ingraft.data.rows import Row
 from ingraft.errors import IngraftError, nearest
 
@@ -78,7 +79,8 @@ class Task:
         chosen, records = read_records(rows, form)
         if chosen.meaning not in self.records:
             fitting = [name for name, other in TASKS.items() if chosen.meaning in other.records]
-            hint = f" These rows fit `--task {fitting[0]}`." if fitting else " The task for such rows comes later."
+            ways = " or ".join(f"`--task {name}`" for name in fitting)
+            hint = f" These rows fit {ways}." if fitting else " The task for such rows comes later."
             raise IngraftError(
                 f"{rows[0].file}: task {self.name} needs {self.rows}; these are {chosen.name} rows.{hint}"
             )
@@ -113,6 +115,23 @@ def _lm(records: Sequence[Document], rows: Sequence[Row], how: Settings, tally: 
 
 def _classify(records: Sequence[Labelled], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     return encode_labelled(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
+
+
+def _preference(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return [*encode_preferences(records, rows, how.tokenizer, how.max_length, tally=tally)]
+
+
+def _reward(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return [*encode_preferences(records, rows, how.tokenizer, how.max_length, whole=True, tally=tally)]
+
+
+def _kto(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return [*encode_judged(records, rows, how.tokenizer, how.max_length, tally=tally)]
+
+
+def _beaten(record: Record) -> str:
+    """The answers that are not the best, for people."""
+    return "".join(f"\n{place}. {text}" for text, place in answers_of(record)[1:])
 
 
 def _template_notes(form: Format, how: Settings) -> list[str]:
@@ -159,6 +178,12 @@ def _answered(turns: Any, role: str, text: str) -> Any:
     return [*(known[:-1] if speaker == "assistant" else known), stand_in]
 
 
+def _as_it_is(row: Row, labels: Sequence[str]) -> Values:
+    """For a model that judges answers: they have to be there."""
+    del labels
+    return row.values
+
+
 def _unclassified(row: Row, labels: Sequence[str]) -> Values:
     return {**row.values, "label": labels[0]}  # any class: it is not looked at
 
@@ -190,6 +215,29 @@ TASKS: Mapping[str, Task] = {
             labels=label_names,
             told=lambda record: record.label,
             unanswered=_unclassified,
+        ),
+        *(
+            Task(
+                name=name,
+                records=(Preference, Ranking),
+                rows="answers in an order: {prompt, chosen, rejected}, {messages, chosen, rejected} or {prompt, responses, ranking}",
+                encode=encode,
+                told=_beaten,
+                unanswered=unanswered,
+            )
+            for name, encode, unanswered in (
+                ("reward", _reward, _as_it_is),
+                ("dpo", _preference, _unwritten),
+                ("ipo", _preference, _unwritten),
+            )
+        ),
+        Task(
+            name="kto",
+            records=(Judged,),
+            rows="answers judged one by one: {prompt, completion, label}, the label true or false",
+            encode=_kto,
+            told=lambda record: "good" if record.good else "bad",
+            unanswered=_unwritten,
         ),
     )
 }

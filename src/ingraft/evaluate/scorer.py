@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ingraft import adapt
 from ingraft.data import pad_id
 from ingraft.data.dataset import Part
 from ingraft.data.examples import Example, Tally
@@ -18,6 +20,7 @@ from ingraft.data.tasks import Settings, task_of
 from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.room import hold
+from ingraft.recipe import PreferenceRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,10 +32,14 @@ SCORERS: Mapping[str, str] = {
     "sft": "writing:SftScorer",
     "lm": "writing:LmScorer",
     "classify": "classes:ClassifyScorer",
+    "reward": "preferring:RewardScorer",
+    "dpo": "preferring:DpoScorer",
+    "ipo": "preferring:IpoScorer",
+    "kto": "preferring:KtoScorer",
 }
 """Task -> module and class."""
 
-LOWER = frozenset({"loss", "perplexity"})
+LOWER = frozenset({"loss", "perplexity", "brier", "calibration_error"})
 """The metrics of which less is better."""
 
 Done = Callable[[int, dict[str, Any]], None]
@@ -73,11 +80,17 @@ class Scorer(ABC):
     writes: ClassVar[bool] = False
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str] | None = None,
+        preference: PreferenceRecipe | None = None,
     ) -> None:
         """Args:
         labels: what the outputs are called, in their order; None where they have no names.
+        preference: settings of losses of preferences; None for the usual ones.
         """
+        self.preference = preference or PreferenceRecipe()
         self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
         self.labels = tuple(labels) if labels is not None else ()
 
@@ -91,6 +104,10 @@ class Scorer(ABC):
             whole: every metric of the task; False leaves out what takes further passes over the rows.
             poll: called between batches; may raise to stop.
         """
+
+    def before(self) -> AbstractContextManager[None]:
+        """Inside it the model is what training is compared with: the base alone."""
+        return adapt.disabled(self.model)
 
     @abstractmethod
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
@@ -151,13 +168,17 @@ def evaluate(
     *,
     batch_size: int = 8,
     poll: Poll | None = None,
+    preference: PreferenceRecipe | None = None,
 ) -> dict[str, float]:
     """Every metric of a part of the data, by name, for the task that it was read for.
+
+    Args:
+        preference: settings of losses of preferences.
 
     Raises:
         IngraftError: there are no rows in it, or the task has no evaluation.
     """
     if part not in data.parts or not data.parts[part].examples:
         raise IngraftError("There are no rows to evaluate on.")
-    scorer = scorer_of(data.report.task)(model, tokenizer, data.labels)
+    scorer = scorer_of(data.report.task)(model, tokenizer, data.labels, preference)
     return scorer.evaluate(data, part, batch_size, poll=poll)

@@ -130,7 +130,7 @@ class Frozen:
             if poll is not None:
                 poll()
             group = self._groups[number]
-            inputs = {name: x for name, x in self._objective.batch(group).items() if name != "labels"}
+            inputs = self._objective.inputs(self._objective.batch(group))
             with unnoticed(self._below.model), meter.micro_batch("frozen blocks", inputs, 0), phase("forward"):
                 x_BTD = self._below.states(inputs).cpu()
             for row, x_TD in zip(group, x_BTD, strict=True):
@@ -225,7 +225,7 @@ def frozen_of(
     other = next((row for row in by_length if len(row) > len(short)), by_length[-1])
     batch = objective.batch([other, short])
     with unnoticed(model):
-        found = below(model, {name: x for name, x in batch.items() if name != "labels"})
+        found = below(model, objective.inputs(batch))
     made = Frozen(found, objective, groups(rows, plan, recipe))
     try:
         durable.require_space(recipe.output_dir, made.bytes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 
 from ingraft import adapt
 from ingraft.adapt.control import child_name, shared_name
-from ingraft.data import batches
+from ingraft.data import batches, row_ids
 from ingraft.data.batching import longest_first
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
@@ -32,7 +32,7 @@ from ingraft.errors import IngraftError
 from ingraft.evaluate.scorer import LOWER, Scorer
 from ingraft.recipe import Recipe
 from ingraft.train import checkpoint, memory, recompute
-from ingraft.train.frozen import Frozen
+from ingraft.train.frozen import Frozen, groups
 from ingraft.train.journal import Journal
 from ingraft.train.learner import Learner
 from ingraft.train.machine import peak_memory
@@ -58,6 +58,7 @@ class Progress:
         micro_batch: rows that go through at once, as the memory allows; 0 before that is settled.
         early: whether early stopping ended it.
         loss_sum, units, steps: since the last line of the log, for its means.
+        noticed: by name the sum and the count of what the objective noticed, likewise.
         before: what the run found before its first step (metrics, samples).
         options: the method's, once data have had a say in them; empty where they have none.
     """
@@ -71,8 +72,15 @@ class Progress:
     loss_sum: float = 0.0
     units: int = 0
     steps: int = 0
+    noticed: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     before: dict[str, Any] = field(default_factory=dict[str, Any])
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def notice(self, taken: Mapping[str, tuple[float, float]]) -> None:
+        """Add sums and counts to those since the last line."""
+        for name, (total, count) in taken.items():
+            was = self.noticed.get(name, [0.0, 0.0])
+            self.noticed[name] = [was[0] + total, was[1] + count]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +152,8 @@ def fit(session: Session, progress: Progress) -> None:
     clock, order = Clock(), Order(session.data.train, plan, recipe.seed)
     adapt.trainable(session.model, *(learner.name for learner in session.learners))
     adapting(session.model, session.learners, True)
-    session.objective.begin()
+    together = groups(session.data.train, plan, recipe) if session.objective.reference else []
+    session.objective.begin(together)
     _settle(session, progress)
     session.journal.begin(progress.step, plan.total)
     try:
@@ -232,13 +241,16 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
             )
         norms.append(norm)
         loss_sum += float(total) if norm is not None else 0.0
+        if norm is not None:
+            progress.notice(objective.taken())
     if any(norm is not None for norm in norms):
         progress.loss_sum += loss_sum / len(session.learners)
         progress.units += units
         progress.steps += 1
     clock.seconds += time.perf_counter() - began
-    clock.tokens += sum(map(len, rows))
-    clock.learned += units
+    sequences = objective.sequences(rows)
+    clock.tokens += sum(map(len, sequences))
+    clock.learned += sum(sequence.learned for sequence in sequences)
     clock.steps += 1
     clock.work += session.meter.taken()
     return norms
@@ -278,22 +290,25 @@ def gradients(
     """
     total = torch.zeros((), device=session.accelerator.device)
     frozen = session.frozen
+    objective = session.objective
+    objective.taken()  # what an attempt noticed that ran out of memory
     try:
         if frozen is not None:
             frozen.require(rows, session.meter, session.stop.check)
+        objective.ready(rows, size, session.meter, session.stop.check)
         for start in range(0, len(rows), size):
             session.stop.check()
             micro = rows[start : start + size]
-            if not any(map(session.objective.units, micro)):
+            if not any(map(objective.units, micro)):
                 continue
-            row_ids = torch.tensor([row.row_id for row in micro])
-            adapt.dropout_step(session.model, number, row_ids)
-            batch = session.objective.batch(micro)
-            learned = sum(map(session.objective.units, micro))
+            sequences = objective.sequences(micro)
+            adapt.dropout_step(session.model, number, row_ids(sequences))
+            batch = objective.batch(micro)
+            learned = sum(sequence.learned for sequence in sequences)
             given = frozen.given(micro) if frozen is not None else contextlib.nullcontext()
             with given, session.meter.micro_batch(learner.name, batch, learned):
                 with phase("forward"):
-                    loss = session.objective.loss(batch)
+                    loss = objective.loss(batch)
                 with phase("backward"):
                     session.accelerator.backward(loss * (learner.scale / units))
             total += loss.detach()
@@ -330,8 +345,9 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         values["masked_steps"] = progress.masked
     if session.frozen is not None:
         values |= session.frozen.taken()
+    values |= {name: total / count if count else None for name, (total, count) in progress.noticed.items()}
     session.journal.write(**values)
-    progress.loss_sum, progress.units, progress.steps = 0.0, 0, 0
+    progress.loss_sum, progress.units, progress.steps, progress.noticed = 0.0, 0, 0, {}
     clock.seconds, clock.tokens, clock.learned, clock.steps, clock.work = 0.0, 0, 0, 0, 0
     return values
 

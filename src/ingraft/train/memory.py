@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft import adapt
+from ingraft.data import row_ids
 from ingraft.data.examples import Example
 from ingraft.evaluate.head import PIECE
 from ingraft.recipe import Recipe
@@ -122,7 +123,8 @@ def _fixed(model: nn.Module) -> int:
 
 def probe(model: nn.Module, objective: Objective, blocks: Sequence[nn.Module], row: Example) -> Kept:
     """`measure` for one row as it is trained."""
-    adapt.dropout_step(model, 0, torch.tensor([row.row_id]))
+    objective.ready([row], 1)
+    adapt.dropout_step(model, 0, row_ids(objective.sequences([row])))
     batch = objective.batch([row])
     return measure(model, blocks, lambda: objective.loss(batch))
 

@@ -15,6 +15,7 @@ from ingraft.adapt.files.folders import CONFIG, MEMBERS, WEIGHTS
 from ingraft.bases import check_base
 from ingraft.data import check_source
 from ingraft.errors import IngraftError
+from ingraft.evaluate.roles import REFERENCE
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train import checkpoint
 from ingraft.train.journal import entries
@@ -23,7 +24,7 @@ from ingraft.train.lock import NAME as LOCK
 
 RECIPE, LOG, METRICS, REPORT, PROFILE = "recipe.yaml", "log.jsonl", "metrics.json", "report.html", "profile.json"
 _TRACES = {LOG, durable.MANIFEST}
-_OWN = {RECIPE, LOG, METRICS, REPORT, PROFILE, CONFIG, WEIGHTS, MEMBERS, durable.MANIFEST, LOCK}
+_OWN = {RECIPE, LOG, METRICS, REPORT, PROFILE, CONFIG, WEIGHTS, MEMBERS, REFERENCE, durable.MANIFEST, LOCK}
 
 
 def check(recipe: Recipe, resume: str | None, *, overwrite: bool) -> None:
@@ -42,7 +43,14 @@ def absent(recipe: Recipe) -> list[str]:
             *([partial(check_base, recipe.model, recipe.quantization, recipe.task)] if recipe.model.strip() else []),
             *(partial(check_source, path) for path in sources),
             *(partial(_check_adapter, f"adapters.{name}", path) for name, path in recipe.adapters.items()),
-            *([partial(_check_adapter, "init_adapter", recipe.init_adapter)] if recipe.init_adapter else []),
+            *(
+                partial(_check_adapter, key, path)
+                for key, path in (
+                    ("init_adapter", recipe.init_adapter),
+                    ("reference_adapter", recipe.reference_adapter),
+                )
+                if path
+            ),
         ]
     )
 

@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 
 from ingraft import adapt, durable
-from ingraft.adapt.control import Adapter, require_control
+from ingraft.adapt.control import require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS, base_of, save_members, serialised
-from ingraft.adapt.files import load as load_adapter
-from ingraft.bases import HEADS, load_base, load_tokenizer, reserve
-from ingraft.bases.heads import head_modules
-from ingraft.data import load, pad_id
+from ingraft.bases import load_base, load_tokenizer, reserve
+from ingraft.data import collate, load, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError, nearest
@@ -32,6 +30,7 @@ from ingraft.evaluate import Scorer, scorer_of, virtual_tokens
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, recompute, samples
+from ingraft.train.attached import ADAPTER, attach, keep_reference, save_reference
 from ingraft.train.frozen import Frozen, frozen_of
 from ingraft.train.learner import make_learner
 from ingraft.train.lock import locked
@@ -47,7 +46,6 @@ from ingraft.train.stop import Stop, Stopped
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER = "default"
 ROWS_TO_START_FROM = 64
 """So many training rows, from the front, are shown to a method that starts from data."""
 
@@ -170,8 +168,10 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels, quantization=held)
     model = base.model
     recompute.enable(model, recipe)
-    recipe = _attach(model, recipe, base.fresh, allow_base_mismatch)
-    objective = objective_for(recipe.task, model, pad_id(tokenizer))
+    recipe = attach(model, recipe, base.fresh, allow_base_mismatch)
+    objective = objective_for(recipe.task, model, pad_id(tokenizer), recipe.preference)
+    if objective.reference:
+        keep_reference(model, recipe, allow_base_mismatch)
     with _packed(recipe, model):  # a base that cannot is refused before anything is written
         frozen = frozen_of(recipe, model, objective, data.train, steps)
     return Prepared(
@@ -180,55 +180,13 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
         tokenizer=base.tokenizer,
         data=data,
         objective=objective,
-        scorer=scorer_of(recipe.task)(model, tokenizer, data.labels),
+        scorer=scorer_of(recipe.task)(model, tokenizer, data.labels, recipe.preference),
         frozen=frozen,
     )
 
 
 def _packed(recipe: Recipe, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     return adapt.packing(model) if recipe.data.packing else contextlib.nullcontext()
-
-
-def _attach(model: PreTrainedModel, recipe: Recipe, fresh: tuple[str, ...], allow_base_mismatch: bool) -> Recipe:
-    """Attach what is trained. Returns the recipe as it then is: an adapter that training starts from brings its own options."""
-    if recipe.init_adapter is not None:
-        load_adapter(model, recipe.init_adapter, name=ADAPTER, trainable=True, allow_base_mismatch=allow_base_mismatch)
-        return _as_started(recipe, require_control(model).require(ADAPTER))
-    for name, folder in recipe.adapters.items():
-        load_adapter(model, folder, name=name)
-    config = registry.make_config(recipe.method, recipe.method_config)
-    if HEADS[recipe.task].fresh and not config.modules_to_save:
-        head = head_modules(model)
-        beside = tuple(path for path in fresh if path.split(".")[0] not in head)
-        config = dataclasses.replace(config, modules_to_save=(*head, *beside))
-    adapt.attach(model, config, name=ADAPTER, seed=recipe.seed)
-    return recipe
-
-
-def _as_started(recipe: Recipe, adapter: Adapter) -> Recipe:
-    """The recipe with the options of the adapter that it starts from.
-
-    Raises:
-        IngraftError: the recipe asks for another method, or for other options.
-    """
-    method, folder = adapter.method.name, recipe.init_adapter
-    if method != recipe.method:
-        raise IngraftError(
-            f"init_adapter: {folder} holds a {method} adapter, and method is {recipe.method}; give method {method}."
-        )
-    usual = plain(dataclasses.asdict(cast(Any, registry.make_config(method, {}))))
-    brought = plain(dataclasses.asdict(cast(Any, adapter.config)))
-    asked = {
-        key: value for key, value in recipe.method_config.items() if value not in (usual.get(key), brought.get(key))
-    }
-    if asked:
-        raise IngraftError(
-            *(
-                f"method_config.{key}: {value!r} is asked for, and the adapter in {folder} has {brought.get(key)!r}; leave it out."
-                for key, value in asked.items()
-            )
-        )
-    return dataclasses.replace(recipe, method_config=brought)
 
 
 def _run(
@@ -307,11 +265,10 @@ def _behind_names(prepared: Prepared) -> dict[str, str]:
         found[f"base's {part}"] = str(value)
     if recipe.data.test is not None:
         found["test rows"] = checkpoint.digest(prepared.data.test)
-    for name, folder in {
-        **recipe.adapters,
-        **({"init_adapter": recipe.init_adapter} if recipe.init_adapter else {}),
-    }.items():
-        found[f"adapter {name}"] = checkpoint.content(Path(folder))
+    beside = {"init_adapter": recipe.init_adapter, "reference_adapter": recipe.reference_adapter}
+    for name, folder in {**recipe.adapters, **beside}.items():
+        if folder is not None:
+            found[f"adapter {name}"] = checkpoint.content(Path(folder))
     return found
 
 
@@ -368,7 +325,8 @@ def _start(prepared: Prepared, found: checkpoint.Found | None) -> dict[str, Any]
 
     def batches() -> Iterator[dict[str, Any]]:
         for start in range(0, len(rows), size):
-            yield {key: x for key, x in objective.batch(rows[start : start + size]).items() if key != "labels"}
+            batch = collate(objective.sequences(rows[start : start + size]), objective.pad_id)
+            yield {name: x.to(model.device) for name, x in objective.inputs(batch).items()}
 
     adapt.prepare(model, ADAPTER, batches())
     return plain(require_control(model).require(ADAPTER).config.options())
@@ -392,14 +350,16 @@ def _begin(session: Session, found: checkpoint.Found | None, resume: str | None,
     cache = session.frozen.bytes if session.frozen is not None else 0
     durable.require_space(folder, cache + checkpoint.forecast(session.learners, recipe.save_total_limit, saves))
     durable.write_file(folder / place.RECIPE, to_yaml(recipe))
+    if found is None:
+        save_reference(session.model, folder)
     if found is None:  # a rehearsal: what cannot be saved should be known now and not in an hour
         durable.remove(checkpoint.save(folder, 0, session.learners, {}, session.who, None))
     return progress
 
 
 def _measure_base(prepared: Prepared, session: Session, shown: Sequence[Example]) -> dict[str, Any]:
-    """Metrics and answers of the base, without the adapter."""
-    with adapt.disabled(prepared.model):
+    """Metrics and answers from before training: of the base without the adapter, or of what a policy starts from."""
+    with prepared.scorer.before():
         found = _measure(prepared, session, shown)
     for name, value in found["metrics"].items():
         session.journal.say(f"before: {name} {value:.4f}")

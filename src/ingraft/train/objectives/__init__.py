@@ -12,18 +12,29 @@ from ingraft.train.objectives.base import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ingraft.recipe import PreferenceRecipe
+
 __all__ = ["OBJECTIVES", "Objective", "objective_for"]
 
 OBJECTIVES: Mapping[str, str] = {
     "sft": "causal:CausalObjective",
     "lm": "causal:CausalObjective",
     "classify": "classify:ClassifyObjective",
+    "reward": "reward:RewardObjective",
+    "dpo": "preference:DpoObjective",
+    "ipo": "preference:IpoObjective",
+    "kto": "preference:KtoObjective",
 }
 """Task -> module and class."""
 
 
-def objective_for(task: str, model: PreTrainedModel, pad_id: int) -> Objective:
+def objective_for(
+    task: str, model: PreTrainedModel, pad_id: int, preference: PreferenceRecipe | None = None
+) -> Objective:
     """The objective of a task.
+
+    Args:
+        preference: settings of losses of preferences.
 
     Raises:
         IngraftError: a task that cannot be trained yet.
@@ -33,4 +44,4 @@ def objective_for(task: str, model: PreTrainedModel, pad_id: int) -> Objective:
             f"task: {task!r} comes later{nearest(task, OBJECTIVES)}; today {', '.join(OBJECTIVES)} can be trained."
         )
     module, name = OBJECTIVES[task].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id)
+    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, preference)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Sequence
 
+from torch import Tensor
+
+from ingraft.data.examples import Example
 from ingraft.evaluate.head import CausalHead
 from ingraft.train.objectives.base import Objective
 
@@ -11,11 +14,9 @@ from ingraft.train.objectives.base import Objective
 class CausalObjective(Objective):
     """Cross entropy of the next token, over the tokens that are learned."""
 
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
-        super().__init__(model, pad_id)
-        self._head: CausalHead | None = None
+    _head: CausalHead | None = None
 
-    def begin(self) -> None:
+    def begin(self, together: Sequence[Sequence[Example]] = ()) -> None:
         self._head = CausalHead(self.model)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
