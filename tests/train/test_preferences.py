@@ -16,6 +16,7 @@ import ingraft
 import ingraft.adapt as adapt
 from ingraft.adapt.control import require_control
 from ingraft.bases import load_base
+from ingraft.cli.main import main
 from ingraft.data import load
 from ingraft.data.preferences import Compared
 from ingraft.errors import IngraftError
@@ -92,7 +93,7 @@ def test_what_was_preferred_is_learned(preferred: Make, task: str) -> None:
     if task == "reward":
         assert after["accuracy"] >= 0.9 and after["accuracy_low"] < after["accuracy"] <= after["accuracy_high"]
         assert after["margin"] > before["margin"] and after["brier"] < before["brier"]
-        assert {"chosen", "rejected", "accuracies", "margins"} <= set(step)
+        assert {"chosen", "rejected", "accuracy", "margin"} <= set(step)
         assert "1. +" in run.samples[0]["after"] or "1. -" in run.samples[0]["after"]
     else:
         assert before["rewards/margins"] == pytest.approx(0, abs=1e-4), "a policy begins as its reference"
@@ -276,3 +277,53 @@ def test_regression_27_a_value_function_is_an_adapter_of_its_own(preferred: Make
     for name in ("policy", "reward", "base"):
         assert torch.equal(after[name], said[name])
     assert all(torch.equal(p, base[name]) for name, p in adapt.base_parameters(model).items())
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """What a verb answers with --json."""
+
+    def run(*words: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_the_verbs_know_policies_and_reward_models(
+    preferred: Make, supervised: str, pairs: Path, tmp_path: Path, ask: Callable[..., dict[str, Any]]
+) -> None:
+    """`eval` says what the run said, the reference taken from its folder; `predict` answers, or judges answers; `data` shows both."""
+    made = preferred(
+        "dpo", init_adapter=supervised, method_config={}, max_steps=6, save_steps=0, preference={"beta": 0.3}
+    )
+    policy = train(made, quiet=True)
+    found = ask("eval", "--adapter", policy.folder)["eval"]
+    assert {name: found[name] for name in policy.metrics["after"]} == policy.metrics["after"]
+    reward = train(preferred("reward", max_steps=6, save_steps=0, output_dir=str(tmp_path / "reward")), quiet=True)
+    found = ask("eval", "--adapter", reward.folder)["eval"]
+    assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
+    assert {name: found[name] for name in reward.metrics["after"]} == reward.metrics["after"]
+
+    rows = [json.loads(line) for line in (pairs / "pairs.jsonl").read_text().splitlines()[:3]]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    answered = tmp_path / "answered.jsonl"
+    ask("predict", "--adapter", policy.folder, "--data", tmp_path / "asked.jsonl", "--output", answered)
+    assert all(json.loads(line)["prediction"] for line in answered.read_text().splitlines())
+    for name, kept in (("pairs", ("chosen", "rejected")), ("one", ("chosen",))):
+        lines = [row if name == "pairs" else {"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ask(
+            "predict",
+            "--adapter",
+            reward.folder,
+            "--data",
+            tmp_path / f"{name}.jsonl",
+            "--output",
+            tmp_path / f"{name}.out",
+        )
+        said = [json.loads(line)["reward"] for line in (tmp_path / f"{name}.out").read_text().splitlines()]
+        assert [len(each) if isinstance(each, list) else 1 for each in said] == [len(kept)] * 3
+    both = [json.loads(line)["reward"] for line in (tmp_path / "pairs.out").read_text().splitlines()]
+    assert [each[0] for each in both] == pytest.approx(said, abs=1e-5)

@@ -103,7 +103,7 @@ def _tiles(
     tiles: list[tuple[str, str]] = []
     if metrics:
         before, after = metrics["before"], metrics["after"]
-        shown = [name for name in ("accuracy", "loss") if name in after]
+        shown = [name for name in ("accuracy", "rewards/accuracies", "rewards/margins", "loss") if name in after]
         tiles += [(f"{_number(before.get(name))} → {_number(after[name])}", name) for name in shown]
     tiles.append((f"{trained:,}", f"trained parameters, {trained / max(1, total):.2%} of the base"))
     steps = [line for line in log if "step_seconds" in line]
@@ -134,6 +134,16 @@ def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
+COURSES = (
+    ("accuracy", "accuracy by step"),
+    ("margin", "mean difference of rewards by step"),
+    ("rewards/accuracies", "share of pairs the right way round by step"),
+    ("rewards/margins", "mean difference of implied rewards by step"),
+    ("kl", "log-ratio of policy and reference by step, nats an answer"),
+)
+"""Metrics that are drawn where a run has them, beside the loss."""
+
+
 def _charts(log: Sequence[Mapping[str, Any]]) -> str:
     def points(key: str) -> list[tuple[float, float]]:
         return [(float(line["step"]), float(line[key])) for line in log if line.get(key) is not None and "step" in line]
@@ -141,9 +151,12 @@ def _charts(log: Sequence[Mapping[str, Any]]) -> str:
     figures: list[str] = []
     losses = [Series("training", points("loss"), "a"), Series("evaluation", points("eval_loss"), "b")]
     figures.append(chart("loss by step, nats", [s for s in losses if s.points]))
-    for key, name in (("eval_accuracy", "evaluation accuracy by step"), ("learning_rate", "learning rate by step")):
-        if len(points(key)) > 1:
-            figures.append(chart(name, [Series("", points(key), "a")]))
+    for key, name in COURSES:
+        both = [Series("training", points(key), "a"), Series("evaluation", points(f"eval_{key}"), "b")]
+        if max(len(one.points) for one in both) > 1:
+            figures.append(chart(name, [one for one in both if one.points]))
+    if len(points("learning_rate")) > 1:
+        figures.append(chart("learning rate by step", [Series("", points("learning_rate"), "a")]))
     if len(points("grad_norm")) > 1:
         figures.append(chart("norm of the gradient, before clipping", [Series("", points("grad_norm"), "a")]))
     return f'<div class="charts">{"".join(figures)}</div>'

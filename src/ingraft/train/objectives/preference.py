@@ -37,7 +37,17 @@ class PairsObjective(Objective):
     """A loss of pairs of answers. Abstract.
 
     A batch says beside its sequences which are to be told apart: `better`, `worse` (P,) int64 and `weight` (P,).
+
+    Attributes:
+        told: what the log calls the better answer's number, the worse one's, the share of pairs that are right, and the difference.
     """
+
+    told: ClassVar[tuple[str, str, str, str]] = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+    )
 
     beside: ClassVar[frozenset[str]] = frozenset({"labels", "better", "worse", "weight", "reference"})
 
@@ -50,20 +60,18 @@ class PairsObjective(Objective):
         told = {"better": pairs.better_P, "worse": pairs.worse_P, "weight": pairs.weight_P}
         return super().batch(examples) | {name: value.to(device) for name, value in told.items()}
 
-    def compared(self, numbers_S: Tensor, batch: dict[str, Tensor], prefix: str = "") -> Pairs:
+    def compared(self, numbers_S: Tensor, batch: dict[str, Tensor]) -> Pairs:
         """The pairs of a batch, after taking note of what the log says of them.
 
         Args:
-            numbers_S: what is compared. prefix: of the names in the log.
+            numbers_S: what is compared.
         """
         pairs = Pairs(better_P=batch["better"], worse_P=batch["worse"], weight_P=batch["weight"])
         x_S = numbers_S.detach().float()
         margins_P, rows = pairs.margins(x_S), pairs.weight_P.sum()
         right_P = torch.where(margins_P == 0, 0.5, (margins_P > 0).float())
-        self.notice(f"{prefix}chosen", pairs.total(x_S[pairs.better_P]), rows)
-        self.notice(f"{prefix}rejected", pairs.total(x_S[pairs.worse_P]), rows)
-        self.notice(f"{prefix}accuracies", pairs.total(right_P), rows)
-        self.notice(f"{prefix}margins", pairs.total(margins_P), rows)
+        for name, x_P in zip(self.told, (x_S[pairs.better_P], x_S[pairs.worse_P], right_P, margins_P), strict=True):
+            self.notice(name, pairs.total(x_P), rows)
         return pairs
 
 
@@ -117,7 +125,7 @@ class DpoObjective(RatioObjective, PairsObjective):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         ratios_S = self.ratios(batch)
-        pairs = self.compared(self.preference.beta * ratios_S, batch, "rewards/")
+        pairs = self.compared(self.preference.beta * ratios_S, batch)
         self.notice("kl", ratios_S.detach().sum(), ratios_S.new_tensor(len(ratios_S)))
         return pairs.total(self.of(pairs, ratios_S, batch["labels"]))
 
