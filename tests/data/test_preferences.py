@@ -167,4 +167,5 @@ def test_the_report_names_dropped_pairs(chatml: Any, make_rows: Rows) -> None:
     rows = make_rows({"prompt": "Q", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "chosen": "a", "rejected": "a"})
     tally, records = Tally(), read_records(rows)[1]
     found = part_report("train", rows, records, encoded(rows, chatml, tally=tally), tally)
+    assert "2 rows from rows.jsonl, 2 sequences" in found.lines()[0]
     assert any("the answers are the same" in line and "rows.jsonl:2" in line for line in found.lines())

@@ -6,6 +6,8 @@ import importlib.util
 import itertools
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,23 +15,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import ingraft.adapt as adapt
 from ingraft.data import collate
 from ingraft.data.examples import IGNORED, Example
+from ingraft.data.preferences import Compared
+from ingraft.evaluate import scorer_of
 from ingraft.evaluate.head import CausalHead
 from ingraft.evaluate.preference import (
     bradley_terry,
     dpo,
     ipo,
-    kto,
-    kto_baseline,
     pairs_of,
     score_pairs,
     wilson,
 )
 from ingraft.methods.lora import LoraConfig
+from ingraft.recipe import PreferenceRecipe
+from ingraft.train.objectives import objective_for
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TRL = json.loads((GOLDEN / "preferences.json").read_text())
@@ -47,10 +51,8 @@ def _maker() -> ModuleType:
 MAKER = _maker()
 
 
-@pytest.fixture(scope="module")
-def policy() -> Any:
+def adapted_model(model: Any) -> Any:
     """The script's base with its change as an adapter: switched off, it is the reference."""
-    model = LlamaForCausalLM(LlamaConfig(**MAKER.LLAMA)).eval()
     MAKER.fill(model)
     adapt.attach(
         model, LoraConfig(r=MAKER.R, lora_alpha=MAKER.ALPHA, target_modules=MAKER.LAYERS), name="policy", seed=0
@@ -58,11 +60,19 @@ def policy() -> Any:
     with torch.no_grad():
         for path, module in model.named_modules():
             if path.rpartition(".")[2] in MAKER.LAYERS:
-                a, b = factors(model, path)
-                a_, b_ = MAKER.factors(path, tuple(module.weight.shape))
-                a.copy_(a_)
-                b.copy_(b_)
+                for ours, theirs in zip(
+                    factors(model, path), MAKER.factors(path, tuple(module.weight.shape)), strict=True
+                ):
+                    ours.copy_(theirs)
     return model
+
+
+@pytest.fixture(scope="module")
+def policy() -> Any:
+    return adapted_model(LlamaForCausalLM(LlamaConfig(**MAKER.LLAMA)).eval())
+
+
+TOKENIZER: Any = MAKER.tokenizer()
 
 
 def factors(model: nn.Module, path: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -72,26 +82,46 @@ def factors(model: nn.Module, path: str) -> tuple[nn.Parameter, nn.Parameter]:
     return a, b
 
 
-def sequences(*keys: str, beside: int = 0) -> list[Example]:
-    """The script's answers of these kinds, row by row, behind the prompt `beside` rows before."""
-    found: list[Example] = []
+def rows(*keys: str, labels: Sequence[int] = (1, 2), beside: str = "") -> list[Compared]:
+    """The script's rows with their answers of these kinds; `beside` adds the next row's answer of that kind behind this row's prompt."""
+    found: list[Compared] = []
     for number, row in enumerate(MAKER.ROWS):
-        prompt, other = row["prompt_ids"], MAKER.ROWS[(number + beside) % len(MAKER.ROWS)]
-        found += [
-            Example(
-                input_ids=prompt + other[key], labels=[IGNORED] * len(prompt) + other[key], row_id=number, label=place
-            )
-            for place, key in enumerate(keys, start=1)
+        answers = [row[key] for key in keys]
+        if beside:
+            answers.append(MAKER.ROWS[(number + 1) % len(MAKER.ROWS)][beside])
+        prompt = row["prompt_ids"]
+        own, *others = [
+            Example(input_ids=prompt + ids, labels=[IGNORED] * len(prompt) + ids, row_id=number, label=label)
+            for ids, label in zip(answers, labels, strict=True)
         ]
+        found.append(
+            Compared(input_ids=own.input_ids, labels=own.labels, label=own.label, row_id=number, beside=tuple(others))
+        )
     return found
 
 
-def ratios(model: Any, examples: list[Example]) -> Tensor:
+def judged(beside: str) -> list[Compared]:
+    return [
+        replace(row, label=int(good)) for row, good in zip(rows("chosen_ids", beside=beside), MAKER.GOOD, strict=True)
+    ]
+
+
+def loss_of(task: str, model: Any, examples: Sequence[Compared], **settings: float) -> tuple[Tensor, dict[str, float]]:
+    """The mean over rows, and what the objective takes note of."""
+    objective = objective_for(task, model, 3, PreferenceRecipe(**settings))
+    objective.begin([examples])
+    objective.ready(examples, 2)
+    loss = objective.loss(objective.batch(examples)) / sum(map(objective.units, examples))
+    return loss, {name: total / count for name, (total, count) in objective.taken().items()}
+
+
+def ratios(model: Any, examples: Sequence[Compared]) -> Tensor:
     """(S,) log policy - log reference."""
     head, batch = CausalHead(model), collate(examples, 3)
     with torch.no_grad(), adapt.disabled(model):
-        reference_S = -head.by_row(batch)
-    return -head.by_row(batch) - reference_S
+        reference_S = head.by_row(batch)
+    with torch.no_grad():
+        return reference_S - head.by_row(batch)
 
 
 def check(model: Any, loss: Tensor, theirs: dict[str, Any]) -> None:
@@ -106,23 +136,19 @@ def check(model: Any, loss: Tensor, theirs: dict[str, Any]) -> None:
         assert (ours.grad - wanted).abs().max() <= 1e-6 + 1e-5 * wanted.abs().max()
 
 
-PAIRS = pairs_of([[1, 2]] * 3)
-
-
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_dpo_is_trl_s(policy: Any, beta: float) -> None:
-    """Loss and gradients of one forward over six sequences."""
-    margins_P = PAIRS.margins(ratios(policy, sequences("chosen_ids", "rejected_ids")))
-    check(policy, PAIRS.total(dpo(margins_P, beta)) / 3, TRL[f"sigmoid {beta}"])
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_ipo_is_trl_s(policy: Any, beta: float) -> None:
-    """Loss and gradients, with the log-ratios by token."""
-    examples = sequences("chosen_ids", "rejected_ids")
-    lengths_S = torch.tensor([example.learned for example in examples])
-    margins_P = PAIRS.margins(ratios(policy, examples) / lengths_S)
-    check(policy, PAIRS.total(ipo(margins_P, beta)) / 3, TRL[f"ipo {beta}"])
+@pytest.mark.parametrize(("task", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_losses_of_pairs_are_trl_s(policy: Any, task: str, theirs: str, beta: float) -> None:
+    """Loss and gradients of one forward over six sequences; and the loss that is told of rows held out."""
+    examples = rows("chosen_ids", "rejected_ids")
+    loss, noticed = loss_of(task, policy, examples, beta=beta)
+    check(policy, loss, TRL[f"{theirs} {beta}"])
+    if (task, beta) == ("dpo", 0.1):
+        assert {name: noticed[name] for name in TRL["metrics 0.1"]} == pytest.approx(TRL["metrics 0.1"], abs=1e-6)
+    scorer: Any = scorer_of(task)(policy, TOKENIZER, preference=PreferenceRecipe(beta=beta))
+    told = scorer.of(examples, ratios(policy, examples))
+    assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {name: told[name] for name in noticed} == pytest.approx(noticed, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -130,23 +156,29 @@ def test_ipo_is_trl_s(policy: Any, beta: float) -> None:
 )
 def test_kto_is_trl_s(policy: Any, beta: float, weights: tuple[float, float], beside: str) -> None:
     """Loss, gradients and the point of reference, which no gradient goes through."""
-    baseline = kto_baseline(ratios(policy, sequences(beside, beside=1)))
-    theirs = TRL[f"kto {beta}"]
-    assert baseline.item() == pytest.approx(theirs["kl"], abs=1e-5)
-    losses_B = kto(ratios(policy, sequences("chosen_ids")), torch.tensor(MAKER.GOOD), baseline, beta, *weights)
-    check(policy, losses_B.mean(), theirs)
+    settings = {"beta": beta, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    examples, theirs = judged(beside), TRL[f"kto {beta}"]
+    loss, noticed = loss_of("kto", policy, examples, **settings)
+    assert noticed["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
+    check(policy, loss, theirs)
+    scorer: Any = scorer_of("kto")(policy, TOKENIZER, preference=PreferenceRecipe(**settings))
+    told = scorer.of(examples, ratios(policy, examples))
+    assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {name: told[name] for name in noticed} == pytest.approx(noticed, abs=1e-5)
     assert (TRL["kto 0.1"]["kl"] == 0) is not (TRL["kto 0.5"]["kl"] == 0)
 
 
-def test_the_scores_are_trl_s(policy: Any) -> None:
-    """What a log says of rewards."""
-    with torch.no_grad():
-        numbers_S = (0.1 * ratios(policy, sequences("chosen_ids", "rejected_ids"))).tolist()
-    found, theirs = score_pairs([numbers_S[i : i + 2] for i in (0, 2, 4)], [[1, 2]] * 3), TRL["metrics 0.1"]
-    assert found.mean(found.chosen) == pytest.approx(theirs["rewards/chosen"], abs=1e-6)
-    assert found.mean(found.rejected) == pytest.approx(theirs["rewards/rejected"], abs=1e-6)
-    assert found.margin == pytest.approx(theirs["rewards/margins"], abs=1e-6)
-    assert found.accuracy == pytest.approx(theirs["rewards/accuracies"], abs=1e-6)
+def test_the_reward_model_is_trl_s() -> None:
+    """Loss, gradients, accuracy and margin."""
+    model = adapted_model(LlamaForSequenceClassification(LlamaConfig(**MAKER.LLAMA, num_labels=1)).eval())
+    examples = [
+        replace(row, labels=None, beside=(replace(row.beside[0], labels=None),))
+        for row in rows("chosen_ids", "rejected_ids")
+    ]
+    loss, noticed = loss_of("reward", model, examples)
+    check(model, loss, TRL["reward"])
+    for name in ("accuracy", "margin"):
+        assert noticed[name] == pytest.approx(TRL["reward"][name], abs=1e-6)
 
 
 def test_a_smoothed_loss_is_that_of_pairs_turned_round() -> None:

@@ -105,17 +105,23 @@ def test_what_was_preferred_is_learned(preferred: Make, task: str) -> None:
 
 
 def test_a_ranking_trains_as_its_pairs_do(preferred: Make, pairs: Path) -> None:
-    """Rows of two to four answers in one batch, whatever goes through at once."""
-    found = []
+    """Rows of two to four answers in one batch, whatever goes through at once; the log's means are over the steps since its last line."""
+    found, logs = [], []
     for size in (4, 2):
         made = preferred(
-            "reward", data_train=str(pairs / "ranked.jsonl"), per_device_train_batch_size=size, max_steps=4,
+            "reward", data_train=str(pairs / "ranked.jsonl"), per_device_train_batch_size=size, max_steps=4, logging_steps=4 // size,
             gradient_accumulation_steps=4 // size, overwrite=None, method_config={},
             output_dir=f"{preferred('reward')['output_dir']}-{size}",
         )  # fmt: skip
         made.pop("overwrite")
-        found.append(train(made, quiet=True).metrics["after"])
+        run = train(made, quiet=True)
+        found.append(run.metrics["after"])
+        lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+        logs.append([line["margin"] for line in lines if "margin" in line])
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4)
+    assert [(a + b) / 2 for a, b in zip(logs[0][::2], logs[0][1::2], strict=True)] == pytest.approx(
+        logs[1], rel=1e-3, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto"])

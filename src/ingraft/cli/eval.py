@@ -42,7 +42,12 @@ def command(
     if not parts:
         raise IngraftError("--data FILE is needed: the recipe holds no rows out.")
     opened = open_model(
-        recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
+        recipe,
+        adapter,
+        output,
+        trust_remote_code=trust_remote_code,
+        allow_base_mismatch=allow_base_mismatch,
+        reference=True,
     )
     hold(opened.tokenizer, opened.model)
     data = load_data(recipe, opened.tokenizer, model_labels(opened))

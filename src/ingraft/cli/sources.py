@@ -144,11 +144,13 @@ def open_model(
     trust_remote_code: bool = False,
     allow_base_mismatch: bool = False,
     announce: bool = True,
+    reference: bool = False,
 ) -> Opened:
     """Load the base a recipe names and put the adapter into it.
 
     Args:
         announce: say first what is being loaded.
+        reference: load what the adapter's run compared its policy with as well, where its folder keeps that.
 
     Raises:
         IngraftError: no such base; the adapter does not fit it, or is damaged.
@@ -181,7 +183,7 @@ def open_model(
     if adapter is not None:
         folder = adapter_folder(adapter)
         name = ingraft.load(model, folder, allow_base_mismatch=allow_base_mismatch)
-        if (kept := folder / REFERENCE).is_dir():  # what the run compared its policy with
+        if reference and (kept := folder / REFERENCE).is_dir():
             with acting_kept(model):
                 ingraft.load(model, kept, name=REFERENCE, allow_base_mismatch=allow_base_mismatch)
     model.eval()

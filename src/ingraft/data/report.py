@@ -141,7 +141,7 @@ def part_report(
         name=name,
         source=rows[0].file,
         rows=len(rows),
-        examples=len(examples),
+        examples=sum(len(example.sequences) for example in examples),
         tokens=tokens,
         lengths=quantiles(tally.lengths),
         learned_share=1.0 if classified else learned / max(1, tokens),
