@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +29,16 @@ __all__ = ["pytest_terminal_summary"]
 VOCAB = 64
 
 
+def pytest_configure() -> None:
+    """No test pulls the plug: what a flush is for cannot be seen here, that it is asked for can (tests/durable). Thousands of them cost a minute."""
+    os.fsync = lambda fd: None  # type: ignore[assignment]
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests are there to stay: the collector need not look through them again and again, which took a seventh of the time."""
+    for logger in logging.getLogger().manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.name.startswith("torch."):
+            logger.propagate = True  # pytest hangs its handlers to every logger that does not, six times a test
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -231,8 +231,7 @@ def test_handlers_are_put_back() -> None:
 
 
 @pytest.mark.parametrize("words", [["methods", "lora"], ["models"]])
-def test_json_is_one_document(words: list[str], ingraft: Run) -> None:
+def test_json_is_one_document(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """With --json standard output is one JSON document and nothing else."""
-    done = ingraft(*words, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)

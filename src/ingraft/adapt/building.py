@@ -50,7 +50,7 @@ def make_parts(
     masters: dict[int, nn.Parameter] = {}
     sizes = own_sizes(model, method, config, adapter.sites, finished=finished)
     with torch.random.fork_rng(devices=[]):
-        _draw_from(_seed(adapter.seed, "shared"))
+        draw_from(_seed(adapter.seed, "shared"))
         with present(*(first_owner(fact.module) for fact in sizes[:1])):  # it tells the device
             shared = method.shared(config, sizes) if method.shared is not None else None
         for path, role in adapter.sites.items():
@@ -61,7 +61,7 @@ def make_parts(
                     f"{maker.name}: {path} is offloaded by accelerate, which hides the weights it is tied to. Attach first, then offload."
                 )
             with present(module, first_owner(module)):
-                _draw_from(_seed(adapter.seed, path))
+                draw_from(_seed(adapter.seed, path))
                 if role not in BESIDE and (inside := _matrices(method, config, path, module)):
                     part = _stack(adapter, path, module, inside, shared, finished=finished)
                 else:
@@ -73,7 +73,7 @@ def make_parts(
     return parts, shared
 
 
-def _draw_from(seed: int) -> None:
+def draw_from(seed: int) -> None:
     """Seed torch's generators. `torch.manual_seed` also writes down a stack trace for each kind of device, which took half the time of loading."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
@@ -200,7 +200,7 @@ def _stack(
     made: dict[Matrix, WeightPart] = {}
     for matrix in inside:
         facts = facts_of_matrix(adapter.method, adapter.config, path, module, matrix)
-        torch.manual_seed(_seed(adapter.seed, facts.path))
+        draw_from(_seed(adapter.seed, facts.path))
         part = adapter.method.part(
             options_of(adapter.config, path, matrix), replace(facts, shared=shared, finished=finished)
         )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.adapt.arithmetic import ALIASES, WAYS, Mixing
-from ingraft.adapt.building import WHOLE_ROLE, parameters
+from ingraft.adapt.building import WHOLE_ROLE, draw_from, parameters
 from ingraft.adapt.changes import change_of
 from ingraft.adapt.control import Adapter, part_of, require_control, shared_of
 from ingraft.adapt.files.peft_format import names_for
@@ -246,7 +246,7 @@ def _of_changes(
     problems: list[str] = []
     with torch.random.fork_rng(devices=[]):
         for path in paths:
-            torch.manual_seed(plan.seed_at(path))
+            draw_from(plan.seed_at(path))
             try:  # a head in full beside an adapter stays one
                 made = {} if path in in_full else low_at(path, modules[path], parts_at(path), plan)
             except IngraftError as error:
@@ -269,7 +269,7 @@ def _of_changes(
                 parameter.copy_(values[tensor])
         with torch.random.fork_rng(devices=[]):
             for path in whole:
-                torch.manual_seed(plan.seed_at(path))
+                draw_from(plan.seed_at(path))
                 found = [(weight, change_of(modules[path], path, part)) for weight, part in parts_at(path)]
                 results[path] = fill_whole(modules[path], path, parts[path], found, plan.mixing)
 

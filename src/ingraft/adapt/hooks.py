@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingraft.adapt.building import parameters
+from ingraft.adapt.building import draw_from, parameters
 from ingraft.adapt.control import Adapter, Control, host_state, part_of, require_control
 from ingraft.adapt.lifecycle import disabled
 from ingraft.adapt.site import site_of
@@ -125,7 +125,7 @@ def prepare(model: nn.Module, name: str, batches: Iterable[Mapping[str, Any]]) -
     seen = 0
     try:
         with disabled(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(adapter.seed)
+            draw_from(adapter.seed)
             for batch in batches:
                 with _watching(model, parts, batch.get("attention_mask")):
                     model(**batch)

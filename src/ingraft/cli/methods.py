@@ -36,8 +36,9 @@ def command(name: str | None, model: str | None, trust_remote_code: bool, as_jso
         return
     output.result(entries)
     width = max(len(one["name"]) for one in entries)
+    families = list(dict.fromkeys(one["family"] for one in entries))
     family = None
-    for one in entries:
+    for one in sorted(entries, key=lambda one: families.index(one["family"])):
         if one["family"] != family:
             family = one["family"]
             output.say("", f"{family} methods", "")

@@ -9,7 +9,6 @@ Legend: B rows, T tokens.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from ingraft.testing.mould import Mould
 
 VOCABULARY = 48
 """Token ids of every subject; 0 pads."""
@@ -63,19 +64,18 @@ class Subject:
         return self.name.removesuffix(f"-{self.packed.lower()}")
 
     def make_redrawn(self) -> nn.Module:
-        """A new module with its weights drawn by `redrawn`: a copy, which takes half the time of making one."""
-        return copy.deepcopy(_original(self))
+        """A new module with its weights drawn by `redrawn`: a copy, which takes a tenth of the time of making one."""
+        return _mould(self).cast()
 
 
 @cache
-def _original(subject: Subject) -> nn.Module:
-    """Made once, copied each time, never handed out."""
+def _mould(subject: Subject) -> Mould:
     model = redrawn(subject.make())
     if not subject.packed:
-        return model
+        return Mould(model)
     from ingraft.testing import packing
 
-    return (packing.unpacked if subject.twin else packing.packed)(subject.packed, model)
+    return Mould((packing.unpacked if subject.twin else packing.packed)(subject.packed, model))
 
 
 # ------------------------------------------------------------------------------------------------------------------- modules

@@ -4,7 +4,7 @@ The ratio is the seconds of the steps over the seconds that the multiplications 
 this machine. 1 would be a step of nothing but products at full speed; the rest is what the products' shapes, the elementwise operations,
 memory and Python cost.
 
-*The rate* is measured once, when a run begins: products of 512 rows with matrices of the base's own shapes, both ways round as forward and
+*The rate* is measured once a process for each base's shapes, when a run begins: products of 512 rows with matrices of the base's own shapes, both ways round as forward and
 backward use them, in the base's dtype and with the threads at hand. Each is repeated and the best taken, by
 processor time on a CPU. The steps are taken by the clock on the wall: a machine that is busy with other things shows in the ratio.
 
@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from math import prod
 from typing import Any, cast
 
@@ -55,7 +56,16 @@ def gemm_rate(model: nn.Module) -> float:
         kind = kind_of(module)
         if kind is not None and kind.multiplies and len(shape := kind.shape_of(module)) == 2:
             work[shape] += prod(shape)
-    shapes = work.most_common(3) or [((512, 512), 1)]
+    shapes = tuple(work.most_common(3)) or (((512, 512), 1),)
+    return _measured(shapes, dtype, device, torch.get_num_threads())
+
+
+@cache
+def _measured(
+    shapes: tuple[tuple[tuple[int, int], int], ...], dtype: torch.dtype, device: torch.device, threads: int
+) -> float:
+    """`gemm_rate` of (out, in) shapes, each with its weight."""
+    del threads  # those at hand; here so that another number of them is measured anew
     began = time.perf_counter()
     seconds = total = 0.0
     for number, ((out, inner), weight) in enumerate(shapes, start=1):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def _entries(model: nn.Module, adapter: Adapter, layout: PeftLayout | None, part
     return entries(model, adapter.method, adapter.sites, parts, shared_of(model, adapter.name), layout)
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
