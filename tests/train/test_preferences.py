@@ -82,7 +82,7 @@ def supervised(home: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("task", ["dpo", "ipo", "kto", "reward"])
+@pytest.mark.parametrize("task", ["dpo", pytest.param("ipo", marks=pytest.mark.study), "kto", "reward"])
 def test_what_was_preferred_is_learned(preferred: Make, task: str) -> None:
     """On rows that were held out; and what the log, the report and the folder tell."""
     run = train(preferred(task, max_steps=20, learning_rate=3e-3, eval_steps=0, save_steps=0), quiet=True)
@@ -124,7 +124,7 @@ def test_a_ranking_trains_as_its_pairs_do(preferred: Make, pairs: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("task", ["dpo", "kto"])
+@pytest.mark.parametrize("task", ["dpo", pytest.param("kto", marks=pytest.mark.study)])
 def test_regression_26_the_reference_is_what_training_started_from(
     preferred: Make, supervised: str, task: str, tmp_path: Path
 ) -> None:
@@ -175,7 +175,7 @@ def test_a_reference_of_its_own(preferred: Make, supervised: str) -> None:
     [
         ("dpo", 11),
         ("reward", 6),
-        ("kto", 9),
+        pytest.param("kto", 9, marks=pytest.mark.study),
         pytest.param("dpo", 6, marks=pytest.mark.study),
         pytest.param("ipo", 2, marks=pytest.mark.study),
     ],
