@@ -38,7 +38,7 @@ Quantization = Literal["none", "nf4", "int8", "keep"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
-READY_TASKS = ("sft", "lm", "classify", "reward", "dpo", "ipo", "kto")
+READY_TASKS = ("sft", "lm", "classify", "multi-label", "regress", "tag", "qa", "reward", "dpo", "ipo", "kto")
 REFERENCE_TASKS = ("dpo", "ipo", "kto")
 """Those that compare a policy with the one it was at first."""
 
@@ -69,6 +69,9 @@ class DataRecipe:
     format: str = _key("row format; auto detects it from the rows", "auto")
     learn: Literal["answer", "all"] = _key("which tokens the loss counts: the answers, or every token", "answer")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
+    stride: Annotated[int, Ge(0)] = _key(
+        "qa: tokens that neighbouring windows of a context share which is longer than max_length", 128
+    )
     packing: bool = _key(
         "lay the rows of a forward pass end to end, so that nothing is padded; what is learned is the same", False
     )
@@ -98,7 +101,8 @@ class Recipe:
         "how the frozen base is held in memory: nf4, int8, keep (a GGUF's own blocks) or none (dense)", "none"
     )
     task: Task = _key(
-        "what is learned: sft (answers), lm (plain text), classify (labels), reward (which answer is better), or dpo, ipo, kto (to give the better one)",
+        "what is learned: sft (answers), lm (plain text), classify (a label), multi-label (several), regress (a number), tag (a tag a word), "
+        "qa (the passage that answers a question), reward (which answer is better), or dpo, ipo, kto (to give the better one)",
         "sft",
     )
     data: DataRecipe = _key("the data, see the data.* keys")

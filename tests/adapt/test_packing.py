@@ -466,3 +466,27 @@ def test_in_a_foreign_trainer(tmp_path: Path) -> None:
         assert bool(seen) == bool(found)
         found.append({key: p.detach().clone() for key, p in adapt.parameters(model, "a").items()})
     close_each(found[1], found[0], "trained packed and padded")
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering"]
+)
+def test_heads_see_rows(kind: str) -> None:
+    """Heads that pool by padding, that speak of tokens, and that put out two numbers a token."""
+    import transformers
+
+    torch.manual_seed(0)
+    made = getattr(transformers, kind)
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = made(made.config_class(**size, num_attention_heads=4, pad_token_id=0)).eval()
+    adapt.attach(model, registry.make_config("lora", {"r": 2}), name="a", seed=0)
+    given = batch()
+    inputs = {"input_ids": given["input_ids"] * given["attention_mask"], "attention_mask": given["attention_mask"]}
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        plain = [x for x in model(**inputs).to_tuple() if isinstance(x, Tensor)]
+        with adapt.packing(model):
+            packed = [x for x in model(**inputs).to_tuple() if isinstance(x, Tensor)]
+    for x, y in zip(plain, packed, strict=True):
+        x, y = (x[real], y[real]) if x.shape[:2] == real.shape else (x, y)
+        torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5)

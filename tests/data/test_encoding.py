@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ingraft.data.examples import IGNORED, Tally, as_chat, encode_classify, encode_lm, encode_sft, label_names
+from ingraft.data.examples import IGNORED, Tally, as_chat, encode_lm, encode_sft
+from ingraft.data.labelled import encode_classify, label_names
 from ingraft.data.records import Document, Labelled
 from ingraft.errors import IngraftError
 

@@ -220,8 +220,8 @@ def test_greedy_is_greedy_whatever_the_model_says(llama: Any, tokenizer: PreTrai
         llama.generation_config.do_sample, llama.generation_config.temperature = None, None
 
 
-def test_class_scores_equal_scikit_learn() -> None:
-    from sklearn.metrics import accuracy_score, f1_score, log_loss
+def test_the_loss_of_classes_equals_scikit_learns() -> None:
+    from sklearn.metrics import log_loss
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -233,8 +233,6 @@ def test_class_scores_equal_scikit_learn() -> None:
     scores = score_classes(model, examples, pad_id=0, batch_size=7)
     assert model.training
     assert scores.labels == tuple(n % 3 for n in range(40))
-    assert scores.accuracy == pytest.approx(accuracy_score(scores.labels, scores.predictions))
-    assert scores.macro_f1 == pytest.approx(f1_score(scores.labels, scores.predictions, average="macro"))
     assert scores.loss == pytest.approx(log_loss(scores.labels, numpy.array(scores.probabilities)), rel=1e-4)
     alone = score_classes(model, examples[3:4], pad_id=0)
     assert alone.losses[0] == pytest.approx(scores.losses[3], rel=1e-4)

@@ -57,6 +57,8 @@ def _try(model: nn.Module, control: Control) -> None:
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")}
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
     ids = [n for n in range(min(vocabulary, 64)) if n not in special]
+    pad = getattr(config, "pad_token_id", None)  # by which some models find a row's last token
+    fill = pad if pad is not None else ids[0]
     device = next(model.parameters()).device
     first, second, other = (
         [ids[(n * step + 1) % len(ids)] for n in range(length)] for step, length in ((3, 9), (5, 6), (7, 9))
@@ -64,10 +66,12 @@ def _try(model: nn.Module, control: Control) -> None:
 
     def said(*rows: list[int]) -> list[Tensor]:
         T = max(map(len, rows))
-        batch = torch.tensor([[*row, *[ids[0]] * (T - len(row))] for row in rows], device=device)
+        batch = torch.tensor([[*row, *[fill] * (T - len(row))] for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=device)
-        y: Tensor = model(input_ids=batch, attention_mask=mask)[0]
-        return [one[: len(row)] if one.dim() == 2 else one for one, row in zip(y.float(), rows, strict=True)]
+        found = model(input_ids=batch, attention_mask=mask)
+        y: Tensor = found[0]
+        by_token = y.dim() == 3 or "start_logits" in found
+        return [one[: len(row)] if by_token else one for one, row in zip(y.float(), rows, strict=True)]
 
     with alone(model, control):
         single = [said(row)[0] for row in (first, second)]

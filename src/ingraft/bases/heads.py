@@ -7,8 +7,8 @@ beside the adapter and saved with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.errors import IngraftError
 
@@ -27,6 +27,8 @@ class Head:
         fresh: whether it begins at random, so that weights which the files lack are no damage.
         named: whether its outputs are called something: labels, in order.
         outputs: how many it has, where that is no matter of labels.
+        generic: transformers' parts of such a head, for families that it does not put them on; see `bases.generic`.
+        problem: transformers' name for what a sequence classifier's outputs are, where one and the same class serves several.
     """
 
     loader: str
@@ -35,41 +37,73 @@ class Head:
     fresh: bool = True
     named: bool = False
     outputs: int | None = None
+    problem: str | None = None
+    generic: str | None = None
 
-    def require(self, name: str, config: Any, task: str) -> None:
-        """Refuse a base that cannot have this head.
+    def loads(self, name: str, config: Any, task: str) -> Any:
+        """The class that loads the base with this head.
 
         Args:
             name: what the user called the base. config: transformers' of it.
 
         Raises:
-            IngraftError: saying what its family lacks.
+            IngraftError: a base that cannot have it, saying what its family lacks.
         """
+        import transformers
         from transformers.models.auto import modeling_auto as tables
 
-        kind, own_code = str(config.model_type), hasattr(config, "auto_map")
-        known = kind in getattr(tables, self.families) or own_code
-        if self.fresh:
-            if not known:
-                raise IngraftError(f"{name}: transformers has no {self.what} for a {kind} model; use another base.")
-            return
+        from ingraft.bases.generic import class_for
+
+        kind, loader = str(config.model_type), getattr(transformers, self.loader)
+        known = kind in getattr(tables, self.families) or hasattr(config, "auto_map")
+        if self.generic is not None:
+            found = class_for(config, loader, self.generic)
+        else:
+            found = loader if known else None
         encoder = kind in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-        if encoder or not known:
+        if not self.fresh and (encoder or not known):
             raise IngraftError(
                 f"{name}: a {kind} model does not write text, which the task {task!r} needs; use --task classify, or another base."
             )
+        if found is None:
+            raise IngraftError(f"{name}: transformers has no {self.what} for a {kind} model; use another base.")
+        return found
 
-    def prepare(self, config: Any, labels: list[str] | None, num_labels: int | None) -> None:
-        """Tell a base's config what the outputs are."""
+    def prepare(
+        self,
+        config: Any,
+        labels: list[str] | None = None,
+        num_labels: int | None = None,
+        scale: tuple[float, float] | None = None,
+    ) -> None:
+        """Tell a base's config what the outputs are.
+
+        Args:
+            labels: what they are called. num_labels: how many they are, where they have no names yet.
+            scale: mean and standard deviation of the one output, a number; see `scale_of`.
+        """
         if self.outputs is not None:
             config.num_labels = self.outputs
-        if not self.named:
-            return
-        if labels is not None:
+        if self.problem is not None:
+            config.problem_type = self.problem
+        if self.named and labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
-        elif num_labels is not None:
+        elif self.named and num_labels is not None:
             config.num_labels = num_labels
+        elif self.problem == "regression":
+            config.num_labels = 1
+            config.label_mean, config.label_std = scale if scale is not None else (0.0, 1.0)
+
+
+def scale_of(model: nn.Module) -> tuple[float, float]:
+    """What a model that puts out a number means by 0 and by the step to 1: mean and standard deviation of the labels that it learned from.
+
+    The model itself works on that scale, for reasons that `docs/decisions.md` tells; its config keeps it (`label_mean`, `label_std`). A model of another
+    make means its numbers as they are.
+    """
+    config = cast(Any, model).config
+    return float(getattr(config, "label_mean", 0.0)), float(getattr(config, "label_std", 1.0))
 
 
 WRITER = Head(
@@ -92,6 +126,21 @@ HEADS: Mapping[str, Head] = {
     "sft": WRITER,
     "lm": WRITER,
     "classify": CLASSIFIER,
+    "multi-label": replace(CLASSIFIER, problem="multi_label_classification"),
+    "regress": replace(CLASSIFIER, named=False, problem="regression"),
+    "tag": Head(
+        loader="AutoModelForTokenClassification",
+        families="MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        what="token classifier",
+        generic="GenericForTokenClassification",
+        named=True,
+    ),
+    "qa": Head(
+        loader="AutoModelForQuestionAnswering",
+        families="MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+        what="head for finding answers",
+        generic="GenericForQuestionAnswering",
+    ),
     "reward": NUMBER,
     "dpo": WRITER,
     "ipo": WRITER,

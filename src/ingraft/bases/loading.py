@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ingraft.bases import dense_gguf
 from ingraft.bases.dtypes import as_dtype, default_device
+from ingraft.bases.generic import saved_class
 from ingraft.bases.heads import HEADS
 from ingraft.bases.hush import quiet
 from ingraft.bases.naming import find, gguf_of
@@ -64,6 +65,7 @@ def load_base(
     labels: list[str] | None = None,
     device: str | torch.device | None = None,
     quantization: str = "none",
+    scale: tuple[float, float] | None = None,
 ) -> Base:
     """Load a base and its tokenizer.
 
@@ -76,6 +78,7 @@ def load_base(
         device: where to put it; None picks CUDA if there is one, else the CPU.
         quantization: how its linear layers are held: "none" (dense), "nf4" or "int8" (quantised while loading), or "keep" (a GGUF file's own
             blocks, those of the embedding and the head included).
+        scale: for a task whose output is a number: mean and standard deviation of the labels.
 
     Raises:
         IngraftError: unknown name (with near ones), package not installed (with the command), broken files, a model unfit for the task, or a
@@ -99,7 +102,9 @@ def load_base(
         source, options = find(name)
         options["trust_remote_code"] = trust_remote_code
         with quiet(), _explained(name, source):
-            model, fresh = _load_model(name, source, options, wanted, task, num_labels, labels, quantization)
+            model, fresh = _load_model(
+                name, source, options, wanted, task, num_labels, labels, quantization, scale=scale
+            )
             tokenizer = _load_tokenizer(source, options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -157,6 +162,7 @@ def _load_model(
     labels: list[str] | None,
     quantization: str = "none",
     skip: tuple[str, ...] = (),
+    scale: tuple[float, float] | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     import transformers
     from transformers import AutoConfig
@@ -167,12 +173,11 @@ def _load_model(
         if task not in HEADS:
             raise IngraftError(f"task: no head is known for {task!r}{nearest(task, HEADS)}; known: {', '.join(HEADS)}.")
         head = HEADS[task]
-        head.require(name, config, task)
-        head.prepare(config, labels, num_labels)
-        loader: Any = getattr(transformers, head.loader)
+        loader: Any = head.loads(name, config, task)
+        head.prepare(config, labels, num_labels, scale)
     else:
         saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
-        loader = getattr(transformers, saved_as, transformers.AutoModel)
+        loader = saved_class(config, saved_as) or getattr(transformers, saved_as, transformers.AutoModel)
     fresh = head is not None and head.fresh
     extra: dict[str, Any] = {"ignore_mismatched_sizes": True} if fresh else {}
     if quantization != "none":
@@ -187,6 +192,14 @@ def _load_model(
         source, config=config, dtype=dtype, output_loading_info=True, **extra, **options
     )
     missing = sorted(info["missing_keys"])
+    inside = f"{model.base_model_prefix}."
+    held = sum(key.startswith(inside) for key in model.state_dict())
+    if (
+        fresh and 2 * sum(key.startswith(inside) for key in missing) > held
+    ):  # a head begins at random, its base does not
+        raise IngraftError(
+            f"{name}: transformers finds next to nothing of a {type(model).__name__} in the files of {source}; it would begin at random. Use another base."
+        )
     if missing and not fresh:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise IngraftError(f"{name}: the files of {source} lack weights that a {type(model).__name__} needs: {shown}.")
@@ -195,7 +208,7 @@ def _load_model(
 
         unmark(model)
         if (left := tuple(unread(model, missing))) and not skip:  # begins at random, is trained, and so stays dense
-            return _load_model(name, source, options, dtype, task, num_labels, labels, quantization, left)
+            return _load_model(name, source, options, dtype, task, num_labels, labels, quantization, left, scale)
     if hasattr(model.config, "quantization_config"):
         log.warning("%s: is stored quantised (%s).", name, model.config.quantization_config)
     return model, tuple(sorted({key.rpartition(".")[0] for key in missing}))

@@ -86,6 +86,7 @@ def convert_and_write(
         IngraftError: the method is no change of weights; the disk refuses.
     """
     import ingraft
+    from ingraft.bases.heads import scale_of
     from ingraft.cli.merge import comparison, logits, token_batches
     from ingraft.cli.sources import model_labels
 
@@ -105,7 +106,8 @@ def convert_and_write(
         extra={
             "converted_from": opened.adapter,
             "relative_error": made.error,
-            "run": {"labels": model_labels(opened)},  # a head's outputs mean nothing without them
+            # A head's outputs mean nothing without these.
+            "run": {"task": opened.recipe.task, "labels": model_labels(opened), "scale": scale_of(opened.model)},
         },
         overwrite=overwrite,
     )

@@ -27,6 +27,7 @@ def command(
 
     Rows named with --data are all scored. Without it, those that the recipe of the adapter (or of --config) holds out.
     """
+    from ingraft.bases.heads import scale_of
     from ingraft.cli.sources import load_data, model_labels, open_model, settle
     from ingraft.evaluate import evaluate, hold
 
@@ -50,7 +51,7 @@ def command(
         reference=True,
     )
     hold(opened.tokenizer, opened.model)
-    data = load_data(recipe, opened.tokenizer, model_labels(opened))
+    data = load_data(recipe, opened.tokenizer, model_labels(opened), scale_of(opened.model))
     output.say(*(f"note: {note}" for note in data.report.notes))
     found: dict[str, Any] = {}
     for part in parts:

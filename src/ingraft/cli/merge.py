@@ -208,16 +208,22 @@ def token_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[Te
     if data is None:
         longest = min(tokenizer.model_max_length, getattr(opened.model.config, "max_position_embeddings", 1 << 20))
         return [torch.tensor([tokenizer(TEXT, truncation=True, max_length=longest)["input_ids"]], device=device)]
+    from ingraft.bases.heads import scale_of
     from ingraft.cli.sources import load_data, model_labels
 
     wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)
-    examples = load_data(dataclasses.replace(recipe, data=wanted), tokenizer, model_labels(opened)).train[:rows]
+    examples = load_data(
+        dataclasses.replace(recipe, data=wanted), tokenizer, model_labels(opened), scale_of(opened.model)
+    ).train[:rows]
     return [torch.tensor([example.input_ids], device=device) for example in examples]
 
 
 def logits(model: Any, ids_BT: Tensor) -> Tensor:
-    """The model's logits in float32."""
+    """The model's logits in float32; those of a head that finds answers, first and last token, side by side."""
     import torch
 
     with torch.inference_mode():
-        return model(input_ids=ids_BT).logits.float()
+        found = model(input_ids=ids_BT)
+        if "start_logits" in found:
+            return torch.stack((found["start_logits"], found["end_logits"]), dim=-1).float()
+        return found.logits.float()

@@ -30,6 +30,7 @@ Answers = dict[int, dict[str, Any]]
     "data.train",
     "data.format",
     "data.max_length",
+    "data.stride",
     "dtype",
     "quantization",
     "per_device_eval_batch_size",
@@ -92,6 +93,7 @@ def command(
     asked = Asked(
         form=recipe.data.format,
         max_length=recipe.data.max_length,
+        stride=recipe.data.stride,
         batch_size=recipe.per_device_eval_batch_size,
         max_new_tokens=max_new_tokens,
         say=output.say,

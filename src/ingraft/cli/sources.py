@@ -168,7 +168,8 @@ def open_model(
     if announce:
         output.say(f"base {recipe.model}" + (f", adapter {adapter}" if adapter else ""))
     facts = manifest_facts(adapter_folder(adapter)) if adapter is not None else {}
-    labels = (facts.get("run") or facts.get("extra", {}).get("run", {})).get("labels")
+    run: dict[str, Any] = facts.get("run") or facts.get("extra", {}).get("run", {})
+    labels, scale = run.get("labels"), run.get("scale")
     dtype = recipe.dtype
     if dtype == "auto" and facts.get("dtype"):  # the dtype the adapter was trained in, not what is fast here today
         dtype = facts["dtype"]
@@ -177,7 +178,9 @@ def open_model(
     by_itself = head.fresh and (labels is None if head.named else adapter is None)
     task = None if by_itself else recipe.task
     torch.manual_seed(recipe.seed)  # what a base lacks for the task starts at random: draw it as training did
-    base = load_base(recipe.model, dtype, trust_remote_code, task, labels=labels, quantization=recipe.quantization)
+    base = load_base(
+        recipe.model, dtype, trust_remote_code, task, labels=labels, quantization=recipe.quantization, scale=scale
+    )
     model, tokenizer = base.model, base.tokenizer
     name = None
     if adapter is not None:
@@ -203,11 +206,16 @@ def model_labels(opened: Opened) -> tuple[str, ...] | None:
     return None if names is None else tuple(name for _, name in sorted(names.items()))
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] | None = None) -> DataSet:
+def load_data(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...] | None = None,
+    scale: tuple[float, float] | None = None,
+) -> DataSet:
     """The recipe's data, encoded the way training encodes it.
 
     Args:
-        labels: for classification, the classes of the model that is to score them.
+        labels: what the outputs of the model that is to score them are called.
 
     Raises:
         IngraftError: see `ingraft.data.load`.
@@ -219,11 +227,13 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         wanted.train,
         tokenizer,
         task=recipe.task,
+        scale=scale,
         eval=wanted.eval or None,
         test=wanted.test,
         form=wanted.format,
         max_length=wanted.max_length,
         learn=wanted.learn,
+        stride=wanted.stride,
         seed=recipe.seed,
         labels=labels,
     )

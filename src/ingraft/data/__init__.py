@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ingraft.data.batching import batches, padding_share
     from ingraft.data.chat import encode_prompt, prompt_messages, render
     from ingraft.data.dataset import DataSet, load
-    from ingraft.data.examples import IGNORED, Example, encode_classify, encode_lm, encode_sft, label_names
+    from ingraft.data.examples import IGNORED, Example, encode_lm, encode_sft
     from ingraft.data.formats import FORMATS, detect, read_records
+    from ingraft.data.labelled import encode_classify, label_names
     from ingraft.data.readers import check_source, read_rows
     from ingraft.data.report import DataReport, PartReport
     from ingraft.data.rows import Row
@@ -27,7 +28,8 @@ _HOME = {
     "batching": ("batches", "padding_share"),
     "chat": ("encode_prompt", "prompt_messages", "render"),
     "tensors": ("collate", "pad_id", "row_ids"),
-    "examples": ("IGNORED", "Example", "encode_classify", "encode_lm", "encode_sft", "label_names"),
+    "examples": ("IGNORED", "Example", "encode_lm", "encode_sft"),
+    "labelled": ("encode_classify", "label_names"),
     "formats": ("FORMATS", "detect", "read_records"),
     "dataset": ("DataSet", "load"),
     "show": ("preview",),

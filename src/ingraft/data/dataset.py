@@ -39,6 +39,7 @@ class DataSet:
     Attributes:
         train, eval, test: the examples; empty where there is no such part.
         labels: what the head's outputs are called, in their order; None where they have no names.
+        scale: mean and standard deviation of the training labels, where they are numbers.
         report: what was counted on the way.
         parts: rows and records behind the examples, by part name (train, eval, test).
     """
@@ -47,6 +48,7 @@ class DataSet:
     eval: list[Example]
     test: list[Example]
     labels: tuple[str, ...] | None
+    scale: tuple[float, float] | None
     report: DataReport
     parts: Mapping[str, Part]
 
@@ -64,6 +66,8 @@ def load(
     chat: bool | None = None,
     seed: int = 42,
     labels: Sequence[str] | None = None,
+    scale: tuple[float, float] | None = None,
+    stride: int = 128,
 ) -> DataSet:
     """Read, split, check and encode a data set.
 
@@ -81,6 +85,8 @@ def load(
             has a template.
         seed: of the split.
         labels: what the outputs of a model that is already trained are called; None takes them from the training rows.
+        scale: mean and standard deviation of the labels that a model was trained on; None takes them from the training rows.
+        stride: for qa, tokens that neighbouring windows of a long context share.
 
     Raises:
         IngraftError: everything that `read_rows`, `split` and the encoders refuse; a task that cannot use these rows;
@@ -118,7 +124,9 @@ def load(
             raise IngraftError(
                 f"{train}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
             )
-    how = Settings(tokenizer=tokenizer, max_length=max_length, labels=names, learn=learn, chat=chat)
+    how = Settings(tokenizer=tokenizer, max_length=max_length, labels=names, learn=learn, chat=chat, stride=stride)
+    if wanted.scale is not None and scale is None:
+        scale = wanted.scale(records)
     if wanted.notes is not None:
         notes += wanted.notes(chosen, how)
 
@@ -128,7 +136,7 @@ def load(
         tally = Tally()
         examples = wanted.encode(part_records, rows, how, tally)
         parts[name] = Part(rows=rows, records=part_records, examples=examples)
-        reports.append(part_report(name, rows, part_records, examples, tally))
+        reports.append(part_report(name, rows, part_records, examples, tally, wanted))
     _refuse_unknown([(report.source, report.unknown_share) for report in reports], tokenizer)
     seen = {given(record) for record in parts["train"].records}
     report = DataReport(
@@ -146,6 +154,7 @@ def load(
         eval=parts["eval"].examples if "eval" in parts else [],
         test=parts["test"].examples if "test" in parts else [],
         labels=names or None,
+        scale=scale if wanted.scale is not None else None,
         report=report,
         parts=parts,
     )

@@ -12,6 +12,7 @@ like a bad model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -41,8 +42,13 @@ class Example:
         input_ids: the tokens.
         row_id: the row's position among the rows that were encoded (for `lm` the block's number). It names the row in
             logs and seeds its dropout.
-        labels: per token its id where it is learned and -100 elsewhere; None for classification.
-        label: the class, or among several answers the place; None for language models.
+        labels: per token what is learned of it (its id, or its tag's number) and -100 where that is nothing; None where no token is learned.
+        label: the class of the row, or among several answers the place; None where it has neither.
+        values: the numbers that the row should get (0 or 1 for each class of several); None where it gets none.
+        span: the first and the last token of the answer, (0, 0) where it is not in the sequence; None where none is looked for.
+        words: per token the number of the word that it begins, else -1; None where words have no tags.
+        characters: per token its first character in the context and the one behind its last, (-1, -1) for tokens of something else; None where
+            there is no context.
         token_type_ids: 0/1 for the first and second text, for encoders that want it.
     """
 
@@ -50,6 +56,10 @@ class Example:
     row_id: int
     labels: list[int] | None = None
     label: int | None = None
+    values: tuple[float, ...] | None = None
+    span: tuple[int, int] | None = None
+    words: list[int] | None = None
+    characters: list[tuple[int, int]] | None = None
     token_type_ids: list[int] | None = None
 
     def __len__(self) -> int:
@@ -61,15 +71,24 @@ class Example:
         return (self,)
 
     @property
-    def learned(self) -> int:
-        """How many tokens the loss counts; 1 for a classified row. The first token of a sequence is never predicted."""
-        return 1 if self.labels is None else sum(label != IGNORED for label in self.labels[1:])
+    def kind(self) -> tuple[bool, ...]:
+        """What it has; rows of one batch have the same."""
+        return tuple(field is None for field in (self.labels, self.label, self.values, self.span, self.token_type_ids))
 
     @property
-    def answer(self) -> tuple[int, ...]:
-        """What it teaches last: its class, or the last stretch of learned tokens. Rows with equal ones are of one kind."""
+    def learned(self) -> int:
+        """How many terms the loss has: learned tokens, or 1 for a row. The first token of a text to be written is never predicted."""
+        if self.labels is None:
+            return 1
+        return sum(label != IGNORED for label in (self.labels[1:] if self.words is None else self.labels))
+
+    @property
+    def answer(self) -> tuple[float, ...]:
+        """What it teaches: its class, numbers, place or kinds of tags, or the last stretch of learned tokens. Rows with equal ones are of one kind."""
         if self.label is not None or self.labels is None:
-            return () if self.label is None else (self.label,)
+            return (self.label,) if self.label is not None else self.values or self.span or ()
+        if self.words is not None:
+            return tuple(sorted({label for label in self.labels if label != IGNORED}))
         end = max((i for i, label in enumerate(self.labels) if label != IGNORED), default=len(self.labels) - 1) + 1
         start = end
         while start > 0 and self.labels[start - 1] != IGNORED:
@@ -80,7 +99,7 @@ class Example:
 @dataclass(kw_only=True, slots=True)
 class Tally:
     """What encoding did to the rows; filled by the `encode_*` functions, read by the report. Lengths are those
-    before cutting.
+    before cutting. `more` are counts that only some tasks have, by what they count.
     """
 
     lengths: list[int] = field(default_factory=list[int])
@@ -89,6 +108,7 @@ class Tally:
     same: list[str] = field(default_factory=list[str])
     unknown: int = 0
     tokens: int = 0
+    more: Counter[str] = field(default_factory=Counter[str])
 
 
 def encode_sft(
@@ -294,83 +314,3 @@ def join_lines(records: Sequence[Document], rows: Sequence[Row]) -> list[str]:
             documents.append([record.text])
         before = row if record.line_of_file else None
     return ["".join(parts) for parts in documents]
-
-
-def encode_classify(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    max_length: int,
-    *,
-    form: str = "auto",
-    tally: Tally | None = None,
-) -> list[Example]:
-    """Sequence classification of a text or a pair of texts, with the tokenizer's own special tokens.
-
-    Args:
-        labels: the classes, in the order of the head's outputs (`label_names` gives them for a training set).
-
-    Raises:
-        IngraftError: rows without text and label; a label that is not among `labels`, by file and line.
-    """
-    chosen, records = read_records(rows, form)
-    if chosen.meaning is not Labelled:
-        raise IngraftError(
-            f"{rows[0].file}: task classify needs {{text, label}} or {{text, text2, label}} rows; these are {chosen.name} rows."
-        )
-    return encode_labelled(cast("list[Labelled]", records), rows, tokenizer, labels, max_length, tally=tally)
-
-
-def encode_labelled(
-    records: Sequence[Labelled],
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    max_length: int,
-    *,
-    tally: Tally | None = None,
-) -> list[Example]:
-    """`encode_classify` for records that were read already."""
-    tally = Tally() if tally is None else tally
-    numbers = {name: number for number, name in enumerate(labels)}
-    unknown = [(row, record) for row, record in zip(rows, records, strict=True) if record.label not in numbers]
-    if unknown:
-        known = ", ".join(list(numbers)[:20]) + (", ..." if len(numbers) > 20 else "")
-        refuse(
-            [
-                f"{row.place}: label '{record.label}' is unknown{nearest(record.label, numbers, count=1)}"
-                for row, record in unknown
-            ],
-            summary=f"{len(unknown)} rows have a label that the training data does not have. Known labels: {known}.",
-        )
-    firsts = [record.text for record in records]
-    seconds = (
-        [record.text2 or "" for record in records] if any(record.text2 is not None for record in records) else None
-    )
-    examples: list[Example] = []
-    if not firsts:
-        return examples
-    whole = tokenizer(firsts, seconds, verbose=False)
-    both = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)] if seconds else firsts
-    count_unknown(both, cast("list[list[int]]", whole["input_ids"]), tokenizer, tally)
-    tally.tokens -= len(both) * tokenizer.num_special_tokens_to_add(
-        pair=seconds is not None
-    )  # they are no part of the text
-    short = tokenizer(firsts, seconds, truncation=True, max_length=max_length, verbose=False)
-    types = cast("list[list[int]] | None", short.get("token_type_ids"))
-    sequences = zip(
-        cast("list[list[int]]", short["input_ids"]), cast("list[list[int]]", whole["input_ids"]), records, strict=True
-    )
-    for number, (ids, full, record) in enumerate(sequences):
-        tally.lengths.append(len(full))
-        tally.cut += len(ids) < len(full)
-        kinds = types[number] if types is not None else None
-        examples.append(Example(input_ids=ids, label=numbers[record.label], token_type_ids=kinds, row_id=number))
-    return examples
-
-
-def label_names(records: Sequence[Record]) -> tuple[str, ...]:
-    """The classes of a training set in a stable order: by number when all are numbers, else alphabetically."""
-    names = {record.label for record in records if isinstance(record, Labelled)}
-    numeric = all(name.lstrip("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=(lambda name: (int(name), name)) if numeric else (lambda name: (0, name))))

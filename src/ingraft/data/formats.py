@@ -8,12 +8,27 @@ because real files carry ids, sources and comments.
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ingraft.data.records import Chat, Document, Judged, Labelled, Message, Preference, Ranking, Record, Span, Tagged
+from ingraft.data.records import (
+    Chat,
+    Document,
+    Judged,
+    Labelled,
+    Measured,
+    Message,
+    Multilabelled,
+    Preference,
+    Ranking,
+    Record,
+    Span,
+    Tagged,
+)
 from ingraft.data.rows import Row, RowProblem, refuse
 from ingraft.errors import IngraftError, nearest
 
@@ -40,12 +55,14 @@ class Format:
         fields: the fields a row must have.
         read: the row's meaning; raises `RowProblem` for what it cannot use.
         meaning: the kind of record that `read` returns.
+        detected: whether rows are taken for it by their fields; if not, it is asked for by name or by a task.
     """
 
     name: str
     fields: tuple[str, ...]
     read: Callable[[Values], Record]
     meaning: type[Record]
+    detected: bool = True
 
 
 def _kind(value: object) -> str:
@@ -96,9 +113,34 @@ def _label(values: Values, name: str = "label") -> str:
         return str(int(value))
     if isinstance(value, float):
         raise RowProblem(
-            f"field '{name}' is the number {value}: a class is a name or a whole number (regression comes later)"
+            f"field '{name}' is the number {value}: a class is a name or a whole number (numbers are for --task regress)"
         )
+    if isinstance(value, (list, tuple)):
+        raise RowProblem(f"field '{name}' is a list; several labels a row are for --task multi-label")
     return _filled(values, name).strip()
+
+
+def _number(values: Values, name: str = "label") -> float:
+    value = values[name]
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise RowProblem(f"field '{name}' is {value!r}, not a finite number (names of classes are for --task classify)")
+    return found
+
+
+def _labels(values: Values, name: str = "label") -> tuple[str, ...]:
+    """A list of labels; one label alone is a list of one. A cell of a table spells the list as JSON."""
+    value = values[name]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowProblem(f"field '{name}' begins like a JSON list and is none: {value[:40]!r}") from None
+    several = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(dict.fromkeys(_label({name: item}, name) for item in several))
 
 
 def _turns(values: Values, name: str, role_key: str, text_key: str) -> tuple[Message, ...]:
@@ -189,6 +231,18 @@ def _read_pair(values: Values) -> Labelled:
     return Labelled(text=_filled(values, "text"), text2=_filled(values, "text2"), label=_label(values))
 
 
+def _texts(values: Values) -> dict[str, Any]:
+    return {"text": _filled(values, "text"), "text2": _filled(values, "text2") if "text2" in values else None}
+
+
+def _read_number(values: Values) -> Measured:
+    return Measured(**_texts(values), value=_number(values))
+
+
+def _read_labels(values: Values) -> Multilabelled:
+    return Multilabelled(**_texts(values), labels=_labels(values))
+
+
 def _read_text(values: Values) -> Document:
     return Document(text=_text(values, "text"))
 
@@ -241,6 +295,8 @@ def _read_tagged(values: Values) -> Tagged:
     if not tokens:
         raise RowProblem("field 'tokens' is an empty list")
     words = tuple(_text({"tokens": token}, "tokens") for token in tokens)
+    if empty := next((number for number, word in enumerate(words, 1) if not word.strip()), 0):
+        raise RowProblem(f"token {empty} of 'tokens' is empty")
     return Tagged(tokens=words, tags=tuple(_label({"tags": tag}, "tags") for tag in tags))
 
 
@@ -265,7 +321,9 @@ def _read_span(values: Values) -> Span:
             raise RowProblem(f"answer {number} needs 'text' and 'answer_start'")
         answer = cast("Values", answer)
         text, start = _text(answer, "text"), answer["answer_start"]
-        if not isinstance(start, int) or context[start : start + len(text)] != text:
+        if not text.strip():
+            raise RowProblem(f"answer {number} is empty")
+        if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
             raise RowProblem(f"answer {number} ({text[:40]!r}) does not stand at character {start} of the context")
         answers.append((text, start))
     return Span(context=context, question=_filled(values, "question"), answers=tuple(answers))
@@ -291,8 +349,20 @@ FORMATS: dict[str, Format] = {
         Format(name="text-label", fields=("text", "label"), read=_read_labelled, meaning=Labelled),
         Format(name="messages", fields=("messages",), read=_read_messages, meaning=Chat),
         Format(name="conversations", fields=("conversations",), read=_read_conversations, meaning=Chat),
-        Format(name="lines", fields=("text",), read=_read_line, meaning=Document),
+        Format(name="lines", fields=("text",), read=_read_line, meaning=Document, detected=False),
         Format(name="text", fields=("text",), read=_read_text, meaning=Document),
+        Format(
+            name="pair-number", fields=("text", "text2", "label"), read=_read_number, meaning=Measured, detected=False
+        ),
+        Format(name="text-number", fields=("text", "label"), read=_read_number, meaning=Measured, detected=False),
+        Format(
+            name="pair-labels",
+            fields=("text", "text2", "label"),
+            read=_read_labels,
+            meaning=Multilabelled,
+            detected=False,
+        ),
+        Format(name="text-labels", fields=("text", "label"), read=_read_labels, meaning=Multilabelled, detected=False),
     )
 }
 """Most specific first: detection takes the first form that fits."""
@@ -308,7 +378,7 @@ def missing(values: Values, form: Format) -> list[str]:
 
 def known_forms() -> str:
     """The recognised forms in one line, for messages."""
-    return "; ".join("{" + ", ".join(form.fields) + "}" for form in FORMATS.values() if form.name != "lines")
+    return "; ".join("{" + ", ".join(form.fields) + "}" for form in FORMATS.values() if form.detected)
 
 
 def detect(rows: Sequence[Row]) -> str:
@@ -322,7 +392,7 @@ def detect(rows: Sequence[Row]) -> str:
     if all(row.reader == "txt" for row in rows):
         return "lines"
     fitting = Counter(
-        name for row in rows for name, form in FORMATS.items() if name != "lines" and not missing(row.values, form)
+        name for row in rows for name, form in FORMATS.items() if form.detected and not missing(row.values, form)
     )
     for name in FORMATS:
         if fitting[name] * 2 > len(rows):
@@ -353,12 +423,15 @@ def _partly(found: Mapping[str, int]) -> str:
     return f" {' and '.join(there)} would be of {{{', '.join(form.fields)}}}, which needs {' and '.join(lacking)} too."
 
 
-def read_records(rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[Record]]:
+def read_records(
+    rows: Sequence[Row], form: str = "auto", reads: Mapping[str, str] | None = None
+) -> tuple[Format, list[Record]]:
     """The meaning of every row.
 
     Args:
         rows: rows of one or several files.
         form: a name of `FORMATS`, or `auto` to detect it.
+        reads: forms that are to be read as others of the same fields, whose labels mean something else.
 
     Returns:
         the form, and one record per row, in order.
@@ -370,7 +443,8 @@ def read_records(rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[
         raise IngraftError(
             f"There is no data format '{form}'{nearest(form, FORMATS)}. Known: auto, {', '.join(FORMATS)}."
         )
-    chosen = FORMATS[detect(rows) if form == "auto" else form]
+    name = detect(rows) if form == "auto" else form
+    chosen = FORMATS[(reads or {}).get(name, name)]
     records: list[Record] = []
     problems: list[str] = []
     for row in rows:

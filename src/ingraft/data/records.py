@@ -1,6 +1,6 @@
 """What a row means, whatever its fields were called.
 
-Eight shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
+Ten shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
 (templates, encoding, splits) sees only these, so a new form of row costs one entry there and nothing here.
 """
 
@@ -37,6 +37,24 @@ class Labelled:
     text: str
     text2: str | None
     label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """A text, or a pair of texts, and a number."""
+
+    text: str
+    text2: str | None
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Multilabelled:
+    """A text, or a pair of texts, and the classes that it is of: any number of them, none included."""
+
+    text: str
+    text2: str | None
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +111,7 @@ class Span:
     answers: tuple[tuple[str, int], ...]
 
 
-Record = Chat | Labelled | Document | Preference | Ranking | Judged | Tagged | Span
+Record = Chat | Labelled | Measured | Multilabelled | Document | Preference | Ranking | Judged | Tagged | Span
 
 
 def given(record: Record) -> str:
@@ -108,7 +126,7 @@ def given(record: Record) -> str:
                 (i for i, m in enumerate(record.messages) if m["role"] == "assistant"), default=len(record.messages)
             )
             return "\x1e".join(f"{m['role']}\x1f{m['content']}" for m in record.messages[:last])
-        case Labelled():
+        case Labelled() | Measured() | Multilabelled():
             return record.text if record.text2 is None else f"{record.text}\x1e{record.text2}"
         case Document():
             return record.text
@@ -118,6 +136,11 @@ def given(record: Record) -> str:
             return "\x1f".join(record.tokens)
         case Span():
             return f"{record.context}\x1e{record.question}"
+
+
+def kept_together(record: Record) -> str:
+    """What may not stand on both sides of a split: what the model is given, or the context that several questions share."""
+    return record.context if isinstance(record, Span) else given(record)
 
 
 def label_of(record: Record) -> str | None:

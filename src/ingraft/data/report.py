@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ingraft.data.examples import Example, Tally
-from ingraft.data.records import Labelled, Record
+from ingraft.data.records import Record
 from ingraft.data.rows import LISTED, Row
+from ingraft.data.tasks import Task
 
 UNKNOWN_LIMIT = 0.05
 """Above this share of unknown tokens the model would learn from holes; a base that knows the script reads well
@@ -31,13 +32,14 @@ class PartReport:
         examples: sequences made of them (blocks, for plain text).
         tokens: tokens the model reads per epoch, after cutting.
         lengths: shortest, median, 95 % and longest sequence in tokens, before cutting.
-        learned_share: share of the tokens that the loss counts; 1 for classification rows.
+        learned_share: share of the tokens that the loss counts; 1 where it counts rows.
         labels: rows per class, largest first; empty for language models.
         cut: rows longer than `max_length`.
         dropped: rows without a learned token, mostly because their whole answer was cut away; by place.
         same: rows dropped because their answers are the same, as written or within `max_length`; by place.
         duplicates: rows that repeat an earlier row entirely.
         unknown_share: share of tokens that the tokenizer does not know.
+        about: lines on what only some tasks have: numbers, tags, windows.
     """
 
     name: str
@@ -53,6 +55,7 @@ class PartReport:
     same: tuple[str, ...]
     duplicates: int
     unknown_share: float
+    about: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The part in a few lines of plain text."""
@@ -65,8 +68,9 @@ class PartReport:
             shown = [f"{name} {count} ({count / self.rows:.0%})" for name, count in list(self.labels.items())[:LISTED]]
             rest = len(self.labels) - len(shown)
             out.append("  classes: " + ", ".join(shown) + (f", and {rest} more" if rest > 0 else ""))
-        else:
+        elif self.learned_share < 1 or not self.about:
             out.append(f"  learned: {self.learned_share:.1%} of the tokens")
+        out += [f"  {line}" for line in self.about]
         if self.cut:
             out.append(f"  cut at max_length: {self.cut} rows ({self.cut / self.rows:.1%})")
         for why, places in (
@@ -129,13 +133,14 @@ def quantiles(lengths: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def part_report(
-    name: str, rows: Sequence[Row], records: Sequence[Record], examples: Sequence[Example], tally: Tally
+    name: str, rows: Sequence[Row], records: Sequence[Record], examples: Sequence[Example], tally: Tally, task: Task
 ) -> PartReport:
     """Count one part. A line of a text file may well repeat, so duplicates are not counted there."""
     tokens = sum(map(len, examples))
     learned = sum(example.learned for example in examples)
-    classes = Counter(record.label for record in records if isinstance(record, Labelled))
-    classified = bool(examples) and examples[0].labels is None
+    classes = Counter(name for record in records for name in (task.classes(record) if task.classes is not None else ()))
+    by_token = bool(examples) and examples[0].labels is not None
+    about = task.about(records) if task.about is not None and records else []
     distinct = len({repr(record) for record in records})
     return PartReport(
         name=name,
@@ -144,11 +149,12 @@ def part_report(
         examples=sum(len(example.sequences) for example in examples),
         tokens=tokens,
         lengths=quantiles(tally.lengths),
-        learned_share=1.0 if classified else learned / max(1, tokens),
-        labels=dict(classes.most_common()) if classified else {},
+        learned_share=learned / max(1, tokens) if by_token else 1.0,
+        labels=dict(classes.most_common()),
         cut=tally.cut,
         dropped=tuple(tally.dropped),
         same=tuple(tally.same),
         duplicates=0 if rows[0].reader == "txt" else len(records) - distinct,
         unknown_share=tally.unknown / max(1, tally.tokens),
+        about=(*about, *(f"{what}: {count:,}" for what, count in tally.more.items() if count)),
     )

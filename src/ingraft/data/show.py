@@ -42,6 +42,8 @@ def preview(
     how = Settings(tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat)
     example = shown.encode(records, rows, how, Tally())[0]
     learned = [label != IGNORED for label in example.labels or [IGNORED] * len(example.input_ids)]
+    if example.span is not None:
+        learned = [example.span[0] <= at <= example.span[1] for at in range(len(example))]
     told = [(f" → {shown.told(records[0])}", True)] if shown.told is not None else []
     return [*zip(token_texts(example.input_ids, tokenizer), learned, strict=True), *told]
 

@@ -1,8 +1,8 @@
 """Setting rows aside for evaluation, the same ones every time.
 
 A row's turn comes by a hash of the seed and its text, not by its position: the same file in another order, or with a
-few rows more, keeps nearly the same split. Rows that give the model the same text travel together, so nothing that is
-evaluated was seen in training. Classes keep their shares. Lines of a text file are one running text: there the end is
+few rows more, keeps nearly the same split. Rows that give the model the same text travel together, questions about one
+context too, so nothing that is evaluated was seen in training. Classes keep their shares. Lines of a text file are one running text: there the end is
 set aside, because scattered lines would leave holes that the neighbours give away.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ingraft.data.formats import read_records
 from ingraft.data.readers import read_rows
-from ingraft.data.records import Document, Record, given, label_of
+from ingraft.data.records import Document, Record, kept_together, label_of
 from ingraft.data.rows import Row
 from ingraft.errors import IngraftError
 
@@ -80,7 +80,7 @@ def choose(records: Sequence[Record], wanted: int, seed: int) -> set[int]:
         return set(range(len(records) - wanted, len(records)))
     groups: dict[str, list[int]] = defaultdict(list)
     for position, record in enumerate(records):
-        groups[given(record)].append(position)
+        groups[kept_together(record)].append(position)
     strata: dict[str, list[list[int]]] = defaultdict(list)
     for text in sorted(groups, key=lambda text: blake2b(f"{seed}\x00{text}".encode(), digest_size=16).digest()):
         strata[min(label_of(records[position]) or "" for position in groups[text])].append(groups[text])

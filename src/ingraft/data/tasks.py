@@ -7,15 +7,39 @@ The other layers have a table each under the same names: `bases.heads`, `evaluat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.data.chat import has_template, name_of
-from ingraft.data.examples import Example, Tally, as_chat, encode_chats, encode_documents, encode_labelled, label_names
+from ingraft.data.examples import Example, Tally, as_chat, encode_chats, encode_documents
 from ingraft.data.formats import ROLES, Format, Values, read_records
+from ingraft.data.labelled import (
+    about_numbers,
+    about_several,
+    encode_labelled,
+    encode_measured,
+    encode_multilabelled,
+    label_names,
+    scale_of,
+    several_names,
+)
 from ingraft.data.preferences import answers_of, encode_judged, encode_preferences
-from ingraft.data.records import Chat, Document, Judged, Labelled, Preference, Ranking, Record
+from ingraft.data.records import (
+    Chat,
+    Document,
+    Judged,
+    Labelled,
+    Measured,
+    Multilabelled,
+    Preference,
+    Ranking,
+    Record,
+    Span,
+    Tagged,
+)
 from ingraft.data.rows import Row
+from ingraft.data.spans import encode_spans
+from ingraft.data.tagged import OUTSIDE, about_tags, encode_tagged, tag_names
 from ingraft.errors import IngraftError, nearest
 
 if TYPE_CHECKING:
@@ -32,6 +56,7 @@ class Settings:
         labels: what the model's outputs are called, in their order; empty for a task without such names.
         learn: for sft, `answer` or `all`.
         chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a template.
+        stride: for qa, tokens that neighbouring windows of a long context share.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,6 +64,7 @@ class Settings:
     labels: tuple[str, ...] = ()
     learn: str = "answer"
     chat: bool | None = None
+    stride: int = 128
 
 
 Encode = Callable[[Sequence[Any], Sequence[Row], Settings, Tally], list[Example]]
@@ -55,6 +81,10 @@ class Task:
         encode: records and the rows they come from, as examples.
         blocks: whether examples are blocks of a running text, so that their `row_id` counts blocks and not rows.
         labels: what the outputs are called, from the training records; None where outputs have no names.
+        scale: mean and standard deviation of what the output is, from the training records; None where it is no number.
+        classes: the classes of a record, whose balance is reported; None where it has none.
+        about: lines for a report on the records of a part.
+        reads: forms of row whose fields mean something else to this task, and the form that reads them so.
         told: what a row teaches beside the tokens that are marked as learned; None where those are all.
         unanswered: the fields of a row that may lack its answer, with a stand-in for the answer (`labels` are the model's).
         notes: what is decided about a set of rows and may surprise.
@@ -66,6 +96,10 @@ class Task:
     encode: Encode
     blocks: bool = False
     labels: Callable[[Sequence[Record]], tuple[str, ...]] | None = None
+    scale: Callable[[Sequence[Record]], tuple[float, float]] | None = None
+    classes: Callable[[Any], Sequence[str]] | None = None
+    about: Callable[[Sequence[Any]], list[str]] | None = None
+    reads: Mapping[str, str] = field(default_factory=dict[str, str])
     told: Callable[[Any], str] | None = None
     unanswered: Callable[[Row, Sequence[str]], Values]
     notes: Callable[[Format, Settings], list[str]] | None = None
@@ -76,7 +110,7 @@ class Task:
         Raises:
             IngraftError: as `read_records`, or this task cannot learn from such rows.
         """
-        chosen, records = read_records(rows, form)
+        chosen, records = read_records(rows, form, self.reads)
         if chosen.meaning not in self.records:
             fitting = [name for name, other in TASKS.items() if chosen.meaning in other.records]
             ways = " or ".join(f"`--task {name}`" for name in fitting)
@@ -117,6 +151,23 @@ def _classify(records: Sequence[Labelled], rows: Sequence[Row], how: Settings, t
     return encode_labelled(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
 
 
+def _regress(records: Sequence[Measured], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    del rows
+    return encode_measured(records, how.tokenizer, how.max_length, tally=tally)
+
+
+def _multi_label(records: Sequence[Multilabelled], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_multilabelled(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
+
+
+def _tag(records: Sequence[Tagged], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_tagged(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
+
+
+def _qa(records: Sequence[Span], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_spans(records, rows, how.tokenizer, how.max_length, how.stride, tally=tally)
+
+
 def _preference(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     return [*encode_preferences(records, rows, how.tokenizer, how.max_length, tally=tally)]
 
@@ -153,12 +204,12 @@ def _unwritten(row: Row, labels: Sequence[str]) -> Values:
     """For a model that writes: a stand-in where an answer is missing, and for the answering turn."""
     del labels
     values = dict(row.values)
-    for field, answer in ANSWERS.items():
-        if field in values and _absent(values.get(answer)) and (answer != "label" or row.reader != "txt"):
+    for name, answer in ANSWERS.items():
+        if name in values and _absent(values.get(answer)) and (answer != "label" or row.reader != "txt"):
             values[answer] = "?"
-    for field, (role, text) in TURNS.items():
-        if field in values:
-            values[field] = _answered(values[field], role, text)
+    for name, (role, text) in TURNS.items():
+        if name in values:
+            values[name] = _answered(values[name], role, text)
     return values
 
 
@@ -188,6 +239,35 @@ def _unclassified(row: Row, labels: Sequence[str]) -> Values:
     return {**row.values, "label": labels[0]}  # any class: it is not looked at
 
 
+def _unmeasured(row: Row, labels: Sequence[str]) -> Values:
+    del labels
+    return {**row.values, "label": 0}
+
+
+def _untold(row: Row, labels: Sequence[str]) -> Values:
+    del labels
+    return {**row.values, "label": []}
+
+
+def _untagged(row: Row, labels: Sequence[str]) -> Values:
+    words = row.values.get("tokens")
+    return (
+        {**row.values, "tags": [labels[0]] * len(cast("Sequence[Any]", words))}
+        if isinstance(words, (list, tuple))
+        else row.values
+    )
+
+
+def _unfound(row: Row, labels: Sequence[str]) -> Values:
+    del labels
+    context = row.values.get("context")
+    start = len(context) - len(context.lstrip()) if isinstance(context, str) else 0
+    return {**row.values, "answers": [{"text": str(context)[start : start + 1], "answer_start": start}]}
+
+
+AS_NUMBERS = {"text-label": "text-number", "pair-label": "pair-number"}
+AS_LISTS = {"text-label": "text-labels", "pair-label": "pair-labels"}
+
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
@@ -213,8 +293,50 @@ TASKS: Mapping[str, Task] = {
             rows="{text, label} or {text, text2, label} rows",
             encode=_classify,
             labels=label_names,
+            classes=lambda record: (record.label,),
             told=lambda record: record.label,
             unanswered=_unclassified,
+        ),
+        Task(
+            name="multi-label",
+            records=(Multilabelled,),
+            rows="{text, label} or {text, text2, label} rows, label being a list of labels",
+            reads=AS_LISTS,
+            encode=_multi_label,
+            labels=several_names,
+            classes=lambda record: record.labels,
+            about=about_several,
+            told=lambda record: ", ".join(record.labels) or "none",
+            unanswered=_untold,
+        ),
+        Task(
+            name="regress",
+            records=(Measured,),
+            rows="{text, label} or {text, text2, label} rows, label being a number",
+            reads=AS_NUMBERS,
+            encode=_regress,
+            scale=scale_of,
+            about=about_numbers,
+            told=lambda record: f"{record.value:g}",
+            unanswered=_unmeasured,
+        ),
+        Task(
+            name="tag",
+            records=(Tagged,),
+            rows="{tokens, tags} rows",
+            encode=_tag,
+            labels=tag_names,
+            about=about_tags,
+            told=lambda record: " ".join(tag for tag in record.tags if tag != OUTSIDE) or OUTSIDE,
+            unanswered=_untagged,
+        ),
+        Task(
+            name="qa",
+            records=(Span,),
+            rows="{context, question, answers} rows, as SQuAD has them",
+            encode=_qa,
+            told=lambda record: record.answers[0][0],
+            unanswered=_unfound,
         ),
         *(
             Task(

@@ -36,8 +36,8 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
         multiple: round T up to a multiple of this; fixed shapes suit compiled graphs and tensor cores.
 
     Returns:
-        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, or (B,)
-        classes; `token_type_ids` (B, T) where the rows have them.
+        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, (B,) classes,
+        (B, K) float32 numbers or (B, 2) first and last token of the answer; `token_type_ids` (B, T) where the rows have them.
 
     Raises:
         IngraftError: no rows, or rows of both kinds.
@@ -45,7 +45,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
     if not examples:
         raise IngraftError("An empty batch has no tensors.")
     examples = [sequence for example in examples for sequence in example.sequences]
-    if len({(e.labels is None, e.label is None, e.token_type_ids is None) for e in examples}) > 1:
+    if len({example.kind for example in examples}) > 1:
         raise IngraftError("A batch must hold rows of one kind: all with token labels, or all with a class.")
     longest = max(len(example.input_ids) for example in examples)
     width = -(-longest // multiple) * multiple
@@ -61,6 +61,10 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
         batch["labels"] = torch.tensor([pad(e.labels or [], IGNORED) for e in examples])
     elif examples[0].label is not None:
         batch["labels"] = torch.tensor([e.label for e in examples])
+    elif examples[0].values is not None:
+        batch["labels"] = torch.tensor([e.values for e in examples], dtype=torch.float32)
+    elif examples[0].span is not None:
+        batch["labels"] = torch.tensor([e.span for e in examples])
     if examples[0].token_type_ids is not None:
         batch["token_type_ids"] = torch.tensor([pad(e.token_type_ids or [], 0) for e in examples])
     return batch

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ingraft.data.examples import Example
-from ingraft.data.records import Labelled
 from ingraft.evaluate.loss import Poll, by_length, device_of
+from ingraft.evaluate.measures import of_classes
 from ingraft.evaluate.modes import scoring
+from ingraft.evaluate.outputs import texts
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 
 if TYPE_CHECKING:
@@ -40,16 +41,6 @@ class ClassScores:
     def loss(self) -> float:
         """The mean over rows, in nats."""
         return math.fsum(self.losses) / max(1, len(self.losses))
-
-    @property
-    def accuracy(self) -> float:
-        """The share of rows whose likeliest class is the right one."""
-        return sum(p == y for p, y in zip(self.predictions, self.labels, strict=True)) / max(1, len(self.labels))
-
-    @property
-    def macro_f1(self) -> float:
-        """The mean over classes of F1, where a class that occurs neither in labels nor in predictions is left out."""
-        return macro_f1(self.predictions, self.labels)
 
 
 def score_classes(
@@ -106,7 +97,8 @@ class ClassifyScorer(Scorer):
     """One class a row."""
 
     task: ClassVar[str] = "classify"
-    cheap: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    cheap: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "micro_f1", "matthews")
+    needs: ClassVar[tuple[str, ...]] = ("sklearn",)
     adds: ClassVar[tuple[str, ...]] = ("prediction", "scores")
 
     def evaluate(
@@ -114,15 +106,11 @@ class ClassifyScorer(Scorer):
     ) -> dict[str, float]:
         del whole
         scores = score_classes(self.model, data.parts[part].examples, self.pad_id, batch_size, poll)
-        return {"loss": scores.loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+        return {"loss": scores.loss, **of_classes(scores.labels, scores.predictions)}
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
-        asked = [part.records[example.row_id] for example in examples]
-        return [
-            {"prompt": f"{record.text}\n{record.text2 or ''}".strip(), "expected": record.label}
-            for record in asked
-            if isinstance(record, Labelled)
-        ]
+        asked = zip(texts(part, examples), examples, strict=True)
+        return [{"prompt": text, "expected": self.labels[example.label or 0]} for text, example in asked]
 
     def answers(self, part: Part, examples: Sequence[Example], poll: Poll | None = None) -> list[str]:
         del part

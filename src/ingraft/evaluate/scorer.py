@@ -19,6 +19,7 @@ from ingraft.data.examples import Example, Tally
 from ingraft.data.tasks import Settings, task_of
 from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate.loss import Poll
+from ingraft.evaluate.measures import require
 from ingraft.evaluate.room import hold
 from ingraft.recipe import PreferenceRecipe
 
@@ -32,6 +33,10 @@ SCORERS: Mapping[str, str] = {
     "sft": "writing:SftScorer",
     "lm": "writing:LmScorer",
     "classify": "classes:ClassifyScorer",
+    "multi-label": "multi_label:MultiLabelScorer",
+    "regress": "regress:RegressScorer",
+    "tag": "tags:TagScorer",
+    "qa": "spans:QaScorer",
     "reward": "preferring:RewardScorer",
     "dpo": "preferring:DpoScorer",
     "ipo": "preferring:IpoScorer",
@@ -39,7 +44,7 @@ SCORERS: Mapping[str, str] = {
 }
 """Task -> module and class."""
 
-LOWER = frozenset({"loss", "perplexity", "brier", "calibration_error"})
+LOWER = frozenset({"loss", "perplexity", "mse", "mae", "brier", "calibration_error"})
 """The metrics of which less is better."""
 
 Done = Callable[[int, dict[str, Any]], None]
@@ -52,13 +57,14 @@ class Asked:
 
     Attributes:
         form: of the rows, or `auto`.
-        max_length: longest sequence in tokens. batch_size: rows in a forward pass.
+        max_length: longest sequence in tokens. stride: what windows of a long context share. batch_size: rows in a forward pass.
         max_new_tokens: longest answer, where one is written.
         say: told what may surprise.
     """
 
     form: str = "auto"
     max_length: int = 512
+    stride: int = 128
     batch_size: int = 8
     max_new_tokens: int = 128
     say: Callable[[str], None] = lambda text: None
@@ -69,14 +75,18 @@ class Scorer(ABC):
 
     Attributes:
         task: its name.
+        headline: the metric that a report shows first, where it was measured.
         cheap: the metrics that an evaluation has even if it is not whole.
         adds: the fields that a predicted row gets.
+        needs: what its metrics are computed with, as it is imported; see `measures.PACKAGES`.
         writes: whether the model answers in text, so that one can talk to it.
     """
 
     task: ClassVar[str]
+    headline: ClassVar[str] = "accuracy"
     cheap: ClassVar[tuple[str, ...]] = ("loss",)
     adds: ClassVar[tuple[str, ...]] = ("prediction",)
+    needs: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = False
 
     def __init__(
@@ -92,7 +102,7 @@ class Scorer(ABC):
         """
         self.preference = preference or PreferenceRecipe()
         self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
-        self.labels = tuple(labels) if labels is not None else ()
+        self.labels: tuple[str, ...] = tuple(labels) if labels is not None else ()
 
     @abstractmethod
     def evaluate(
@@ -138,7 +148,7 @@ class Scorer(ABC):
         hold(self.tokenizer, self.model)
         task, tally = task_of(self.task), Tally()
         longest = min(asked.max_length, self.tokenizer.model_max_length)
-        how = Settings(tokenizer=self.tokenizer, max_length=longest, labels=self.labels)
+        how = Settings(tokenizer=self.tokenizer, max_length=longest, labels=self.labels, stride=asked.stride)
         records = task.read(task.filled(rows, self.labels), asked.form)[1]
         examples = task.encode(records, rows, how, tally)
         if tally.cut:
@@ -180,5 +190,6 @@ def evaluate(
     """
     if part not in data.parts or not data.parts[part].examples:
         raise IngraftError("There are no rows to evaluate on.")
-    scorer = scorer_of(data.report.task)(model, tokenizer, data.labels, preference)
-    return scorer.evaluate(data, part, batch_size, poll=poll)
+    kind = scorer_of(data.report.task)
+    require(kind.task, kind.needs)
+    return kind(model, tokenizer, data.labels, preference).evaluate(data, part, batch_size, poll=poll)

@@ -15,7 +15,9 @@ from ingraft.adapt.files.folders import CONFIG, MEMBERS, WEIGHTS
 from ingraft.bases import check_base
 from ingraft.data import check_source
 from ingraft.errors import IngraftError
+from ingraft.evaluate.measures import require
 from ingraft.evaluate.roles import REFERENCE
+from ingraft.evaluate.scorer import SCORERS, scorer_of
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train import checkpoint
 from ingraft.train.journal import entries
@@ -41,6 +43,7 @@ def absent(recipe: Recipe) -> list[str]:
     return _problems(
         [
             *([partial(check_base, recipe.model, recipe.quantization, recipe.task)] if recipe.model.strip() else []),
+            *([partial(require, recipe.task, scorer_of(recipe.task).needs)] if recipe.task in SCORERS else []),
             *(partial(check_source, path) for path in sources),
             *(partial(_check_adapter, f"adapters.{name}", path) for name, path in recipe.adapters.items()),
             *(

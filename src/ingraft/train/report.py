@@ -68,16 +68,17 @@ def write_report(
         about: what the manifest says of the run.
         trained, total: parameters trained, and of the base.
     """
+    headline = scorer_of(recipe.task).headline
     title = f"{recipe.method} on {recipe.model}"
     lead = f"{recipe.task}, {recipe.data.train}, {about.get('steps', 0):,} steps, seed {recipe.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
-        _tiles(metrics, log, about, trained, total),
+        _tiles(headline, metrics, log, about, trained, total),
     ]
     if metrics:
         body += ["<h2>Before and after</h2>", _metrics(metrics["before"], metrics["after"])]
-    body += ["<h2>Course of training</h2>", _charts(log)]
+    body += ["<h2>Course of training</h2>", _charts(headline, log)]
     if samples:
         body += ["<h2>Samples</h2>", *map(_sample, samples)]
     body += ["<h2>How it was made</h2>", _environment(about), _details("The data", "\n".join(data))]
@@ -94,6 +95,7 @@ def write_report(
 
 
 def _tiles(
+    headline: str,
     metrics: Mapping[str, Mapping[str, float]],
     log: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
@@ -103,7 +105,8 @@ def _tiles(
     tiles: list[tuple[str, str]] = []
     if metrics:
         before, after = metrics["before"], metrics["after"]
-        shown = [name for name in ("accuracy", "rewards/accuracies", "rewards/margins", "loss") if name in after]
+        first = dict.fromkeys((headline, "rewards/accuracies", "rewards/margins", "loss"))
+        shown = [name for name in first if name in after]
         tiles += [(f"{_number(before.get(name))} → {_number(after[name])}", name) for name in shown]
     tiles.append((f"{trained:,}", f"trained parameters, {trained / max(1, total):.2%} of the base"))
     steps = [line for line in log if "step_seconds" in line]
@@ -144,14 +147,14 @@ COURSES = (
 """Metrics that are drawn where a run has them, beside the loss."""
 
 
-def _charts(log: Sequence[Mapping[str, Any]]) -> str:
+def _charts(headline: str, log: Sequence[Mapping[str, Any]]) -> str:
     def points(key: str) -> list[tuple[float, float]]:
         return [(float(line["step"]), float(line[key])) for line in log if line.get(key) is not None and "step" in line]
 
     figures: list[str] = []
     losses = [Series("training", points("loss"), "a"), Series("evaluation", points("eval_loss"), "b")]
-    figures.append(chart("loss by step, nats", [s for s in losses if s.points]))
-    for key, name in COURSES:
+    figures.append(chart("loss by step", [s for s in losses if s.points]))
+    for key, name in {headline: f"{headline} by step", **dict(COURSES)}.items():
         both = [Series("training", points(key), "a"), Series("evaluation", points(f"eval_{key}"), "b")]
         if max(len(one.points) for one in both) > 1:
             figures.append(chart(name, [one for one in both if one.points]))

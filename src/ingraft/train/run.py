@@ -153,6 +153,7 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
         form=wanted.format,
         max_length=wanted.max_length,
         learn=wanted.learn,
+        stride=wanted.stride,
         seed=recipe.seed,
     )
     for line in data.report.lines():
@@ -165,7 +166,9 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     torch.manual_seed(recipe.seed)  # the fresh head of a classifier
     labels = list(data.labels) if data.labels is not None else None
     held = recipe.quantization
-    base = load_base(recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels, quantization=held)
+    base = load_base(
+        recipe.model, recipe.dtype, trust_remote_code, recipe.task, labels=labels, quantization=held, scale=data.scale
+    )
     model = base.model
     recompute.enable(model, recipe)
     recipe = attach(model, recipe, base.fresh, allow_base_mismatch)
@@ -415,6 +418,7 @@ def _finish(run: Run, prepared: Prepared, session: Session) -> None:
     about: dict[str, Any] = {
         "task": recipe.task,
         "labels": list(prepared.data.labels) if prepared.data.labels is not None else None,
+        "scale": list(prepared.data.scale) if prepared.data.scale is not None else None,
         "seed": recipe.seed,
         "steps": run.steps,
         "metrics": run.metrics,
