@@ -32,8 +32,8 @@ def test_an_installed_package_adds_a_method(recipe: Make, tmp_path: Path) -> Non
             command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
         )
 
-    listed = ingraft("methods", "gain", "--json")
-    assert json.loads(listed.stdout)["name"] == "gain", listed.stdout + listed.stderr
+    listed = ingraft("methods", "--json")
+    assert "gain" in [one["name"] for one in json.loads(listed.stdout)], listed.stdout + listed.stderr
     values = recipe(method="gain", method_config={}, max_steps=4, output_dir=str(tmp_path / "run"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     done = ingraft("train", "--config", str(tmp_path / "recipe.yaml"))

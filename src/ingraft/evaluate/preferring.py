@@ -6,6 +6,7 @@ Names of metrics are those that TRL gives them. `rewards/...` of a policy are be
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -68,13 +69,13 @@ class PolicyScorer(SftScorer):
         sequences = [one for row in rows for one in row.sequences]
         return -torch.tensor(score_loss(self.model, sequences, self.pad_id, batch_size, poll).sums)
 
+    @abstractmethod
     def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> dict[str, float]:
         """The metrics.
 
         Args:
             ratios_S: log policy - log reference, of the answers of all rows.
         """
-        raise NotImplementedError
 
     def before(self) -> AbstractContextManager[None]:
         return as_reference(self.model)
