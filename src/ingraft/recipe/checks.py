@@ -1,0 +1,93 @@
+"""What is well-formed in a recipe and cannot be done all the same: keys that exclude each other, and the method's own keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, cast
+
+from ingraft.errors import IngraftError, nearest
+from ingraft.recipe.fields import READY_TASKS, REFERENCE_TASKS, Recipe
+from ingraft.recipe.yaml import plain
+
+
+def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that are well-formed alone and wrong together, as (keys concerned, sentence)."""
+    held_out = recipe.data.eval
+    if recipe.task not in READY_TASKS:
+        yield ("task",), f"task: {recipe.task!r} comes later; today {', '.join(READY_TASKS)} work."
+    if isinstance(held_out, bool) or (isinstance(held_out, float) and not 0 <= held_out < 1):
+        text = "is a share in [0, 1), a whole number of rows or a file"
+        yield ("data.eval",), f"data.eval: {text}, got {held_out!r}."
+    elif isinstance(held_out, int) and held_out < 0:
+        yield ("data.eval",), f"data.eval: a number of rows cannot be negative, got {held_out!r}."
+    if not recipe.data.train.strip():
+        yield ("data.train",), "data.train: names no file."
+    if not recipe.model.strip():
+        yield ("model",), "model: names no base; `ingraft models` lists the ones at hand."
+    if recipe.reference_adapter is not None and recipe.task not in REFERENCE_TASKS:
+        text = f"only {', '.join(REFERENCE_TASKS)} compare with another adapter, and task is {recipe.task!r}; leave it out."
+        yield ("reference_adapter", "task"), f"reference_adapter: {text}"
+    if recipe.cache_frozen and recipe.task in ("reward", *REFERENCE_TASKS):
+        text = f"rows of task {recipe.task!r} are several sequences each, whose states are not kept; leave it false."
+        yield ("cache_frozen", "task"), f"cache_frozen: {text}"
+    if recipe.max_steps == 0:
+        yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
+    if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:
+        text = f"no row comes twice in num_train_epochs {recipe.num_train_epochs:g}; leave it false, or train for more epochs."
+        yield ("cache_frozen", "max_steps", "num_train_epochs"), f"cache_frozen: {text}"
+    if 0 < recipe.max_steps < recipe.warmup_steps:
+        yield (
+            ("max_steps", "warmup_steps"),
+            f"warmup_steps: {recipe.warmup_steps} is more than max_steps {recipe.max_steps}.",
+        )
+    for key, asked in (
+        ("load_best_model_at_end", recipe.load_best_model_at_end),
+        ("early_stopping_patience", recipe.early_stopping_patience is not None),
+    ):
+        if asked and not held_out:
+            yield (key, "data.eval"), f"{key}: needs rows to evaluate on; data.eval is {held_out!r}."
+        if asked and not recipe.eval_steps:
+            yield (key, "eval_steps"), f"{key}: needs evaluations during training; eval_steps is 0."
+
+
+def method_options(
+    method: str, options: dict[str, Any], over: tuple[str, ...], steps: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The method's options with its defaults filled in, or the problems with its name or its keys.
+
+    Args:
+        over: the names of the adapters the recipe brings, for a method that acts over others; such a method calls its option `adapters`.
+        steps: how long training is, if that is known yet (above 0).
+    """
+    from ingraft.methods import registry
+
+    if method not in registry.records():
+        if (reason := registry.why_not(method)) is not None:
+            return options, [f"method: {reason}"]
+        hint = nearest(method, registry.records())
+        return options, [f"method: there is no method {method!r}{hint}; `ingraft methods` lists them."]
+    acts_over = registry.load(method).over
+    if over and acts_over is None:
+        others = [other.name for other in registry.methods() if other.over is not None]
+        return options, [
+            f"adapters: {method} acts on the base alone; leave adapters out ({', '.join(others)} uses them)."
+        ]
+    if over and not options.get("adapters"):
+        options = {**options, "adapters": list(over)}
+    try:
+        config = registry.make_config(method, options)
+    except IngraftError as error:
+        return options, [
+            text if text.startswith("method_config") else f"method_config: {text}" for text in error.problems
+        ]
+    if acts_over is not None:
+        named = acts_over(config)
+        if len(named) < 2 or set(named) != set(over):
+            said = ", ".join(named) or "none"
+            return options, [
+                f"adapters: {method} acts over two trained adapters or more, and needs the folder of each "
+                f"(--adapters.NAME FOLDER); it is to act over {said}, and there are folders for {', '.join(over) or 'none'}."
+            ]
+    found = [f"method_config: {text}" for text in (config.in_steps(steps) if steps > 0 else ())]
+    return plain(dataclasses.asdict(cast(Any, config))), found
