@@ -112,7 +112,7 @@ def run_side(side: str, folder: Path, steps: int) -> dict[str, float]:
             held = 2.0 * parameters
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        run, done = ours.tune(train, settings, steps + WARM, model=str(base_folder), skip=WARM)
+        run, done = ours.tune(train, settings, steps + WARM, model=str(base_folder), skip=WARM, dtype="bfloat16")
         model = run.model
     else:
         tokenizer = base.tokenizer

@@ -1,6 +1,6 @@
 """What an adapter costs around training: loading one beside fifty others, switching, imports, and the merged model against the base.
 
-Every side runs in processes of its own, interleaved. SmolLM2 in bf16, LoRA of rank 8 on every linear layer: 210 layers, 9.8 MB in float32.
+Every side runs in processes of its own, interleaved. SmolLM2 in the dtype that the machine is fast at, LoRA of rank 8 on every linear layer: 210 layers, 9.8 MB in float32.
 
 * `load`: seconds to load the 1st, 10th, 25th and 50th adapter (ours with its digest check; one thread for tensors), by the clock and by the processor; ours
   also of one with other options beside the fifty, for which nothing is known from those; `switch`, `detach`: with fifty held.
@@ -79,7 +79,7 @@ def _seconds(command: list[str]) -> float:
 def _base() -> Any:
     from ingraft.bases import load_base
 
-    return load_base("smollm2", "bfloat16").model
+    return load_base("smollm2", SETTINGS["dtype"]).model
 
 
 def _our_loads(scratch: Path) -> dict[str, float]:

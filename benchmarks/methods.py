@@ -90,6 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Every method with its defaults on one data set.")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and dev.jsonl")
     parser.add_argument("--model", default="smollm2", help="the base (default: smollm2)")
+    parser.add_argument("--dtype", default="auto", help="of base and products (default: what this machine is fast at)")
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of 8 rows (default: 60)")
     parser.add_argument("--rows", type=int, default=100, help="evaluation rows that are scored (default: 100)")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the run folders lie")
@@ -167,7 +168,7 @@ def recipe_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The method's run: its own defaults, but for what it needs."""
     recipe: dict[str, Any] = {
         "model": options.model,
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
         "task": "sft",
         "data": {"train": str(options.data / "train.jsonl"), "eval": str(options.runs / "dev.jsonl")},
         "method": name,
@@ -222,7 +223,7 @@ def score(name: str, folder: Path, evaluation: Path, options: argparse.Namespace
     from ingraft.evaluate.loss import paired_difference, score_loss
 
     quantization = SPECIAL.get(name, {}).get("quantization", "none")
-    base = load_base(options.model, "bfloat16", quantization=quantization)
+    base = load_base(options.model, options.dtype, quantization=quantization)
     data = load(str(evaluation), base.tokenizer)
     pad = pad_id(base.tokenizer)
     before = score_loss(base.model, data.train, pad, 8)
@@ -252,13 +253,15 @@ def page(
     import torch
     import transformers
 
+    from ingraft.bases.dtypes import as_dtype
+
     today = datetime.date.today().isoformat()
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
     text = [
         f"# Every method on {options.model}",
         "",
         f"*Written by `make study-methods` on {today}: {options.steps} steps of 8 rows of `{options.data.name}`, each method with its defaults and its own",
-        f"learning rate, bfloat16; losses on the same {options.rows} rows, before and after; {machine}.*",
+        f"learning rate, {str(as_dtype(options.dtype))[6:]}; losses on the same {options.rows} rows, before and after; {machine}.*",
         "",
         HEAD,
         *(line.told(costs.get(name)) for name, line in lines.items()),

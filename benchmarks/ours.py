@@ -16,7 +16,7 @@ def tune(
 
     Args:
         file: with the training rows.
-        settings: r, lora_alpha, learning_rate, batch, max_length, seed.
+        settings: r, lora_alpha, learning_rate, batch, max_length, seed, dtype.
         skip: how many of the first steps are left out of the figures.
         more: other keys of the recipe.
 
@@ -29,7 +29,7 @@ def tune(
         recipe: dict[str, Any] = {
             "model": "smollm2",
             "task": "sft",
-            "dtype": "bfloat16",
+            "dtype": settings["dtype"],
             "data": {"train": str(file), "eval": 0, "max_length": settings["max_length"]},
             "method": "lora",
             "method_config": {"r": settings["r"], "lora_alpha": settings["lora_alpha"]},

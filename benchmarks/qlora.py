@@ -3,7 +3,7 @@
 Every side runs in processes of its own, interleaved. The rows are the demo's reviews (`make demo` fetches them); all sides are trained on the same
 ones and scored by the same code on the same held-out rows, each repeat with another seed. PEFT's side starts from the adapter that ours
 draws and takes the rows in the order in which ours does, so that the losses differ by what the sides compute and by nothing else. Bytes are
-those of the weights; a step's and a token's time are set against the dense base's.
+those of the weights, those of linear layers set against the same numbers in bfloat16; a step's and a token's time are set against the dense base's in the same dtype.
 
     python benchmarks/qlora.py [--steps 30] [--repeats 3] [--output benchmarks/results]
 """
@@ -28,16 +28,19 @@ TOKENS = 20
 
 
 def main() -> int:
+    from ingraft.bases.dtypes import as_dtype
+
     asked = sides.options("Packed bases: bytes, time of a step and of a token, loss.", SIDES)
     runs = sides.measure(asked, run_side, __file__, SETTINGS)
     medians = sides.medians_of(runs)
     dense = medians.get("none", next(iter(medians.values())))
+    half = 2 / as_dtype(asked.dtype).itemsize
     lines = [
         "| base | linear layers, MB | all weights, MB | step, s | token, ms | loss (mean ± SE over seeds) |",
         "|---|---|---|---|---|---|",
     ]
     for side, one in medians.items():
-        ratio = {key: one[key] / dense[key] for key in one}
+        ratio = {key: one[key] / (dense[key] * (half if key == "linear_bytes" else 1)) for key in one}
         loss, error = sides.spread(runs, side, "loss")
         lines.append(
             f"| {side} | {one['linear_bytes'] / 1e6:.1f} ({ratio['linear_bytes']:.2f}x) | {one['all_bytes'] / 1e6:.1f} ({ratio['all_bytes']:.2f}x) | "
@@ -66,7 +69,7 @@ def run_side(side: str, rows: Path, steps: int) -> dict[str, float]:
             start = _our_start(Path(folder) / "start")
             model, done = reference.tune(model, tokenizer, rows_in_order, SETTINGS, steps, start=start)
     else:
-        base = load_base("smollm2", "bfloat16", quantization=side)
+        base = load_base("smollm2", SETTINGS["dtype"], quantization=side)
         found = {"decode_seconds": decode(base.model), **bytes_of(base.model)}
         del base
         run, done = ours.tune(rows / "train.jsonl", SETTINGS, steps, quantization=side)
@@ -82,7 +85,7 @@ def _our_start(folder: Path) -> Path:
     from ingraft.bases import load_base
     from ingraft.methods import registry
 
-    base = load_base("smollm2", "bfloat16")
+    base = load_base("smollm2", SETTINGS["dtype"])
     settings = {"r": SETTINGS["r"], "lora_alpha": SETTINGS["lora_alpha"]}
     adapt.attach(base.model, registry.make_config("lora", settings), name="default", seed=SETTINGS["seed"])
     return adapt.save(base.model, folder)
@@ -90,19 +93,20 @@ def _our_start(folder: Path) -> Path:
 
 def _bitsandbytes() -> tuple[Any, Any]:
     """SmolLM2 as a user of PEFT loads it for QLoRA."""
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from ingraft.bases import load_base
+    from ingraft.bases.dtypes import as_dtype
 
-    dense = load_base("smollm2", "bfloat16")
+    dense = load_base("smollm2", SETTINGS["dtype"])
+    dtype = as_dtype(SETTINGS["dtype"])
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(dense.source, quantization_config=config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(dense.source, quantization_config=config, dtype=dtype)
     return model, dense.tokenizer
 
 

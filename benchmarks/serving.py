@@ -1,6 +1,6 @@
 """Batches whose rows carry different adapters: one decode step of 16 rows, set against the same rows on the bare base.
 
-Every side runs in processes of its own, interleaved. SmolLM2 in bf16; LoRA of rank 8 on every linear layer, all tensors random, so that no
+Every side runs in processes of its own, interleaved. SmolLM2 in the dtype that the machine is fast at; LoRA of rank 8 on every linear layer, all tensors random, so that no
 adapter is a no-op. `mixed` has four adapters of each of four methods (LoRA, IA3, bottleneck, prefix), which PEFT cannot serve in one batch.
 
     python benchmarks/serving.py [--steps 30] [--repeats 3] [--output benchmarks/results]
@@ -54,7 +54,7 @@ def run_side(side: str, folder: Path, steps: int) -> dict[str, float]:
 
     del folder
     torch.manual_seed(SETTINGS["seed"])
-    model = load_base("smollm2", "bfloat16").model
+    model = load_base("smollm2", SETTINGS["dtype"]).model
     acting, names = (_theirs if side.startswith("peft") else _ours)(model, side)
     return {"decode_seconds": _decode(acting, names, steps)}
 

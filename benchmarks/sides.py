@@ -26,10 +26,18 @@ def options(description: str, sides: Iterable[str], *, steps: int = 30) -> argpa
         "--rows", type=Path, default=Path(".demo"), help="folder with train.jsonl[.gz] and dev.jsonl or heldout.jsonl"
     )
     parser.add_argument("--sides", nargs="+", choices=list(sides), default=list(sides), help="which (default: all)")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the dense base and of all products (default: what this machine is fast at)"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the result")
     parser.add_argument("--side", choices=list(sides), help=argparse.SUPPRESS)
     parser.add_argument("--repeat", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.dtype == "auto":
+        from ingraft.bases.dtypes import as_dtype
+
+        asked.dtype = str(as_dtype("auto")).removeprefix("torch.")
+    return asked
 
 
 def measure(
@@ -44,9 +52,10 @@ def measure(
     Args:
         run_side: one run of a side in this process, from the rows' folder and the number of steps.
         file: the benchmark's own.
-        settings: what `run_side` reads; every repeat has a `seed` of its own, the same for all sides.
+        settings: what `run_side` reads, with the `dtype` that is asked for; every repeat has a `seed` of its own, the same for all sides.
         environments: what the process of a side finds in its environment beside what is there.
     """
+    settings["dtype"] = asked.dtype
     if asked.side:
         settings["seed"] += asked.repeat
         print(json.dumps(run_side(asked.side, asked.rows, asked.steps)))
@@ -55,7 +64,7 @@ def measure(
     for repeat in range(asked.repeats):
         for side in asked.sides:
             words = [sys.executable, file, "--side", side, "--steps", str(asked.steps), "--rows", str(asked.rows)]
-            words += ["--repeat", str(repeat)]
+            words += ["--repeat", str(repeat), "--dtype", asked.dtype]
             environment = {**os.environ, **(environments or {}).get(side, {})}
             done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
