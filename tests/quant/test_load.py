@@ -77,6 +77,14 @@ def test_a_base_is_quantised_while_it_is_loaded(llama: Path, name: str, dtype: s
     assert model(X).logits.dtype is dense.dtype and torch.isfinite(model(X).logits).all()
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+def test_the_file_of_a_packed_base_is_let_go(llama: Path) -> None:
+    """In the dtype of the file, biases, norms and embeddings would be views of the mapped file, whose pages count as this process's memory."""
+    base = bases.load_base(str(llama), dtype="float32", task="sft", quantization="nf4")
+    assert str(llama) not in Path("/proc/self/maps").read_text()
+    assert base.model.lm_head.weight.shape == (8, 64)
+
+
 @pytest.mark.parametrize("name", QUANTISERS)
 def test_it_stays_the_same_base(llama: Path, name: str, tmp_path: Path) -> None:
     """A quantised base has the fingerprint of the base it came from, so that its adapters fit that base in any precision; and the weight as it

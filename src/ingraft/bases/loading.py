@@ -111,6 +111,10 @@ def load_base(
     model.config._name_or_path = name
     place = torch.device(device) if device is not None else default_device()
     torch.nn.Module.to(model.eval(), place)
+    if quantization != "none":
+        from ingraft.bases.packing import let_go
+
+        let_go(model)
     seconds = time.perf_counter() - began
     held = str(wanted).removeprefix("torch.") + ("" if quantization == "none" else f", weights in {quantization}")
     log.info("%s: %s in %s, %.1f s.", name, type(model).__name__, held, seconds)

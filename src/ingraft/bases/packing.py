@@ -7,6 +7,9 @@ mark of a quantised one: transformers and its Trainer attach their own condition
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +190,19 @@ def unmark(model: Any) -> None:
         if config is not None and hasattr(config, "_is_quantized"):
             del config._is_quantized
     del model.is_quantized
+
+
+def let_go(model: nn.Module) -> None:
+    """Give back what packing needed and the model does not: copy the numbers that are still part of a mapped file, and tell glibc to return what was freed.
+
+    A file stays mapped as long as one tensor is a view of it, and all its pages that were read count as this process's memory.
+    """
+    for module in model.modules():
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if not (isinstance(module, Packed) and name == "weight"):
+                value.data = value.data.clone()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def unread(model: nn.Module, missing: Iterable[str]) -> list[str]:
