@@ -145,6 +145,8 @@ HEADS: Mapping[str, Head] = {
     "dpo": WRITER,
     "ipo": WRITER,
     "kto": WRITER,
+    "ppo": WRITER,
+    "grpo": WRITER,
 }
 """The head of each task."""
 

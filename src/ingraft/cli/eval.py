@@ -5,6 +5,7 @@ Without --data the rows that the adapter's own run held out are scored, so that 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ingraft.cli.options import adapter_option, given, trust_option, verb
@@ -12,7 +13,19 @@ from ingraft.cli.output import Output
 from ingraft.errors import IngraftError
 
 
-@verb("model", "quantization", "task", "data", "preference", "dtype", "per_device_eval_batch_size", "seed")
+@verb(
+    "model",
+    "quantization",
+    "task",
+    "data",
+    "preference",
+    "reward_adapter",
+    "reward_function",
+    "rl",
+    "dtype",
+    "per_device_eval_batch_size",
+    "seed",
+)
 @adapter_option
 @trust_option
 def command(
@@ -29,7 +42,10 @@ def command(
     """
     from ingraft.bases.heads import scale_of
     from ingraft.cli.sources import load_data, model_labels, open_model, settle
+    from ingraft.data import pad_id
     from ingraft.evaluate import evaluate, hold
+    from ingraft.evaluate.rewards import rewards_of
+    from ingraft.recipe import SAMPLING_TASKS
 
     output = Output(as_json=as_json)
     overrides = given(arguments)
@@ -53,6 +69,12 @@ def command(
     hold(opened.tokenizer, opened.model)
     data = load_data(recipe, opened.tokenizer, model_labels(opened), scale_of(opened.model))
     output.say(*(f"note: {note}" for note in data.report.notes))
+    rewards = None
+    if recipe.task in SAMPLING_TASKS:
+        run = Path(adapter) if adapter is not None else None
+        pad = pad_id(opened.tokenizer)
+        found_rewards = rewards_of(recipe, opened.model, pad, run, allow_base_mismatch=allow_base_mismatch)
+        rewards = found_rewards if found_rewards.sources else None
     found: dict[str, Any] = {}
     for part in parts:
         metrics = evaluate(
@@ -62,6 +84,7 @@ def command(
             part,
             batch_size=recipe.per_device_eval_batch_size,
             preference=recipe.preference,
+            rewards=rewards,
         )
         found[part] = {"rows": len(data.parts[part].examples), "source": data.parts[part].rows[0].file, **metrics}
     output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})

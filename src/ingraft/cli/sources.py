@@ -77,6 +77,7 @@ def settle(
         values = recorded(adapter)
     if config is not None:
         merge_values(values, read_yaml(config))
+    values.pop("reward_function", None)  # code that a person names, or nobody
     given_data = "data.train" in overrides
     merge_values(values, overrides)
     if given_data and not keep_split:  # the split belonged to the data of the run

@@ -24,6 +24,7 @@ from ingraft.data.labelled import (
     several_names,
 )
 from ingraft.data.preferences import answers_of, encode_judged, encode_preferences
+from ingraft.data.prompts import encode_prompts, with_answer
 from ingraft.data.records import (
     Chat,
     Document,
@@ -87,6 +88,7 @@ class Task:
         reads: forms of row whose fields mean something else to this task, and the form that reads them so.
         told: what a row teaches beside the tokens that are marked as learned; None where those are all.
         unanswered: the fields of a row that may lack its answer, with a stand-in for the answer (`labels` are the model's).
+        asks: whether rows are only asked, so that they may lack their answer in training too.
         notes: what is decided about a set of rows and may surprise.
     """
 
@@ -102,6 +104,7 @@ class Task:
     reads: Mapping[str, str] = field(default_factory=dict[str, str])
     told: Callable[[Any], str] | None = None
     unanswered: Callable[[Row, Sequence[str]], Values]
+    asks: bool = False
     notes: Callable[[Format, Settings], list[str]] | None = None
 
     def read(self, rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[Record]]:
@@ -110,7 +113,7 @@ class Task:
         Raises:
             IngraftError: as `read_records`, or this task cannot learn from such rows.
         """
-        chosen, records = read_records(rows, form, self.reads)
+        chosen, records = read_records(self.filled(rows) if self.asks else rows, form, self.reads)
         if chosen.meaning not in self.records:
             fitting = [name for name, other in TASKS.items() if chosen.meaning in other.records]
             ways = " or ".join(f"`--task {name}`" for name in fitting)
@@ -178,6 +181,10 @@ def _reward(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally
 
 def _kto(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     return [*encode_judged(records, rows, how.tokenizer, how.max_length, tally=tally)]
+
+
+def _prompts(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_prompts(records, rows, how.tokenizer, how.max_length, tally=tally)
 
 
 def _beaten(record: Record) -> str:
@@ -360,6 +367,18 @@ TASKS: Mapping[str, Task] = {
             encode=_kto,
             told=lambda record: "good" if record.good else "bad",
             unanswered=_unwritten,
+        ),
+        *(
+            Task(
+                name=name,
+                records=(Chat, Labelled, Preference, Ranking),
+                rows="rows that ask: {prompt}, {messages}, instructions, or preferences, with or without an answer",
+                encode=_prompts,
+                about=lambda records: ["prompts: the model's own answers are what it learns from"],
+                asks=True,
+                unanswered=with_answer,
+            )
+            for name in ("ppo", "grpo")
         ),
     )
 }

@@ -44,14 +44,46 @@ def generate(
     Raises:
         IngraftError: a prompt leaves no place for an answer.
     """
-    most = room(model)
-    if full := [str(i + 1) for i, prompt in enumerate(prompts) if len(prompt) >= most]:
-        raise IngraftError(
-            f"prompt {', '.join(full[:10])}: no room is left for an answer: the base has places for {most} tokens. Shorten the prompt."
-        )
+    options = _options(model, tokenizer, sampling)
+    answers = [""] * len(prompts)
+    for positions, out_BT in _continued(model, prompts, options, max_new_tokens, batch_size, poll):
+        texts = tokenizer.batch_decode(out_BT, skip_special_tokens=True)
+        for position, text in zip(positions, texts, strict=True):
+            answers[position] = text.strip()
+            if done is not None:
+                done(position, answers[position])
+    return answers
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    poll: Poll | None = None,
+    **sampling: Any,
+) -> list[list[int]]:
+    """As `generate`, but the tokens: an end token is the last of an answer that has one."""
+    options, ending = _options(model, tokenizer, sampling), end_tokens(model, tokenizer)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for positions, out_BT in _continued(model, prompts, options, max_new_tokens, batch_size, poll):
+        for position, row in zip(positions, out_BT.tolist(), strict=True):
+            stop = next((i + 1 for i, token in enumerate(row) if token in ending), len(row))
+            answers[position] = row[:stop]
+    return answers
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
+    ends = _options(model, tokenizer, {}).eos_token_id
+    return set(cast("list[int]", ends) if isinstance(ends, list) else [ends])
+
+
+def _options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: dict[str, Any]) -> Any:
+    """transformers' settings: greedy unless told otherwise. A model's own file may ask for sampling; greedy means greedy."""
     options = deepcopy(model.generation_config)
     assert options is not None
-    # A model's own file may ask for sampling; greedy means greedy.
     plain: dict[str, Any] = {
         "do_sample": False,
         "temperature": 1.0,
@@ -63,8 +95,27 @@ def generate(
     stop = options.eos_token_id if options.eos_token_id is not None else tokenizer.eos_token_id
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options.update(**{**plain, **sampling}, pad_token_id=fill or 0, eos_token_id=stop)
-    answers = [""] * len(prompts)
-    device = device_of(model)
+    return options
+
+
+def _continued(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    options: Any,
+    max_new_tokens: int,
+    batch_size: int,
+    poll: Poll | None,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batch by batch the prompts' positions and the new tokens (B, T), padded behind their ends.
+
+    Raises:
+        IngraftError: a prompt leaves no place for an answer.
+    """
+    most, device, fill = room(model), device_of(model), options.pad_token_id
+    if full := [str(i + 1) for i, prompt in enumerate(prompts) if len(prompt) >= most]:
+        raise IngraftError(
+            f"prompt {', '.join(full[:10])}: no room is left for an answer: the base has places for {most} tokens. Shorten the prompt."
+        )
     with scoring(model):
         for limit, positions in _batches([len(prompt) for prompt in prompts], most, max_new_tokens, batch_size):
             if poll is not None:
@@ -73,16 +124,11 @@ def generate(
             longest = max(len(prompts[i]) for i in positions)
             lead = [longest - len(prompts[i]) for i in positions]
             ids_BT = torch.tensor(
-                [[fill or 0] * n + list(prompts[i]) for n, i in zip(lead, positions, strict=True)], device=device
+                [[fill] * n + list(prompts[i]) for n, i in zip(lead, positions, strict=True)], device=device
             )
             mask_BT = torch.tensor([[0] * n + [1] * (longest - n) for n in lead], device=device)
             out_BT = cast(Any, model).generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=options)
-            texts = tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
-            for position, text in zip(positions, texts, strict=True):
-                answers[position] = text.strip()
-                if done is not None:
-                    done(position, answers[position])
-    return answers
+            yield positions, out_BT[:, longest:]
 
 
 def _batches(lengths: Sequence[int], most: int, wanted: int, size: int) -> Iterator[tuple[int, list[int]]]:

@@ -72,11 +72,14 @@ class Seen:
 
     def by_row(self, labels_BT: Tensor) -> Tensor:
         """(B,) the summed negative log-likelihood (nats) of each row's learned tokens. Differentiable, as `loss`."""
+        return self.by_token(labels_BT).sum(dim=1)
+
+    def by_token(self, labels_BT: Tensor) -> Tensor:
+        """(B, T) the negative log-likelihood (nats) of the token at t + 1 where that is learned, else 0. Differentiable, as `loss`."""
         losses_N, rows_N = self.losses(labels_BT)
         at_N = learned(labels_BT)[1]
         # Each into a place of its own and not added up as they come, which on a GPU is in another order every time.
-        losses_BT = losses_N.new_zeros(labels_BT.shape).index_put((rows_N, at_N), losses_N)
-        return losses_BT.sum(dim=1)
+        return losses_N.new_zeros(labels_BT.shape).index_put((rows_N, at_N), losses_N)
 
     def losses(self, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Per learned token its negative log-likelihood in nats (N,) and its row (N,). Differentiable, as `loss`."""
@@ -116,6 +119,14 @@ class CausalHead:
     def by_row(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) the same for each row of the batch. Differentiable."""
         return self._see(batch, self.by_pieces).by_row(batch["labels"])
+
+    def by_token(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, T) by token, see `Seen.by_token`. Differentiable."""
+        return self._see(batch, self.by_pieces).by_token(batch["labels"])
+
+    def states(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) the hidden states that the model hands to its head. Differentiable."""
+        return self._hidden(batch)
 
     @torch.no_grad()
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

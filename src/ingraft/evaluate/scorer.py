@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ingraft.data.dataset import DataSet
     from ingraft.data.rows import Row
+    from ingraft.evaluate.rewards import Rewards
 
 SCORERS: Mapping[str, str] = {
     "sft": "writing:SftScorer",
@@ -41,6 +42,8 @@ SCORERS: Mapping[str, str] = {
     "dpo": "preferring:DpoScorer",
     "ipo": "preferring:IpoScorer",
     "kto": "preferring:KtoScorer",
+    "ppo": "earning:PpoScorer",
+    "grpo": "earning:GrpoScorer",
 }
 """Task -> module and class."""
 
@@ -80,6 +83,7 @@ class Scorer(ABC):
         adds: the fields that a predicted row gets.
         needs: what its metrics are computed with, as it is imported; see `measures.PACKAGES`.
         writes: whether the model answers in text, so that one can talk to it.
+        rewards: what answers earn, told by whoever opened it, where the task learns from that.
     """
 
     task: ClassVar[str]
@@ -103,6 +107,7 @@ class Scorer(ABC):
         self.preference = preference or PreferenceRecipe()
         self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
         self.labels: tuple[str, ...] = tuple(labels) if labels is not None else ()
+        self.rewards: Rewards | None = None
 
     @abstractmethod
     def evaluate(
@@ -179,11 +184,13 @@ def evaluate(
     batch_size: int = 8,
     poll: Poll | None = None,
     preference: PreferenceRecipe | None = None,
+    rewards: Rewards | None = None,
 ) -> dict[str, float]:
     """Every metric of a part of the data, by name, for the task that it was read for.
 
     Args:
         preference: settings of losses of preferences.
+        rewards: what answers earn.
 
     Raises:
         IngraftError: there are no rows in it, or the task has no evaluation.
@@ -192,4 +199,6 @@ def evaluate(
         raise IngraftError("There are no rows to evaluate on.")
     kind = scorer_of(data.report.task)
     require(kind.task, kind.needs)
-    return kind(model, tokenizer, data.labels, preference).evaluate(data, part, batch_size, poll=poll)
+    scorer = kind(model, tokenizer, data.labels, preference)
+    scorer.rewards = rewards
+    return scorer.evaluate(data, part, batch_size, poll=poll)

@@ -25,9 +25,11 @@ from ingraft.recipe.fields import (
     GROUPS,
     READY_TASKS,
     REFERENCE_TASKS,
+    SAMPLING_TASKS,
     DataRecipe,
     PreferenceRecipe,
     Recipe,
+    RlRecipe,
     recipe_fields,
 )
 from ingraft.recipe.parsing import merge_values, parse
@@ -39,7 +41,9 @@ __all__ = [
     "REFERENCE_TASKS",
     "DataRecipe",
     "PreferenceRecipe",
+    "SAMPLING_TASKS",
     "Recipe",
+    "RlRecipe",
     "as_recipe",
     "load_recipe",
     "merge_values",
@@ -69,8 +73,20 @@ def load_recipe(
         IngraftError: the file cannot be read, or the recipe is wrong; every problem is listed.
     """
     values = {} if path is None else read_yaml(path)
+    barred: list[str] = []
+    if (named := values.get("reward_function")) is not None and "reward_function" not in (overrides or {}):
+        barred.append(
+            f"{path}: reward_function: a file may not decide whose code runs here; if you have read it and trust it, add "
+            f"--reward-function {named}."
+        )
     merge_values(values, overrides or {})
-    return as_recipe(values, source="" if path is None else str(path), also=also)
+    try:
+        recipe = as_recipe(values, source="" if path is None else str(path), also=also)
+    except IngraftError as error:
+        raise IngraftError(*barred, *error.problems) from None
+    if barred:
+        raise IngraftError(*barred)
+    return recipe
 
 
 def as_recipe(
@@ -107,6 +123,8 @@ def as_recipe(
         raise IngraftError(*inside, *(also(parsed) if also is not None else ()))
     if parsed.learning_rate is None:
         parsed = dataclasses.replace(parsed, learning_rate=record(parsed.method).learning_rate)
+    if parsed.task in SAMPLING_TASKS and parsed.metric_for_best_model == "loss":
+        parsed = dataclasses.replace(parsed, metric_for_best_model="reward")
     if not parsed.output_dir:
         parsed = dataclasses.replace(parsed, output_dir=f"runs/{_stem(parsed.data.train)}-{parsed.method}")
     return parsed

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
 from ingraft.errors import IngraftError, nearest
-from ingraft.recipe.fields import READY_TASKS, REFERENCE_TASKS, Recipe
+from ingraft.recipe.fields import READY_TASKS, REFERENCE_TASKS, SAMPLING_TASKS, Recipe
 from ingraft.recipe.yaml import plain
 
 
@@ -28,6 +29,7 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.reference_adapter is not None and recipe.task not in REFERENCE_TASKS:
         text = f"only {', '.join(REFERENCE_TASKS)} compare with another adapter, and task is {recipe.task!r}; leave it out."
         yield ("reference_adapter", "task"), f"reference_adapter: {text}"
+    yield from _rewards(recipe)
     if recipe.cache_frozen and recipe.task in ("reward", *REFERENCE_TASKS):
         text = f"rows of task {recipe.task!r} are several sequences each, whose states are not kept; leave it false."
         yield ("cache_frozen", "task"), f"cache_frozen: {text}"
@@ -49,6 +51,36 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (key, "data.eval"), f"{key}: needs rows to evaluate on; data.eval is {held_out!r}."
         if asked and not recipe.eval_steps:
             yield (key, "eval_steps"), f"{key}: needs evaluations during training; eval_steps is 0."
+
+
+def _rewards(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with where rewards come from."""
+    given = {
+        "reward_adapter": recipe.reward_adapter,
+        "reward_function": recipe.reward_function,
+        "rl.reward_pattern": recipe.rl.reward_pattern,
+    }
+    there = [key for key, value in given.items() if value is not None]
+    if recipe.task not in SAMPLING_TASKS:
+        for key in there:
+            yield (key, "task"), f"{key}: only {' and '.join(SAMPLING_TASKS)} learn from rewards; leave it out."
+        return
+    if recipe.reward_function is not None:
+        file, _, name = recipe.reward_function.rpartition(":")
+        if not file.endswith(".py") or not name.isidentifier():
+            yield ("reward_function",), f"reward_function: is file.py:name, got {recipe.reward_function!r}."
+    if recipe.rl.reward_pattern is not None:
+        try:
+            groups = re.compile(recipe.rl.reward_pattern).groups
+        except re.error as error:
+            yield ("rl.reward_pattern",), f"rl.reward_pattern: is no regular expression: {error}."
+        else:
+            if groups != 1:
+                yield ("rl.reward_pattern",), f"rl.reward_pattern: needs one group, and has {groups}."
+    if recipe.task == "grpo" and recipe.rl.num_generations == 1:
+        yield ("rl.num_generations",), "rl.num_generations: grpo compares answers to a prompt, so it needs 2 or more."
+    if recipe.data.packing:
+        yield ("data.packing", "task"), f"data.packing: is not for task {recipe.task!r}; leave it false."
 
 
 def method_options(

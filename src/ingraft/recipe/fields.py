@@ -20,8 +20,13 @@ Quantization = Literal["none", "nf4", "int8", "keep"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
-READY_TASKS = ("sft", "lm", "classify", "multi-label", "regress", "tag", "qa", "reward", "dpo", "ipo", "kto")
-REFERENCE_TASKS = ("dpo", "ipo", "kto")
+SAMPLING_TASKS = ("ppo", "grpo")
+"""Those that learn from answers which the model itself samples."""
+READY_TASKS = (
+    *("sft", "lm", "classify", "multi-label", "regress", "tag", "qa", "reward", "dpo", "ipo", "kto"),
+    *SAMPLING_TASKS,
+)
+REFERENCE_TASKS = ("dpo", "ipo", "kto", *SAMPLING_TASKS)
 """Those that compare a policy with the one it was at first."""
 
 
@@ -68,6 +73,36 @@ class PreferenceRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RlRecipe:
+    """How a policy learns from its own answers (tasks ppo and grpo)."""
+
+    reward_pattern: str | None = _key(
+        "a regular expression with one group: an answer that it matches earns format_weight, and correct_weight more where the group is what "
+        "it finds in the row's own answer",
+        None,
+    )
+    format_weight: float = _key("reward of an answer that reward_pattern matches", 0.5)
+    correct_weight: float = _key("further reward where the group is the expected one", 1.0)
+    num_generations: Annotated[int, Ge(0)] = _key("answers to a prompt; 0 takes 1 for ppo and 4 for grpo", 0)
+    max_new_tokens: Annotated[int, Ge(1)] = _key("longest answer, in tokens", 64)
+    missing_eos_penalty: Annotated[float, Ge(0)] = _key("taken off the reward of an answer that did not end", 0.0)
+    num_epochs: Annotated[int, Ge(1)] = _key("passes over the answers of a rollout", 1)
+    num_mini_batches: Annotated[int, Ge(1)] = _key("optimiser steps in a pass over a rollout", 1)
+    kl_coef: Annotated[float, Ge(0)] = _key("price of a nat of distance from the reference", 0.05)
+    kl_target: Annotated[float, Gt(0)] | None = _key(
+        "ppo: distance in nats an answer that kl_coef is moved to keep; null leaves it fixed", None
+    )
+    kl_horizon: Annotated[int, Ge(1)] = _key("ppo: answers in which kl_coef may change by a fifth", 1000)
+    clip_range: Annotated[float, Gt(0), Lt(1)] = _key("how far the ratio of new to old may fall below 1", 0.2)
+    clip_range_high: Annotated[float, Gt(0)] | None = _key("how far above 1; null as clip_range", None)
+    clip_range_value: Annotated[float, Gt(0)] = _key("ppo: how far a value may move in a rollout", 0.2)
+    gamma: Annotated[float, Gt(0), Le(1)] = _key("ppo: discount a token", 1.0)
+    lam: Annotated[float, Ge(0), Le(1)] = _key("ppo: lambda of generalised advantages", 0.95)
+    whiten_advantages: bool = _key("ppo: advantages of a rollout get mean 0 and variance 1", True)
+    scale_rewards: bool = _key("grpo: divide by the standard deviation of a prompt's rewards", True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run. Build it through `as_recipe` or `load_recipe`, which check it; the fields carry their help text."""
 
@@ -77,7 +112,8 @@ class Recipe:
     )
     task: Task = _key(
         "what is learned: sft (answers), lm (plain text), classify (a label), multi-label (several), regress (a number), tag (a tag a word), "
-        "qa (the passage that answers a question), reward (which answer is better), or dpo, ipo, kto (to give the better one)",
+        "qa (the passage that answers a question), reward (which answer is better), dpo, ipo, kto (to give the better one), or ppo, grpo (what "
+        "earns a reward)",
         "sft",
     )
     data: DataRecipe = _key("the data, see the data.* keys")
@@ -88,10 +124,15 @@ class Recipe:
     )
     init_adapter: str | None = _key("start from this adapter folder instead of a fresh adapter", None)
     reference_adapter: str | None = _key(
-        "dpo, ipo, kto: the adapter that the policy is compared with; null takes init_adapter, else the base alone",
+        "dpo, ipo, kto, ppo, grpo: the adapter that the policy is compared with; null takes init_adapter, else the base alone",
         None,
     )
     preference: PreferenceRecipe = _key("see the preference.* keys", factory=PreferenceRecipe)
+    reward_adapter: str | None = _key("ppo, grpo: the run folder of a reward model over the same base", None)
+    reward_function: str | None = _key(
+        "ppo, grpo: file.py:name, a Python function from (prompts, answers, expected, rows) to a list of numbers", None
+    )
+    rl: RlRecipe = _key("see the rl.* keys", factory=RlRecipe)
 
     learning_rate: Annotated[float, Gt(0)] | None = _key(
         "peak learning rate; null takes the method's own, see `ingraft methods`", None
@@ -150,7 +191,7 @@ class Recipe:
         return self.learning_rate
 
 
-GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe}
+GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe, "rl": RlRecipe}
 """The keys that hold keys of their own."""
 
 

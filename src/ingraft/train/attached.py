@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch import nn
+
 from ingraft import adapt
 from ingraft.adapt.control import Adapter, require_control
 from ingraft.adapt.files import load, save
@@ -13,12 +16,12 @@ from ingraft.adapt.lifecycle import acting_kept
 from ingraft.bases import HEADS
 from ingraft.bases.heads import head_modules
 from ingraft.errors import IngraftError
+from ingraft.evaluate.judges import VALUE, Judge, keep_judge, load_judge
 from ingraft.evaluate.roles import REFERENCE
 from ingraft.methods import registry
 from ingraft.recipe import Recipe, plain
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
@@ -48,10 +51,24 @@ def keep_reference(model: PreTrainedModel, recipe: Recipe, allow_base_mismatch: 
             load(model, folder, name=REFERENCE, allow_base_mismatch=allow_base_mismatch)
 
 
-def save_reference(model: nn.Module, run: Path) -> None:
-    """Keep the reference in the run's folder, if it is an adapter: the run and its evaluations need no other folder then."""
+def keep_roles(model: nn.Module, recipe: Recipe, run: Path) -> None:
+    """Keep the reference, if it is an adapter, and the reward model in the run's folder: the run and its evaluations need no other folder then."""
     if REFERENCE in require_control(model).adapters:
         save(model, run / REFERENCE, REFERENCE, overwrite=True)
+    if recipe.reward_adapter is not None:
+        keep_judge(Path(recipe.reward_adapter), run)
+
+
+def attach_value(model: PreTrainedModel, recipe: Recipe, allow_base_mismatch: bool) -> Judge:
+    """The value function, to be trained: it starts as the reward model where there is one, else as a fresh adapter that says 0."""
+    if recipe.reward_adapter is not None:
+        folder = Path(recipe.reward_adapter)
+        return load_judge(model, folder, VALUE, trainable=True, allow_base_mismatch=allow_base_mismatch)
+    config = registry.make_config(recipe.method, recipe.method_config)
+    with acting_kept(model):
+        adapt.attach(model, config, name=VALUE, seed=recipe.seed)
+    width = cast(Any, model).get_output_embeddings().weight.shape[1]
+    return Judge(name=VALUE, head_1D=nn.Parameter(torch.zeros(1, width, device=model.device)))
 
 
 def _as_started(recipe: Recipe, adapter: Adapter) -> Recipe:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -46,6 +46,25 @@ class Found:
     step: int
     path: Path
     state: dict[str, Any]
+
+
+class Kept(Protocol):
+    """What has a state that a checkpoint holds: a learner, or the answers that a run is learning from."""
+
+    @property
+    def name(self) -> str: ...
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Its state as tensors, by file; their names begin with its own."""
+        ...
+
+    def numbers(self) -> Mapping[str, Any]:
+        """The rest of its state."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Take the state back that the two gave."""
+        ...
 
 
 def identity(
@@ -94,7 +113,7 @@ def digest(examples: Sequence[Example]) -> str:
 def save(
     run: Path,
     step: int,
-    learners: Sequence[Learner],
+    learners: Sequence[Kept],
     state: Mapping[str, Any],
     who: Mapping[str, Any],
     keep: int | None,
@@ -110,7 +129,7 @@ def save(
         "step": step,
         "identity": plain(dict(who)),
         "state": plain(dict(state)),
-        "learners": {learner.name: learner.numbers() for learner in learners},
+        "learners": {learner.name: plain(dict(learner.numbers())) for learner in learners},
     }
     files: dict[str, dict[str, Tensor]] = {}
     for learner in learners:
@@ -176,7 +195,7 @@ def find(run: Path, which: str, who: Mapping[str, Any]) -> Found | None:
     return None
 
 
-def restore(found: Found, learners: Sequence[Learner]) -> None:
+def restore(found: Found, learners: Sequence[Kept]) -> None:
     """Put a checkpoint's tensors and counters into the learners.
 
     Raises:

@@ -39,6 +39,7 @@ class Learner:
         scale: what the loss is multiplied by before backward; 1 except in float16.
         best, best_step, best_tensors: the best evaluation so far, and a copy of the tensors then if it may be wanted back.
         waited: evaluations since.
+        aide: whether it is trained for another's sake (a value function): it is not evaluated, and its loss is not the run's.
         skipped, skipped_in_row: steps left out because something was not finite.
     """
 
@@ -51,6 +52,7 @@ class Learner:
     best_step: int = 0
     best_tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     waited: int = 0
+    aide: bool = False
     skipped: int = 0
     skipped_in_row: int = 0
     good_in_row: int = 0

@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -94,6 +94,8 @@ class Session:
         meter: counts the work of steps.
         frozen: what the frozen blocks make of each row, where that is kept.
         profiler: looks at one of them, where that is wanted.
+        source: gives each step its rows.
+        kept: what has a state of its own beside the learners, for checkpoints.
     """
 
     recipe: Recipe
@@ -110,19 +112,48 @@ class Session:
     who: dict[str, Any]
     metric: str
     meter: Meter
+    source: Source
+    kept: Sequence[checkpoint.Kept] = ()
     frozen: Frozen | None = None
     profiler: Profiler | None = None
 
 
+class Source(Protocol):
+    """Where the rows of the steps come from."""
+
+    @property
+    def longest(self) -> Sequence[Example]:
+        """Rows of which one is as long as any."""
+        ...
+
+    def rows(self, step: int, poll: Callable[[], None]) -> list[Example]:
+        """The rows of a step, longest first.
+
+        Args:
+            poll: may raise to stop.
+        """
+        ...
+
+    def taken(self) -> Mapping[str, tuple[float, float]]:
+        """Sums and counts of what it noticed since the last call."""
+        ...
+
+
 class Order:
-    """Which rows each step sees; the batches of the epoch at hand are kept."""
+    """Which rows of the data each step sees; the batches of the epoch at hand are kept."""
 
     def __init__(self, examples: Sequence[Example], plan: Plan, seed: int) -> None:
         self._examples, self._plan, self._seed = examples, plan, seed
         self._epoch, self._batches = -1, list[list[int]]()
 
-    def rows(self, step: int) -> list[Example]:
-        """The rows of a step, longest first."""
+    @property
+    def longest(self) -> Sequence[Example]:
+        return self._examples
+
+    def taken(self) -> Mapping[str, tuple[float, float]]:
+        return {}
+
+    def rows(self, step: int, poll: Callable[[], None] = lambda: None) -> list[Example]:
         epoch, index = self._plan.position(step)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -149,7 +180,7 @@ def fit(session: Session, progress: Progress) -> None:
         IngraftError: the loss stays not finite, or the disk refused.
     """
     recipe, plan = session.recipe, session.plan
-    clock, order = Clock(), Order(session.data.train, plan, recipe.seed)
+    clock = Clock()
     adapt.trainable(session.model, *(learner.name for learner in session.learners))
     adapting(session.model, session.learners, True)
     together = groups(session.data.train, plan, recipe) if session.objective.reference else []
@@ -162,7 +193,9 @@ def fit(session: Session, progress: Progress) -> None:
             evaluate(session, progress)  # the checkpoint was written on the way out of this evaluation
         while progress.step < plan.total and not progress.early:
             session.stop.check()
-            norms = watched_step(session, progress, clock, order.rows(progress.step))
+            rows = session.source.rows(progress.step, session.stop.check)
+            progress.notice(session.source.taken())
+            norms = watched_step(session, progress, clock, rows)
             progress.step += 1
             values: dict[str, float] = {}
             if _due(progress.step, recipe.logging_steps) or progress.step == plan.total:
@@ -189,7 +222,7 @@ def _settle(session: Session, progress: Progress) -> None:
     asked = progress.micro_batch or recipe.per_device_train_batch_size
     if progress.micro_batch:
         recipe = dataclasses.replace(recipe, auto_find_batch_size=False)
-    choice = memory.choose(session.model, session.objective, session.data.train, recipe, asked)
+    choice = memory.choose(session.model, session.objective, session.source.longest, recipe, asked)
     for line in choice.why:
         session.journal.say(line)
     progress.micro_batch = choice.rows
@@ -240,13 +273,15 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
                 "Lower learning_rate, or train in dtype float32; the last checkpoint is from before."
             )
         norms.append(norm)
-        loss_sum += float(total) if norm is not None else 0.0
+        loss_sum += float(total) if norm is not None and not learner.aide else 0.0
         if norm is not None:
-            progress.notice(objective.taken())
+            progress.notice(objective.role(learner.name).taken())
     if any(norm is not None for norm in norms):
-        progress.loss_sum += loss_sum / len(session.learners)
+        progress.loss_sum += loss_sum / sum(not learner.aide for learner in session.learners)
         progress.units += units
         progress.steps += 1
+    if len(session.learners) > 1:
+        adapt.activate(session.model, session.learners[0].name)
     clock.seconds += time.perf_counter() - began
     sequences = objective.sequences(rows)
     clock.tokens += sum(map(len, sequences))
@@ -290,7 +325,7 @@ def gradients(
     """
     total = torch.zeros((), device=session.accelerator.device)
     frozen = session.frozen
-    objective = session.objective
+    objective = session.objective.role(learner.name)
     objective.taken()  # what an attempt noticed that ran out of memory
     try:
         if frozen is not None:
@@ -361,16 +396,17 @@ def evaluate(session: Session, progress: Progress) -> None:
     recipe, scorer = session.recipe, session.scorer
     whole = session.metric not in scorer.cheap
     results: list[dict[str, float]] = []
-    for learner in session.learners:
-        if len(session.learners) > 1:
+    judged = [learner for learner in session.learners if not learner.aide]
+    for learner in judged:
+        if len(judged) > 1:
             adapt.activate(session.model, learner.name)
         size, poll = recipe.per_device_eval_batch_size, session.stop.check
         results.append(scorer.evaluate(session.data, "eval", size, whole=whole, poll=poll))
     lower = session.metric in LOWER
-    for learner, metrics in zip(session.learners, results, strict=True):
+    for learner, metrics in zip(judged, results, strict=True):
         best = learner.consider(metrics[session.metric], progress.step, lower=lower, keep=recipe.load_best_model_at_end)
         named = {f"eval_{name}": value for name, value in metrics.items()}
-        extra = {"adapter": learner.name} if len(session.learners) > 1 else {}
+        extra = {"adapter": learner.name} if len(judged) > 1 else {}
         session.journal.write(
             step=progress.step, epoch=round(progress.step / session.plan.steps_per_epoch, 4), **named, **extra
         )
@@ -378,7 +414,7 @@ def evaluate(session: Session, progress: Progress) -> None:
         session.journal.say(f"step {progress.step}/{session.plan.total}  {shown}{'  (best)' if best else ''}")
     progress.evaluated = progress.step
     patience = recipe.early_stopping_patience
-    if patience is not None and all(learner.waited >= patience for learner in session.learners):
+    if patience is not None and all(learner.waited >= patience for learner in judged):
         progress.early = True
         session.journal.say(f"Stopped early: no better {session.metric} in {patience} evaluations.")
 
@@ -393,7 +429,7 @@ def save(session: Session, progress: Progress) -> None:
     checkpoint.save(
         session.folder,
         progress.step,
-        session.learners,
+        [*session.learners, *session.kept],
         dataclasses.asdict(progress),
         session.who,
         session.recipe.save_total_limit,

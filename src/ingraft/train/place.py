@@ -15,7 +15,9 @@ from ingraft.adapt.files.folders import CONFIG, MEMBERS, WEIGHTS
 from ingraft.bases import check_base
 from ingraft.data import check_source
 from ingraft.errors import IngraftError
+from ingraft.evaluate.judges import REWARD
 from ingraft.evaluate.measures import require
+from ingraft.evaluate.rewards import check_rewards
 from ingraft.evaluate.roles import REFERENCE
 from ingraft.evaluate.scorer import SCORERS, scorer_of
 from ingraft.recipe import Recipe, to_yaml
@@ -26,13 +28,16 @@ from ingraft.train.lock import NAME as LOCK
 
 RECIPE, LOG, METRICS, REPORT, PROFILE = "recipe.yaml", "log.jsonl", "metrics.json", "report.html", "profile.json"
 _TRACES = {LOG, durable.MANIFEST}
-_OWN = {RECIPE, LOG, METRICS, REPORT, PROFILE, CONFIG, WEIGHTS, MEMBERS, REFERENCE, durable.MANIFEST, LOCK}
+_OWN = {RECIPE, LOG, METRICS, REPORT, PROFILE, CONFIG, WEIGHTS, MEMBERS, REFERENCE, REWARD, durable.MANIFEST, LOCK}
 
 
 def check(recipe: Recipe, resume: str | None, *, overwrite: bool) -> None:
     """Refuse, all in one message, a base, data or an output folder that cannot be, before anything is loaded."""
     folder = partial(_check_folder, Path(recipe.output_dir), to_yaml(recipe), resume, overwrite)
-    if problems := [*absent(recipe), *_problems([partial(check_optimiser, recipe), folder])]:
+    if problems := [
+        *absent(recipe),
+        *_problems([partial(check_optimiser, recipe), partial(check_rewards, recipe), folder]),
+    ]:
         raise IngraftError(*problems)
 
 
@@ -51,6 +56,7 @@ def absent(recipe: Recipe) -> list[str]:
                 for key, path in (
                     ("init_adapter", recipe.init_adapter),
                     ("reference_adapter", recipe.reference_adapter),
+                    ("reward_adapter", recipe.reward_adapter),
                 )
                 if path
             ),

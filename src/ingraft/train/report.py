@@ -142,6 +142,8 @@ COURSES = (
     ("margin", "mean difference of rewards by step"),
     ("rewards/accuracies", "share of pairs the right way round by step"),
     ("rewards/margins", "mean difference of implied rewards by step"),
+    ("reward", "reward by step"),
+    ("length", "length of answers by step, tokens"),
     ("kl", "log-ratio of policy and reference by step, nats an answer"),
 )
 """Metrics that are drawn where a run has them, beside the loss."""

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -27,12 +26,13 @@ from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate import Scorer, scorer_of, virtual_tokens
+from ingraft.evaluate.rewards import rewards_of
 from ingraft.methods import registry
-from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
+from ingraft.recipe import SAMPLING_TASKS, Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, recompute, samples
-from ingraft.train.attached import ADAPTER, attach, keep_reference, save_reference
+from ingraft.train.attached import ADAPTER, attach, keep_reference, keep_roles
+from ingraft.train.crew import crew_of
 from ingraft.train.frozen import Frozen, frozen_of
-from ingraft.train.learner import make_learner
 from ingraft.train.lock import locked
 from ingraft.train.loop import Progress, Session, fit, save
 from ingraft.train.machine import environment, keep_freed_memory, peak_memory
@@ -87,6 +87,7 @@ class Prepared:
     objective: Objective
     scorer: Scorer
     frozen: Frozen | None
+    allow_base_mismatch: bool
 
 
 def train(
@@ -172,9 +173,12 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     model = base.model
     recompute.enable(model, recipe)
     recipe = attach(model, recipe, base.fresh, allow_base_mismatch)
-    objective = objective_for(recipe.task, model, pad_id(tokenizer), recipe.preference)
+    objective = objective_for(recipe.task, model, pad_id(tokenizer), recipe.preference, recipe.rl)
     if objective.reference:
         keep_reference(model, recipe, allow_base_mismatch)
+    scorer = scorer_of(recipe.task)(model, tokenizer, data.labels, recipe.preference)
+    if recipe.task in SAMPLING_TASKS:
+        scorer.rewards = rewards_of(recipe, model, objective.pad_id, allow_base_mismatch=allow_base_mismatch)
     with _packed(recipe, model):  # a base that cannot is refused before anything is written
         frozen = frozen_of(recipe, model, objective, data.train, steps)
     return Prepared(
@@ -183,8 +187,9 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
         tokenizer=base.tokenizer,
         data=data,
         objective=objective,
-        scorer=scorer_of(recipe.task)(model, tokenizer, data.labels, recipe.preference),
+        scorer=scorer,
         frozen=frozen,
+        allow_base_mismatch=allow_base_mismatch,
     )
 
 
@@ -210,20 +215,24 @@ def _run(
     who = checkpoint.identity(recipe, data.train, data.eval, _behind_names(prepared))
     found = checkpoint.find(folder, resume, who) if resume is not None else None
     options = _start(prepared, found)
-    learner = make_learner(
-        ADAPTER,
-        adapt.parameters(model, ADAPTER),
+    crew = crew_of(
         recipe,
-        model.dtype == torch.float16,
-        factor=partial(adapt.rate, model, ADAPTER),
-        state=adapt.training_state(model, ADAPTER),
+        model,
+        prepared.tokenizer,
+        prepared.objective,
+        data,
+        prepared.scorer.rewards,
+        prepared.allow_base_mismatch,
     )
+    learner = crew.learners[0]
     session = Session(
         recipe=recipe,
         plan=plan(recipe, len(data.train)),
         model=model,
         objective=prepared.objective,
-        learners=[learner],
+        learners=crew.learners,
+        source=crew.source,
+        kept=crew.kept,
         scorer=prepared.scorer,
         data=data,
         folder=folder,
@@ -268,10 +277,12 @@ def _behind_names(prepared: Prepared) -> dict[str, str]:
         found[f"base's {part}"] = str(value)
     if recipe.data.test is not None:
         found["test rows"] = checkpoint.digest(prepared.data.test)
-    beside = {"init_adapter": recipe.init_adapter, "reference_adapter": recipe.reference_adapter}
+    beside = {key: getattr(recipe, key) for key in ("init_adapter", "reference_adapter", "reward_adapter")}
     for name, folder in {**recipe.adapters, **beside}.items():
         if folder is not None:
             found[f"adapter {name}"] = checkpoint.content(Path(folder))
+    if recipe.reward_function is not None:
+        found["reward function"] = checkpoint.content(Path(recipe.reward_function.rpartition(":")[0]))
     return found
 
 
@@ -340,7 +351,7 @@ def _begin(session: Session, found: checkpoint.Found | None, resume: str | None,
     folder, recipe = session.folder, session.recipe
     progress = Progress()
     if found is not None:
-        checkpoint.restore(found, session.learners)
+        checkpoint.restore(found, [*session.learners, *session.kept])
         progress = Progress(**found.state)
         session.journal.rewind(progress.step)
         session.journal.say(f"Going on from {found.path} (step {progress.step} of {session.plan.total}).")
@@ -354,9 +365,9 @@ def _begin(session: Session, found: checkpoint.Found | None, resume: str | None,
     durable.require_space(folder, cache + checkpoint.forecast(session.learners, recipe.save_total_limit, saves))
     durable.write_file(folder / place.RECIPE, to_yaml(recipe))
     if found is None:
-        save_reference(session.model, folder)
+        keep_roles(session.model, recipe, folder)
     if found is None:  # a rehearsal: what cannot be saved should be known now and not in an hour
-        durable.remove(checkpoint.save(folder, 0, session.learners, {}, session.who, None))
+        durable.remove(checkpoint.save(folder, 0, [*session.learners, *session.kept], {}, session.who, None))
     return progress
 
 

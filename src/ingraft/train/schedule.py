@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ingraft.recipe import Recipe
+from ingraft.recipe import SAMPLING_TASKS, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class Plan:
         rows: rows an epoch.
         effective: rows an optimiser step.
         steps_per_epoch: the last step of an epoch may have fewer rows.
+        repeats: optimiser steps in a row that are about the same rows.
         total: optimiser steps of the whole run.
         warmup: steps until the peak learning rate.
     """
@@ -25,21 +26,31 @@ class Plan:
     steps_per_epoch: int
     total: int
     warmup: int
+    repeats: int = 1
 
     def position(self, step: int) -> tuple[int, int]:
         """Epoch and batch within it of a step, both from 0."""
-        return divmod(step, self.steps_per_epoch)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch, within // self.repeats
 
 
 def plan(recipe: Recipe, rows: int) -> Plan:
     """The length of a run over so many rows."""
     effective = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    steps_per_epoch = max(1, math.ceil(rows / effective))
+    repeats = recipe.rl.num_epochs * recipe.rl.num_mini_batches if recipe.task in SAMPLING_TASKS else 1
+    steps_per_epoch = max(1, math.ceil(rows / effective)) * repeats
     total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * steps_per_epoch)
     warmup = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total)
     if recipe.lr_scheduler_type == "constant":
         warmup = 0
-    return Plan(rows=rows, effective=effective, steps_per_epoch=steps_per_epoch, total=total, warmup=min(warmup, total))
+    return Plan(
+        rows=rows,
+        effective=effective,
+        steps_per_epoch=steps_per_epoch,
+        total=total,
+        warmup=min(warmup, total),
+        repeats=repeats,
+    )
 
 
 def factor(kind: str, step: int, total: int, warmup: int) -> float:

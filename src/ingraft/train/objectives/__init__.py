@@ -12,7 +12,7 @@ from ingraft.train.objectives.base import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ingraft.recipe import PreferenceRecipe
+    from ingraft.recipe import PreferenceRecipe, RlRecipe
 
 __all__ = ["OBJECTIVES", "Objective", "objective_for"]
 
@@ -28,17 +28,23 @@ OBJECTIVES: Mapping[str, str] = {
     "dpo": "preference:DpoObjective",
     "ipo": "preference:IpoObjective",
     "kto": "preference:KtoObjective",
+    "ppo": "sampled:PpoObjective",
+    "grpo": "sampled:GrpoObjective",
 }
 """Task -> module and class."""
 
 
 def objective_for(
-    task: str, model: PreTrainedModel, pad_id: int, preference: PreferenceRecipe | None = None
+    task: str,
+    model: PreTrainedModel,
+    pad_id: int,
+    preference: PreferenceRecipe | None = None,
+    rl: RlRecipe | None = None,
 ) -> Objective:
     """The objective of a task.
 
     Args:
-        preference: settings of losses of preferences.
+        preference: settings of losses of preferences; rl: of learning from sampled answers.
 
     Raises:
         IngraftError: a task that cannot be trained yet.
@@ -48,4 +54,4 @@ def objective_for(
             f"task: {task!r} comes later{nearest(task, OBJECTIVES)}; today {', '.join(OBJECTIVES)} can be trained."
         )
     module, name = OBJECTIVES[task].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, preference)
+    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, preference, rl)

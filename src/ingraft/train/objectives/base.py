@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ingraft.data import collate
 from ingraft.data.examples import Example
 from ingraft.evaluate.loss import Poll, device_of
-from ingraft.recipe import PreferenceRecipe
+from ingraft.recipe import PreferenceRecipe, RlRecipe
 
 if TYPE_CHECKING:
     from ingraft.train.roofline import Meter
@@ -33,12 +33,24 @@ class Objective(ABC):
     beside: ClassVar[frozenset[str]] = frozenset({"labels"})
     reference: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, pad_id: int, preference: PreferenceRecipe | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pad_id: int,
+        preference: PreferenceRecipe | None = None,
+        rl: RlRecipe | None = None,
+    ) -> None:
         """Args:
-        preference: settings of losses of preferences; None for the usual ones.
+        preference: settings of losses of preferences; rl: of learning from sampled answers. None for the usual ones.
         """
         self.model, self.pad_id, self.preference = model, pad_id, preference or PreferenceRecipe()
+        self.rl = rl or RlRecipe()
         self._noticed: dict[str, list[Tensor]] = {}
+
+    def role(self, adapter: str) -> Objective:
+        """The objective of one of several adapters that are trained together."""
+        del adapter
+        return self
 
     def begin(self, together: Sequence[Sequence[Example]] = ()) -> None:  # noqa: B027 - most objectives need nothing
         """Called once when everything is attached, before the first loss.
