@@ -121,7 +121,7 @@ def test_preview_of_every_task(tmp_path: Path, chatml: Any, bert_like: Any) -> N
         assert "".join(text for text, _ in shown).endswith("good<|im_end|> → \n2. bad")
         assert any(learned for _, learned in shown[:-1]) is (task == "dpo")
     with pytest.raises(IngraftError, match="no preview"):
-        data.preview(row, chatml, task="grpo")
+        data.preview(row, chatml, task="diffusion")
 
 
 def test_quantiles() -> None:

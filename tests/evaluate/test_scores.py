@@ -249,7 +249,7 @@ def test_evaluate_names_its_metrics(llama: Any) -> None:
     with pytest.raises(IngraftError, match="no rows"):
         metrics_of_text(llama, [], 0)
     with pytest.raises(IngraftError, match="no evaluation yet"):
-        scorer_of("grpo")
+        scorer_of("diffusion")
 
 
 def test_every_layer_declares_the_same_tasks() -> None:

@@ -82,7 +82,7 @@ def test_every_problem_is_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"task": "grpo"}, "task"),
+        ({"task": "diffusion"}, "task"),
         ({"quantization": "nf5"}, "quantization"),
         ({"data": {"train": "a", "eval": 1.5}}, "data.eval"),
         ({"data": {"train": "a", "eval": -3}}, "data.eval"),
