@@ -83,6 +83,20 @@ def test_an_encoder_cannot_write(bert: Path) -> None:
         bases.load_base(str(bert), task="sft")
 
 
+def test_bases_that_write_otherwise_than_a_task_wants_are_sent_to_the_one_for_them(bert: Path, tmp_path: Path) -> None:
+    from transformers import BartConfig, LlamaConfig, T5Config
+
+    configs = {"t5": T5Config(), "bart": BartConfig(), "llama": LlamaConfig(), "bert": None}
+    for name, config in configs.items():
+        folder = bert if config is None else tmp_path / name
+        if config is not None:
+            config.save_pretrained(folder)
+        right, wrong = ("seq2seq", "sft") if name in ("t5", "bart") else ("sft", "seq2seq")
+        right = right if config is not None else "classify"
+        with pytest.raises(IngraftError, match=f"the task '{wrong}' is not for it; use --task {right}, "):
+            bases.load_base(str(folder), task=wrong)
+
+
 def test_missing_weights_are_named(llama: Path) -> None:
     from safetensors.torch import load_file, save_file
 

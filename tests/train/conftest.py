@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 WORDS = [
     "<unk>",
@@ -50,14 +58,17 @@ def _tokenizer(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`llama/`, `bert/` and `rows.jsonl`: text and label, where the label is a word of the text."""
+    """`llama/`, `bert/`, `t5/` and `rows.jsonl`: text and label, where the label is a word of the text."""
     home = tmp_path_factory.mktemp("train")
     torch.manual_seed(0)
     size = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 3}
     LlamaForCausalLM(LlamaConfig(**size, eos_token_id=2, bos_token_id=1)).save_pretrained(home / "llama")
     BertForMaskedLM(BertConfig(**size)).save_pretrained(home / "bert")
-    for name in ("llama", "bert"):
+    pair = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    pair |= {"vocab_size": len(WORDS), "pad_token_id": 3, "eos_token_id": 2, "decoder_start_token_id": 3}
+    T5ForConditionalGeneration(T5Config(**pair)).save_pretrained(home / "t5")
+    for name in ("llama", "bert", "t5"):
         _tokenizer(home / name)
     rng = random.Random(0)
     with (home / "rows.jsonl").open("w") as file:

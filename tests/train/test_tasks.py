@@ -20,7 +20,9 @@ from ingraft.train.run import train
 Make = Callable[..., dict[str, Any]]
 
 FILLERS = ["very", "a", "was", "the", "plot", "it", "i"]
-TASKS = ("multi-label", "regress", "tag", "qa")
+TASKS = ("multi-label", "regress", "tag", "qa", "seq2seq")
+MODELS = {"seq2seq": "t5"}
+"""Where it is not the tiny encoder."""
 
 
 def row(task: str, rng: random.Random) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def row(task: str, rng: random.Random) -> dict[str, Any]:
         return {"text": text, "label": 2000.0 + (10 if kinds == ["good"] else -30)}
     if task == "tag":
         return {"tokens": words, "tags": [f"B-{word.upper()}" if word in kinds else "O" for word in words]}
+    if task == "seq2seq":
+        return {"prompt": text, "completion": f"a {kinds[0]} film"}
     return {
         "context": text,
         "question": "was it",
@@ -55,11 +59,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def of(recipe: Make, home: Path, files: Path) -> Make:
-    """A short recipe of a task on the tiny encoder."""
+    """A short recipe of a task on its tiny base."""
 
     def make(task: str, **changes: Any) -> dict[str, Any]:
         values = {
-            "model": str(home / "bert"),
+            "model": str(home / MODELS.get(task, "bert")),
             "task": task,
             "data_train": str(files / f"{task}.jsonl"),
             "max_steps": 8,
@@ -75,6 +79,7 @@ LEARNED = {
     "regress": ("pearson", 0.95),
     "tag": ("f1", 0.9),
     "qa": ("exact_match", 0.9),
+    "seq2seq": ("exact_match", 0.9),
 }
 
 
@@ -83,7 +88,7 @@ def test_a_task_from_rows_to_predictions(
     task: str, of: Make, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It learns what can be learned; the folder gives the run's numbers again; rows without an answer get one; merged, it is a plain model that says the same."""
-    steps, rate = (90, 5e-3) if task == "multi-label" else (60, 1e-2)
+    steps, rate = {"multi-label": (90, 5e-3), "seq2seq": (40, 1e-2)}.get(task, (60, 1e-2))
     run = train(of(task, max_steps=steps, learning_rate=rate, eval_steps=0, save_steps=0), quiet=True)
     name, least = LEARNED[task]
     assert run.metrics["after"][name] >= least
@@ -100,7 +105,7 @@ def test_a_task_from_rows_to_predictions(
     assert {metric: found[metric] for metric in run.metrics["after"]} == run.metrics["after"]
 
     rows = [json.loads(line) for line in (files / f"{task}.jsonl").read_text().splitlines()][:12]
-    bare = [{key: value for key, value in one.items() if key not in ("label", "tags", "answers")} for one in rows]
+    bare = [{key: value for key, value in one.items() if key not in ANSWERS} for one in rows]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bare))
     merged = ["--model", str(tmp_path / "merged"), "--task", task, "--dtype", "float32"]
     words = ["merge", "--adapter", str(run.folder), "--output-dir", str(tmp_path / "merged")]
@@ -122,10 +127,13 @@ def test_a_task_from_rows_to_predictions(
     assert task == "regress" or right >= (4 if task == "multi-label" else 9)
 
 
+ANSWERS = ("label", "tags", "answers", "completion")
+
+
 def answer(task: str, asked: dict[str, Any]) -> Any:
     if task == "multi-label":
         return sorted(asked["label"])
-    return asked["answers"][0]["text"] if task == "qa" else asked["tags" if task == "tag" else "label"]
+    return asked["answers"][0]["text"] if task == "qa" else next(asked[key] for key in ANSWERS if key in asked)
 
 
 class Killed(BaseException):
@@ -180,12 +188,13 @@ def test_numbers_in_another_unit_are_learned_alike(of: Make, files: Path, tmp_pa
     assert two["mae"] == pytest.approx(1000 * one["mae"], rel=1e-3)
 
 
-def test_answers_are_not_taught_by_padding(of: Make, tmp_path: Path) -> None:
-    """qa: the loss of a window does not depend on which windows it is padded to, so 8 rows at once are 2 rows four times."""
+@pytest.mark.parametrize("task", ["qa", "seq2seq"])
+def test_answers_are_not_taught_by_padding(task: str, of: Make, tmp_path: Path) -> None:
+    """The loss of a row does not depend on which rows it is padded to, so 8 rows at once are 2 rows four times."""
     found = [
         train(
             of(
-                "qa",
+                task,
                 output_dir=str(tmp_path / str(size)),
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=8 // size,

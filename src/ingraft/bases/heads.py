@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+ALONE, PAIR = "alone", "pair"
+REFUSED = {
+    ALONE: ("has no encoder beside what writes", "sft"),
+    PAIR: ("writes what an encoder reads", "seq2seq"),
+    None: ("does not write text", "classify"),
+}
+"""Ways of writing: what is wrong with them for a task that wants another, and the task for them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """A kind of head.
@@ -27,6 +36,8 @@ class Head:
         fresh: whether it begins at random, so that weights which the files lack are no damage.
         named: whether its outputs are called something: labels, in order.
         outputs: how many it has, where that is no matter of labels.
+        takes: ways of writing (see `way_of_writing`) that the base may have.
+        unused: parts of the base that the task has no use for, so that they are taken off.
         generic: transformers' parts of such a head, for families that it does not put them on; see `bases.generic`.
         problem: transformers' name for what a sequence classifier's outputs are, where one and the same class serves several.
     """
@@ -38,6 +49,8 @@ class Head:
     named: bool = False
     outputs: int | None = None
     problem: str | None = None
+    takes: tuple[str | None, ...] = (ALONE, PAIR, None)
+    unused: tuple[str, ...] = ()
     generic: str | None = None
 
     def loads(self, name: str, config: Any, task: str) -> Any:
@@ -60,10 +73,11 @@ class Head:
             found = class_for(config, loader, self.generic)
         else:
             found = loader if known else None
-        encoder = kind in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-        if not self.fresh and (encoder or not known):
+        writes = way_of_writing(config)
+        if not self.fresh and (writes not in self.takes or not known):
+            what, instead = REFUSED[writes]
             raise IngraftError(
-                f"{name}: a {kind} model does not write text, which the task {task!r} needs; use --task classify, or another base."
+                f"{name}: a {kind} model {what}, so the task {task!r} is not for it; use --task {instead}, or another base."
             )
         if found is None:
             raise IngraftError(f"{name}: transformers has no {self.what} for a {kind} model; use another base.")
@@ -96,6 +110,17 @@ class Head:
             config.label_mean, config.label_std = scale if scale is not None else (0.0, 1.0)
 
 
+def way_of_writing(config: Any) -> str | None:
+    """How a base writes: `alone`, or a decoder behind an encoder (`pair`); None if it does not."""
+    from transformers.models.auto import modeling_auto as tables
+
+    if getattr(config, "is_encoder_decoder", False):
+        return PAIR
+    encoder = config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = config.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    return None if encoder or not known else ALONE
+
+
 def scale_of(model: nn.Module) -> tuple[float, float]:
     """What a model that puts out a number means by 0 and by the step to 1: mean and standard deviation of the labels that it learned from.
 
@@ -107,7 +132,11 @@ def scale_of(model: nn.Module) -> tuple[float, float]:
 
 
 WRITER = Head(
-    loader="AutoModelForCausalLM", families="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", what="language model", fresh=False
+    loader="AutoModelForCausalLM",
+    families="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    what="language model",
+    fresh=False,
+    takes=(ALONE,),
 )
 CLASSIFIER = Head(
     loader="AutoModelForSequenceClassification",
@@ -125,6 +154,13 @@ NUMBER = Head(
 HEADS: Mapping[str, Head] = {
     "sft": WRITER,
     "lm": WRITER,
+    "seq2seq": Head(
+        loader="AutoModelForSeq2SeqLM",
+        families="MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        what="decoder behind an encoder",
+        fresh=False,
+        takes=(PAIR,),
+    ),
     "classify": CLASSIFIER,
     "multi-label": replace(CLASSIFIER, problem="multi_label_classification"),
     "regress": replace(CLASSIFIER, named=False, problem="regression"),
@@ -140,6 +176,14 @@ HEADS: Mapping[str, Head] = {
         families="MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
         what="head for finding answers",
         generic="GenericForQuestionAnswering",
+    ),
+    "embed": Head(
+        loader="AutoModel",
+        families="MODEL_MAPPING_NAMES",
+        what="encoder",
+        fresh=False,
+        takes=(ALONE, None),
+        unused=("pooler",),
     ),
     "reward": NUMBER,
     "dpo": WRITER,

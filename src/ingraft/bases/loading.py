@@ -195,7 +195,11 @@ def _load_model(
     model, info = loader.from_pretrained(
         source, config=config, dtype=dtype, output_loading_info=True, **extra, **options
     )
-    missing = sorted(info["missing_keys"])
+    unused = head.unused if head is not None else ()
+    for part in unused:
+        if part in dict(model.named_children()):
+            setattr(model, part, None)
+    missing = sorted(key for key in info["missing_keys"] if key.partition(".")[0] not in unused)
     inside = f"{model.base_model_prefix}."
     held = sum(key.startswith(inside) for key in model.state_dict())
     if (

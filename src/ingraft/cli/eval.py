@@ -19,6 +19,7 @@ from ingraft.errors import IngraftError
     "task",
     "data",
     "preference",
+    "embed",
     "reward_adapter",
     "reward_function",
     "rl",
@@ -85,6 +86,7 @@ def command(
             batch_size=recipe.per_device_eval_batch_size,
             preference=recipe.preference,
             rewards=rewards,
+            embed=recipe.embed,
         )
         found[part] = {"rows": len(data.parts[part].examples), "source": data.parts[part].rows[0].file, **metrics}
     output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})

@@ -219,11 +219,16 @@ def token_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[Te
 
 
 def logits(model: Any, ids_BT: Tensor) -> Tensor:
-    """The model's logits in float32; those of a head that finds answers, first and last token, side by side."""
+    """The model's logits in float32; those of a head that finds answers, first and last token, side by side; the states of a
+    base without a head. A decoder behind an encoder is
+    given what the encoder reads."""
     import torch
 
+    from ingraft.bases.heads import PAIR, way_of_writing
+
+    more = {"decoder_input_ids": ids_BT} if way_of_writing(model.config) == PAIR else {}
     with torch.inference_mode():
-        found = model(input_ids=ids_BT)
+        found = model(input_ids=ids_BT, **more)
         if "start_logits" in found:
             return torch.stack((found["start_logits"], found["end_logits"]), dim=-1).float()
-        return found.logits.float()
+        return (found["logits"] if "logits" in found else found["last_hidden_state"]).float()

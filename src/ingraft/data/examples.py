@@ -43,6 +43,7 @@ class Example:
         row_id: the row's position among the rows that were encoded (for `lm` the block's number). It names the row in
             logs and seeds its dropout.
         labels: per token what is learned of it (its id, or its tag's number) and -100 where that is nothing; None where no token is learned.
+        target: the tokens that a decoder writes where an encoder reads `input_ids`; None where there is no such decoder.
         label: the class of the row, or among several answers the place; None where it has neither.
         values: the numbers that the row should get (0 or 1 for each class of several); None where it gets none.
         span: the first and the last token of the answer, (0, 0) where it is not in the sequence; None where none is looked for.
@@ -55,6 +56,7 @@ class Example:
     input_ids: list[int]
     row_id: int
     labels: list[int] | None = None
+    target: list[int] | None = None
     label: int | None = None
     values: tuple[float, ...] | None = None
     span: tuple[int, int] | None = None
@@ -63,7 +65,7 @@ class Example:
     token_type_ids: list[int] | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids) + len(self.target or ())
 
     @property
     def sequences(self) -> tuple[Example, ...]:
@@ -73,18 +75,21 @@ class Example:
     @property
     def kind(self) -> tuple[bool, ...]:
         """What it has; rows of one batch have the same."""
-        return tuple(field is None for field in (self.labels, self.label, self.values, self.span, self.token_type_ids))
+        fields = (self.labels, self.target, self.label, self.values, self.span, self.token_type_ids)
+        return tuple(field is None for field in fields)
 
     @property
     def learned(self) -> int:
         """How many terms the loss has: learned tokens, or 1 for a row. The first token of a text to be written is never predicted."""
         if self.labels is None:
-            return 1
+            return 1 if self.target is None else len(self.target)
         return sum(label != IGNORED for label in (self.labels[1:] if self.words is None else self.labels))
 
     @property
     def answer(self) -> tuple[float, ...]:
         """What it teaches: its class, numbers, place or kinds of tags, or the last stretch of learned tokens. Rows with equal ones are of one kind."""
+        if self.target is not None:
+            return tuple(self.target)
         if self.label is not None or self.labels is None:
             return (self.label,) if self.label is not None else self.values or self.span or ()
         if self.words is not None:

@@ -26,6 +26,7 @@ from ingraft.data.records import (
     Preference,
     Ranking,
     Record,
+    Related,
     Span,
     Tagged,
 )
@@ -243,6 +244,22 @@ def _read_labels(values: Values) -> Multilabelled:
     return Multilabelled(**_texts(values), labels=_labels(values))
 
 
+def _read_related(values: Values) -> Related:
+    found = values.get("negative")
+    others = [found] if isinstance(found, str) else _list(values, "negative") if found is not None else []
+    texts = [_filled({"negative": text}, "negative") for text in others]
+    return Related(text=_filled(values, "query"), match=_filled(values, "positive"), others=tuple(texts))
+
+
+def _read_similar(values: Values) -> Related:
+    return Related(text=_filled(values, "text"), match=_filled(values, "text2"), value=_number(values))
+
+
+def _read_answer_as_match(values: Values) -> Related:
+    question = "\n\n".join(message["content"] for message in _prompt(values))
+    return Related(text=question, match=_answer(values, "completion"))
+
+
 def _read_text(values: Values) -> Document:
     return Document(text=_text(values, "text"))
 
@@ -343,6 +360,8 @@ FORMATS: dict[str, Format] = {
         Format(name="span", fields=("context", "question", "answers"), read=_read_span, meaning=Span),
         Format(name="pair-label", fields=("text", "text2", "label"), read=_read_pair, meaning=Labelled),
         Format(name="instruction", fields=("instruction", "output"), read=_read_instruction, meaning=Chat),
+        Format(name="triplet", fields=("query", "positive", "negative"), read=_read_related, meaning=Related),
+        Format(name="match", fields=("query", "positive"), read=_read_related, meaning=Related),
         Format(name="tags", fields=("tokens", "tags"), read=_read_tagged, meaning=Tagged),
         Format(name="judged", fields=("prompt", "completion", "label"), read=_read_judged, meaning=Judged),
         Format(name="prompt-completion", fields=("prompt", "completion"), read=_read_completion, meaning=Chat),
@@ -355,6 +374,20 @@ FORMATS: dict[str, Format] = {
             name="pair-number", fields=("text", "text2", "label"), read=_read_number, meaning=Measured, detected=False
         ),
         Format(name="text-number", fields=("text", "label"), read=_read_number, meaning=Measured, detected=False),
+        Format(
+            name="pair-similarity",
+            fields=("text", "text2", "label"),
+            read=_read_similar,
+            meaning=Related,
+            detected=False,
+        ),
+        Format(
+            name="completion-match",
+            fields=("prompt", "completion"),
+            read=_read_answer_as_match,
+            meaning=Related,
+            detected=False,
+        ),
         Format(
             name="pair-labels",
             fields=("text", "text2", "label"),

@@ -1,6 +1,6 @@
 """What a row means, whatever its fields were called.
 
-Ten shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
+Eleven shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
 (templates, encoding, splits) sees only these, so a new form of row costs one entry there and nothing here.
 """
 
@@ -111,7 +111,22 @@ class Span:
     answers: tuple[tuple[str, int], ...]
 
 
-Record = Chat | Labelled | Measured | Multilabelled | Document | Preference | Ranking | Judged | Tagged | Span
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Related:
+    """A text and one that belongs to it.
+
+    Attributes:
+        others: texts that do not, although one might think so.
+        value: how much the two belong together, larger is more; None where they simply do.
+    """
+
+    text: str
+    match: str
+    others: tuple[str, ...] = ()
+    value: float | None = None
+
+
+Record = Related | Chat | Labelled | Measured | Multilabelled | Document | Preference | Ranking | Judged | Tagged | Span
 
 
 def given(record: Record) -> str:
@@ -130,6 +145,8 @@ def given(record: Record) -> str:
             return record.text if record.text2 is None else f"{record.text}\x1e{record.text2}"
         case Document():
             return record.text
+        case Related():
+            return f"{record.text}\x1e{record.match}"
         case Preference() | Ranking() | Judged():
             return "\x1e".join(f"{m['role']}\x1f{m['content']}" for m in record.messages)
         case Tagged():
@@ -139,7 +156,10 @@ def given(record: Record) -> str:
 
 
 def kept_together(record: Record) -> str:
-    """What may not stand on both sides of a split: what the model is given, or the context that several questions share."""
+    """What may not stand on both sides of a split: what the model is given, the context that several questions share, the text that several others
+    belong to."""
+    if isinstance(record, Related):
+        return record.text
     return record.context if isinstance(record, Span) else given(record)
 
 

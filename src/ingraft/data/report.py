@@ -139,7 +139,7 @@ def part_report(
     tokens = sum(map(len, examples))
     learned = sum(example.learned for example in examples)
     classes = Counter(name for record in records for name in (task.classes(record) if task.classes is not None else ()))
-    by_token = bool(examples) and examples[0].labels is not None
+    by_token = bool(examples) and (examples[0].labels is not None or examples[0].target is not None)
     about = task.about(records) if task.about is not None and records else []
     distinct = len({repr(record) for record in records})
     return PartReport(

@@ -41,11 +41,13 @@ def preview(
     labels = shown.labels(records) if shown.labels is not None else ()
     how = Settings(tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat)
     example = shown.encode(records, rows, how, Tally())[0]
+    ids = [*example.input_ids, *(example.target or ())]
     learned = [label != IGNORED for label in example.labels or [IGNORED] * len(example.input_ids)]
+    learned += [True] * len(example.target or ())
     if example.span is not None:
         learned = [example.span[0] <= at <= example.span[1] for at in range(len(example))]
     told = [(f" → {shown.told(records[0])}", True)] if shown.told is not None else []
-    return [*zip(token_texts(example.input_ids, tokenizer), learned, strict=True), *told]
+    return [*zip(token_texts(ids, tokenizer), learned, strict=True), *told]
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

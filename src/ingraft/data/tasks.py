@@ -23,6 +23,7 @@ from ingraft.data.labelled import (
     scale_of,
     several_names,
 )
+from ingraft.data.matched import about_related, encode_related, spread_of
 from ingraft.data.preferences import answers_of, encode_judged, encode_preferences
 from ingraft.data.prompts import encode_prompts, with_answer
 from ingraft.data.records import (
@@ -35,10 +36,12 @@ from ingraft.data.records import (
     Preference,
     Ranking,
     Record,
+    Related,
     Span,
     Tagged,
 )
 from ingraft.data.rows import Row
+from ingraft.data.seq2seq import encode_pairs
 from ingraft.data.spans import encode_spans
 from ingraft.data.tagged import OUTSIDE, about_tags, encode_tagged, tag_names
 from ingraft.errors import IngraftError, nearest
@@ -146,6 +149,11 @@ def _sft(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: T
     return encode_chats(chats, rows, how.tokenizer, how.max_length, learn=how.learn, chat=how.chat, tally=tally)
 
 
+def _seq2seq(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    del rows
+    return encode_pairs([as_chat(record) for record in records], how.tokenizer, how.max_length, tally=tally)
+
+
 def _lm(records: Sequence[Document], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     return encode_documents(records, rows, how.tokenizer, how.max_length, tally=tally)
 
@@ -169,6 +177,11 @@ def _tag(records: Sequence[Tagged], rows: Sequence[Row], how: Settings, tally: T
 
 def _qa(records: Sequence[Span], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     return encode_spans(records, rows, how.tokenizer, how.max_length, how.stride, tally=tally)
+
+
+def _embed(records: Sequence[Related], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    del rows
+    return [*encode_related(records, how.tokenizer, how.max_length, tally=tally)]
 
 
 def _preference(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
@@ -273,6 +286,7 @@ def _unfound(row: Row, labels: Sequence[str]) -> Values:
 
 
 AS_NUMBERS = {"text-label": "text-number", "pair-label": "pair-number"}
+AS_RELATED = {"pair-label": "pair-similarity", "prompt-completion": "completion-match"}
 AS_LISTS = {"text-label": "text-labels", "pair-label": "pair-labels"}
 
 TASKS: Mapping[str, Task] = {
@@ -292,6 +306,13 @@ TASKS: Mapping[str, Task] = {
             rows="plain text: {text} rows or a text file",
             encode=_lm,
             blocks=True,
+            unanswered=_unwritten,
+        ),
+        Task(
+            name="seq2seq",
+            records=(Chat, Labelled),
+            rows="rows with an answer: instructions, conversations, prompt and completion, or text and label",
+            encode=_seq2seq,
             unanswered=_unwritten,
         ),
         Task(
@@ -344,6 +365,18 @@ TASKS: Mapping[str, Task] = {
             encode=_qa,
             told=lambda record: record.answers[0][0],
             unanswered=_unfound,
+        ),
+        Task(
+            name="embed",
+            records=(Related,),
+            rows="texts that belong together: {query, positive}, {query, positive, negative}, {prompt, completion}, or {text, text2, label}, label being "
+            "a number",
+            reads=AS_RELATED,
+            encode=_embed,
+            scale=spread_of,
+            about=about_related,
+            told=lambda record: record.match if record.value is None else f"{record.value:g} {record.match}",
+            unanswered=_as_it_is,
         ),
         *(
             Task(

@@ -36,8 +36,9 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
         multiple: round T up to a multiple of this; fixed shapes suit compiled graphs and tensor cores.
 
     Returns:
-        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, (B,) classes,
-        (B, K) float32 numbers or (B, 2) first and last token of the answer; `token_type_ids` (B, T) where the rows have them.
+        `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, (B, S + 1) what a decoder writes,
+        (B,) classes, (B, K) float32 numbers or (B, 2) first and last token of the answer; `token_type_ids` (B, T) where the rows have them. Position t
+        of a model that writes predicts the label at t + 1: what a decoder writes has a -100 in front, and `decoder_attention_mask` (B, S).
 
     Raises:
         IngraftError: no rows, or rows of both kinds.
@@ -50,7 +51,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
     longest = max(len(example.input_ids) for example in examples)
     width = -(-longest // multiple) * multiple
 
-    def pad(row: Sequence[int], filler: int) -> list[int]:
+    def pad(row: Sequence[int], filler: int, width: int = width) -> list[int]:
         return [*row, *[filler] * (width - len(row))]
 
     batch = {
@@ -59,6 +60,11 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
     }
     if examples[0].labels is not None:
         batch["labels"] = torch.tensor([pad(e.labels or [], IGNORED) for e in examples])
+    elif examples[0].target is not None:
+        targets = [example.target or [] for example in examples]
+        written = -(-max(map(len, targets)) // multiple) * multiple
+        batch["labels"] = torch.tensor([[IGNORED, *pad(target, IGNORED, written)] for target in targets])
+        batch["decoder_attention_mask"] = (batch["labels"][:, 1:] != IGNORED).long()
     elif examples[0].label is not None:
         batch["labels"] = torch.tensor([e.label for e in examples])
     elif examples[0].values is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ingraft.bases.heads import PAIR, way_of_writing
 from ingraft.errors import IngraftError
 from ingraft.evaluate.loss import Poll, device_of
 from ingraft.evaluate.modes import scoring
@@ -30,8 +31,8 @@ def generate(
 ) -> list[str]:
     """Continue every prompt, greedily unless told otherwise. Returns the new text alone, without special tokens, in the prompts' order.
 
-    Prompts of similar length share a batch and are padded on the left, so that every answer begins where its prompt ends. An answer ends where the
-    base has no further places; prompts that come near to that share a batch only with those that have as much room, so that what is answered
+    Prompts of similar length share a batch and are padded on the left, so that every answer begins where its prompt ends; behind an encoder, which has
+    the prompts for itself, on the right, as in training. An answer ends where the base has no further places; prompts that come near to that share a batch only with those that have as much room, so that what is answered
     does not depend on the batch.
 
     Args:
@@ -112,29 +113,31 @@ def _continued(
         IngraftError: a prompt leaves no place for an answer.
     """
     most, device, fill = room(model), device_of(model), options.pad_token_id
-    if full := [str(i + 1) for i, prompt in enumerate(prompts) if len(prompt) >= most]:
+    pair = way_of_writing(model.config) == PAIR
+    if not pair and (full := [str(i + 1) for i, prompt in enumerate(prompts) if len(prompt) >= most]):
         raise IngraftError(
             f"prompt {', '.join(full[:10])}: no room is left for an answer: the base has places for {most} tokens. Shorten the prompt."
         )
     with scoring(model):
-        for limit, positions in _batches([len(prompt) for prompt in prompts], most, max_new_tokens, batch_size):
+        lengths = [len(prompt) for prompt in prompts]
+        rooms = [most - 1 if pair else most - length for length in lengths]
+        for limit, positions in _batches(lengths, rooms, max_new_tokens, batch_size):
             if poll is not None:
                 poll()
             options.max_new_tokens = limit
-            longest = max(len(prompts[i]) for i in positions)
-            lead = [longest - len(prompts[i]) for i in positions]
-            ids_BT = torch.tensor(
-                [[fill] * n + list(prompts[i]) for n, i in zip(lead, positions, strict=True)], device=device
-            )
-            mask_BT = torch.tensor([[0] * n + [1] * (longest - n) for n in lead], device=device)
+            longest = max(lengths[i] for i in positions)
+            order = slice(None) if pair else slice(None, None, -1)  # which end of a row is filled up
+            rows = [[*prompts[i][order], *[fill] * (longest - lengths[i])][order] for i in positions]
+            masks = [[*[1] * lengths[i], *[0] * (longest - lengths[i])][order] for i in positions]
+            ids_BT, mask_BT = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
             out_BT = cast(Any, model).generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=options)
-            yield positions, out_BT[:, longest:]
+            yield positions, out_BT[:, 0 if pair else longest :]
 
 
-def _batches(lengths: Sequence[int], most: int, wanted: int, size: int) -> Iterator[tuple[int, list[int]]]:
+def _batches(lengths: Sequence[int], rooms: Sequence[int], wanted: int, size: int) -> Iterator[tuple[int, list[int]]]:
     """Positions of prompts, longest first, in batches whose answers may have equally many tokens, with that number."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for limit, group in groupby(order, lambda i: min(wanted, most - lengths[i])):
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))  # rooms grow as prompts get shorter
+    for limit, group in groupby(order, lambda i: min(wanted, rooms[i])):
         members = list(group)
         for start in range(0, len(members), size):
             yield limit, members[start : start + size]

@@ -24,7 +24,9 @@ from torch.nn import functional as F
 from ingraft.adapt import context
 from ingraft.adapt.context import before_answer
 from ingraft.adapt.control import control_of, host_state
+from ingraft.adapt.swap import original_class
 from ingraft.adapt.weights import kind_of
+from ingraft.errors import IngraftError
 from ingraft.evaluate.modes import unnoticed
 
 log = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ class CausalHead:
     def _see(self, batch: dict[str, Tensor], by_pieces: bool) -> Seen:
         if not by_pieces:
             logits_BTV = self._run(batch).logits
-            return Seen(states_BTX=logits_BTV[:, -batch["input_ids"].shape[1] :])
+            return Seen(states_BTX=logits_BTV[:, -self.positions(batch) :])
         weight_VD, bias_V = self._matrix()
         return Seen(states_BTX=self._hidden(batch), behind=self._behind, weight_VD=weight_VD, bias_V=bias_V)
 
@@ -156,6 +158,14 @@ class CausalHead:
         kind = kind_of(head)
         assert kind is not None
         return cast(Tensor, kind.weight_of(head)), head.bias
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        """How many positions of a row the head is applied to."""
+        return batch["input_ids"].shape[1]
+
+    def trial(self, ids_1T: Tensor) -> dict[str, Tensor]:
+        """A batch of these tokens, to see what the model makes of them."""
+        return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
 
     def _run(self, batch: dict[str, Tensor]) -> Any:
         """One forward, in which adapters know the prompt where there are labels to tell it from."""
@@ -182,7 +192,7 @@ class CausalHead:
         finally:
             handle.remove()
         # Virtual tokens, where an adapter has some, stand in front of the real ones.
-        return seen[0][:, -batch["input_ids"].shape[1] :]
+        return seen[0][:, -self.positions(batch) :]
 
     def _probe(self) -> Behind | None:
         """The candidate that reproduces the model's own logits, or None."""
@@ -200,9 +210,9 @@ class CausalHead:
         declared = [getattr(config, "logit_scale", None), _inverse(getattr(config, "logits_scaling", None))]
         scales = [scale for scale in declared if scale is not None] + [1.0]
         ids = torch.arange(1, 9, device=weight_VD.device).clamp(max=vocabulary - 1)[None]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = self.trial(ids)
         try:
-            wanted = self._model(**inputs, use_cache=False).logits[0, -8:].float()
+            wanted = self._run(inputs).logits[0, -8:].float()
             h_BTD = self._hidden(inputs)
             if h_BTD.shape != (1, 8, width):
                 raise ValueError("hidden states of another shape")
@@ -233,6 +243,38 @@ def prompts(batch: dict[str, Tensor]) -> Tensor:
 
 def _inverse(x: float | None) -> float | None:
     return 1.0 / x if x else None
+
+
+class PairHead(CausalHead):
+    """The same for an encoder that reads `input_ids` and a decoder that writes `labels`, which hold a -100 in front."""
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        return batch["decoder_attention_mask"].shape[1]
+
+    def trial(self, ids_1T: Tensor) -> dict[str, Tensor]:
+        labels_1T = F.pad(ids_1T, (1, 0), value=-100)
+        return {**super().trial(ids_1T), "labels": labels_1T, "decoder_attention_mask": torch.ones_like(ids_1T)}
+
+    def _run(self, batch: dict[str, Tensor]) -> Any:
+        """One forward. All that the encoder reads is the prompt, as adapters take it where nothing is said."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        begun = cast(Any, self._model).prepare_decoder_input_ids_from_labels(labels=batch["labels"][:, 1:])
+        return self._model(**inputs, decoder_input_ids=begun, use_cache=False)
+
+
+def head_of(model: nn.Module) -> CausalHead:
+    """The head of a model that writes, by itself or behind an encoder.
+
+    Raises:
+        IngraftError: an encoder-decoder of which transformers does not say how a given answer is written.
+    """
+    if not getattr(cast(Any, model).config, "is_encoder_decoder", False):
+        return CausalHead(model)
+    if getattr(model, "prepare_decoder_input_ids_from_labels", None) is None:
+        raise IngraftError(
+            f"{original_class(model).__name__}: transformers does not say what its decoder is given to write an answer; use another base."
+        )
+    return PairHead(model)
 
 
 class _PiecewiseLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ingraft.data import collate
 from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
-from ingraft.evaluate.head import CausalHead, Seen
+from ingraft.evaluate.head import Seen, head_of
 from ingraft.evaluate.modes import scoring
 
 Poll = Callable[[], None]
@@ -57,14 +57,14 @@ def score_loss(
     """Score every example. The order and the batches depend on lengths and `batch_size` alone, so equal calls give equal bits.
 
     Args:
-        model: a causal language model, with whatever adapters act.
+        model: a model that writes, with whatever adapters act.
         pad_id: what to fill short rows with.
         poll: called between batches; may raise to stop.
         visit: reads more from the forwards that are made anyway.
     """
     sums, counts = [0.0] * len(examples), [0] * len(examples)
     with scoring(model):
-        head = CausalHead(model)
+        head = head_of(model)
         for positions, batch in by_length(examples, pad_id, batch_size, device_of(model), poll):
             seen = head.see(batch)
             if visit is not None:

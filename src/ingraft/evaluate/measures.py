@@ -1,4 +1,4 @@
-"""Metrics by the libraries that everybody checks against: scikit-learn, SciPy, seqeval. Imported when they are used (the extra `metrics`).
+"""Metrics by the libraries that everybody checks against: scikit-learn, SciPy, seqeval, sacrebleu, rouge-score. Imported when they are used (the extra `metrics`).
 
 Everywhere 0 stands for what cannot be computed: F1 of a class that nobody has and nobody names, a correlation with something constant.
 """
@@ -14,7 +14,13 @@ from typing import Any, cast
 from ingraft.data.tagged import names_entities
 from ingraft.errors import IngraftError
 
-PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy", "seqeval": "seqeval"}
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "scipy": "scipy",
+    "seqeval": "seqeval",
+    "sacrebleu": "sacrebleu",
+    "rouge_score": "rouge-score",
+}
 """What is imported -> what is installed."""
 
 
@@ -97,3 +103,20 @@ def of_tags(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]
     rows = [list(row) for row in labels], [list(row) for row in predictions]
     precision, recall, f1, _ = seqeval.precision_recall_fscore_support(*rows, average="micro", zero_division=0)
     return found | {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
+def of_similarities(labels: Sequence[float], similarities: Sequence[float]) -> dict[str, float]:
+    """`spearman`; for labels of 0 and 1 `average_precision` and `best_accuracy` too, that of the threshold which suits these very rows best."""
+    found = {"spearman": of_numbers(labels, similarities)["spearman"]}
+    if set(labels) != {0.0, 1.0}:
+        return found
+    precision = float(_sklearn().average_precision_score(labels, similarities))
+    ordered = sorted(zip(similarities, labels, strict=True), reverse=True)
+    right = best = int(
+        len(labels) - sum(labels)
+    )  # all are said to be 0; then one after the other 1, equal ones together
+    for number, (similarity, label) in enumerate(ordered):
+        right += 1 if label else -1
+        if number + 1 == len(ordered) or ordered[number + 1][0] != similarity:
+            best = max(best, right)
+    return found | {"average_precision": precision, "best_accuracy": best / len(labels)}

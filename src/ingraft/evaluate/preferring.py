@@ -26,7 +26,7 @@ from ingraft.evaluate.roles import as_reference
 from ingraft.evaluate.room import hold
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 from ingraft.evaluate.writing import SftScorer
-from ingraft.recipe import PreferenceRecipe
+from ingraft.recipe import EmbedRecipe, PreferenceRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +50,9 @@ class PolicyScorer(SftScorer):
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None = None,
         preference: PreferenceRecipe | None = None,
+        embed: EmbedRecipe | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, labels, preference)
+        super().__init__(model, tokenizer, labels, preference, embed)
         self._reference: dict[str, Tensor] = {}
 
     def evaluate(

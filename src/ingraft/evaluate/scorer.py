@@ -21,7 +21,7 @@ from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import require
 from ingraft.evaluate.room import hold
-from ingraft.recipe import PreferenceRecipe
+from ingraft.recipe import EmbedRecipe, PreferenceRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 SCORERS: Mapping[str, str] = {
     "sft": "writing:SftScorer",
     "lm": "writing:LmScorer",
+    "seq2seq": "seq2seq:Seq2SeqScorer",
     "classify": "classes:ClassifyScorer",
     "multi-label": "multi_label:MultiLabelScorer",
     "regress": "regress:RegressScorer",
     "tag": "tags:TagScorer",
     "qa": "spans:QaScorer",
+    "embed": "embed:EmbedScorer",
     "reward": "preferring:RewardScorer",
     "dpo": "preferring:DpoScorer",
     "ipo": "preferring:IpoScorer",
@@ -99,12 +101,13 @@ class Scorer(ABC):
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None = None,
         preference: PreferenceRecipe | None = None,
+        embed: EmbedRecipe | None = None,
     ) -> None:
         """Args:
         labels: what the outputs are called, in their order; None where they have no names.
-        preference: settings of losses of preferences; None for the usual ones.
+        preference, embed: settings of the losses of preferences, and of embeddings; None for the usual ones.
         """
-        self.preference = preference or PreferenceRecipe()
+        self.preference, self.embed = preference or PreferenceRecipe(), embed or EmbedRecipe()
         self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
         self.labels: tuple[str, ...] = tuple(labels) if labels is not None else ()
         self.rewards: Rewards | None = None
@@ -185,11 +188,12 @@ def evaluate(
     poll: Poll | None = None,
     preference: PreferenceRecipe | None = None,
     rewards: Rewards | None = None,
+    embed: EmbedRecipe | None = None,
 ) -> dict[str, float]:
     """Every metric of a part of the data, by name, for the task that it was read for.
 
     Args:
-        preference: settings of losses of preferences.
+        preference, embed: settings of the losses of preferences, and of embeddings.
         rewards: what answers earn.
 
     Raises:
@@ -199,6 +203,6 @@ def evaluate(
         raise IngraftError("There are no rows to evaluate on.")
     kind = scorer_of(data.report.task)
     require(kind.task, kind.needs)
-    scorer = kind(model, tokenizer, data.labels, preference)
+    scorer = kind(model, tokenizer, data.labels, preference, embed)
     scorer.rewards = rewards
     return scorer.evaluate(data, part, batch_size, poll=poll)

@@ -30,7 +30,7 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         text = f"only {', '.join(REFERENCE_TASKS)} compare with another adapter, and task is {recipe.task!r}; leave it out."
         yield ("reference_adapter", "task"), f"reference_adapter: {text}"
     yield from _rewards(recipe)
-    if recipe.cache_frozen and recipe.task in ("reward", *REFERENCE_TASKS):
+    if recipe.cache_frozen and recipe.task in ("embed", "reward", *REFERENCE_TASKS):
         text = f"rows of task {recipe.task!r} are several sequences each, whose states are not kept; leave it false."
         yield ("cache_frozen", "task"), f"cache_frozen: {text}"
     if recipe.max_steps == 0:

@@ -23,7 +23,8 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 SAMPLING_TASKS = ("ppo", "grpo")
 """Those that learn from answers which the model itself samples."""
 READY_TASKS = (
-    *("sft", "lm", "classify", "multi-label", "regress", "tag", "qa", "reward", "dpo", "ipo", "kto"),
+    *("sft", "lm", "seq2seq", "classify", "multi-label", "regress", "tag", "qa", "embed"),
+    *("reward", "dpo", "ipo", "kto"),
     *SAMPLING_TASKS,
 )
 REFERENCE_TASKS = ("dpo", "ipo", "kto", *SAMPLING_TASKS)
@@ -103,6 +104,16 @@ class RlRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbedRecipe:
+    """How texts that belong together become a loss (task embed)."""
+
+    temperature: Annotated[float, Gt(0)] = _key(
+        "cosines are divided by it; the smaller, the more the nearest wrong text counts", 0.05
+    )
+    symmetric: bool = _key("pairs: also find each query by its match among the queries of the step", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run. Build it through `as_recipe` or `load_recipe`, which check it; the fields carry their help text."""
 
@@ -111,8 +122,8 @@ class Recipe:
         "how the frozen base is held in memory: nf4, int8, keep (a GGUF's own blocks) or none (dense)", "none"
     )
     task: Task = _key(
-        "what is learned: sft (answers), lm (plain text), classify (a label), multi-label (several), regress (a number), tag (a tag a word), "
-        "qa (the passage that answers a question), reward (which answer is better), dpo, ipo, kto (to give the better one), or ppo, grpo (what "
+        "what is learned: sft (answers), lm (plain text), seq2seq (answers of a decoder behind an encoder), classify (a label), multi-label (several), regress (a number), tag (a tag a word), "
+        "qa (the passage that answers a question), embed (vectors, near where texts belong together), reward (which answer is better), dpo, ipo, kto (to give the better one), or ppo, grpo (what "
         "earns a reward)",
         "sft",
     )
@@ -133,6 +144,7 @@ class Recipe:
         "ppo, grpo: file.py:name, a Python function from (prompts, answers, expected, rows) to a list of numbers", None
     )
     rl: RlRecipe = _key("see the rl.* keys", factory=RlRecipe)
+    embed: EmbedRecipe = _key("see the embed.* keys", factory=EmbedRecipe)
 
     learning_rate: Annotated[float, Gt(0)] | None = _key(
         "peak learning rate; null takes the method's own, see `ingraft methods`", None
@@ -191,7 +203,7 @@ class Recipe:
         return self.learning_rate
 
 
-GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe, "rl": RlRecipe}
+GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe, "rl": RlRecipe, "embed": EmbedRecipe}
 """The keys that hold keys of their own."""
 
 

@@ -101,7 +101,7 @@ def digest(examples: Sequence[Example]) -> str:
     for example in (sequence for row in examples for sequence in row.sequences):
         for part in (
             example.input_ids,
-            example.labels or [],
+            example.labels or example.target or [],
             [example.row_id, -1 if example.label is None else example.label],
         ):
             found.update(len(part).to_bytes(8, "little"))

@@ -330,6 +330,7 @@ def gradients(
     try:
         if frozen is not None:
             frozen.require(rows, session.meter, session.stop.check)
+        adapt.dropout_step(session.model, number)
         objective.ready(rows, size, session.meter, session.stop.check)
         for start in range(0, len(rows), size):
             session.stop.check()

@@ -237,6 +237,9 @@ def _terms(batch: Mapping[str, Tensor], learned: int, virtual: int | None = None
     rows = int(shape[0])
     length = int(shape[1]) if len(shape) > 1 else 1
     padded = (1, rows, rows * length, rows * length**2, learned)
+    if "decoder_attention_mask" in batch:  # a decoder that looks at itself and at what was read
+        written = int(batch["decoder_attention_mask"].shape[1])
+        padded += (rows * written, rows * written**2, rows * length * written)
     if virtual is None:
         return padded
     flat = layout(F.pad(batch["attention_mask"], (virtual, 0), value=1), causal=True)

@@ -12,18 +12,20 @@ from ingraft.train.objectives.base import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ingraft.recipe import PreferenceRecipe, RlRecipe
+    from ingraft.recipe import EmbedRecipe, PreferenceRecipe, RlRecipe
 
 __all__ = ["OBJECTIVES", "Objective", "objective_for"]
 
 OBJECTIVES: Mapping[str, str] = {
     "sft": "causal:CausalObjective",
     "lm": "causal:CausalObjective",
+    "seq2seq": "causal:CausalObjective",
     "classify": "classify:ClassifyObjective",
     "multi-label": "multi_label:MultiLabelObjective",
     "regress": "regress:RegressObjective",
     "tag": "tag:TagObjective",
     "qa": "qa:QaObjective",
+    "embed": "embed:EmbedObjective",
     "reward": "reward:RewardObjective",
     "dpo": "preference:DpoObjective",
     "ipo": "preference:IpoObjective",
@@ -40,11 +42,12 @@ def objective_for(
     pad_id: int,
     preference: PreferenceRecipe | None = None,
     rl: RlRecipe | None = None,
+    embed: EmbedRecipe | None = None,
 ) -> Objective:
     """The objective of a task.
 
     Args:
-        preference: settings of losses of preferences; rl: of learning from sampled answers.
+        preference: settings of losses of preferences; rl: of learning from sampled answers; embed: of losses of embeddings.
 
     Raises:
         IngraftError: a task that cannot be trained yet.
@@ -54,4 +57,4 @@ def objective_for(
             f"task: {task!r} comes later{nearest(task, OBJECTIVES)}; today {', '.join(OBJECTIVES)} can be trained."
         )
     module, name = OBJECTIVES[task].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, preference, rl)
+    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, preference, rl, embed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ingraft.data import collate
 from ingraft.data.examples import Example
 from ingraft.evaluate.loss import Poll, device_of
-from ingraft.recipe import PreferenceRecipe, RlRecipe
+from ingraft.recipe import EmbedRecipe, PreferenceRecipe, RlRecipe
 
 if TYPE_CHECKING:
     from ingraft.train.roofline import Meter
@@ -39,12 +39,13 @@ class Objective(ABC):
         pad_id: int,
         preference: PreferenceRecipe | None = None,
         rl: RlRecipe | None = None,
+        embed: EmbedRecipe | None = None,
     ) -> None:
         """Args:
-        preference: settings of losses of preferences; rl: of learning from sampled answers. None for the usual ones.
+        preference: settings of losses of preferences; rl: of learning from sampled answers; embed: of losses of embeddings. None for the usual ones.
         """
         self.model, self.pad_id, self.preference = model, pad_id, preference or PreferenceRecipe()
-        self.rl = rl or RlRecipe()
+        self.rl, self.embed = rl or RlRecipe(), embed or EmbedRecipe()
         self._noticed: dict[str, list[Tensor]] = {}
 
     def role(self, adapter: str) -> Objective:
@@ -62,7 +63,7 @@ class Objective(ABC):
     def ready(  # noqa: B027 - most objectives need nothing
         self, rows: Sequence[Example], size: int, meter: Meter | None = None, poll: Poll | None = None
     ) -> None:
-        """Called with the rows of a step ahead of their micro-batches.
+        """Called with the rows of a step ahead of their micro-batches, dropout standing at the step.
 
         Args:
             size: rows that go through at once. meter: counts the work. poll: may raise to stop.

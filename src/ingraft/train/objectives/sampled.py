@@ -20,7 +20,7 @@ from ingraft.data.examples import IGNORED, Example
 from ingraft.evaluate.head import CausalHead
 from ingraft.evaluate.judges import VALUE, Judge
 from ingraft.evaluate.loss import device_of
-from ingraft.recipe import PreferenceRecipe, RlRecipe
+from ingraft.recipe import EmbedRecipe, PreferenceRecipe, RlRecipe
 from ingraft.train.objectives.base import Objective
 from ingraft.train.objectives.policy_gradient import kl_of_samples, policy_loss, value_loss
 
@@ -51,8 +51,9 @@ class SampledObjective(Objective):
         pad_id: int,
         preference: PreferenceRecipe | None = None,
         rl: RlRecipe | None = None,
+        embed: EmbedRecipe | None = None,
     ) -> None:
-        super().__init__(model, pad_id, preference, rl)
+        super().__init__(model, pad_id, preference, rl, embed)
         self.head: CausalHead | None = None
 
     def begin(self, together: Sequence[Sequence[Example]] = ()) -> None:
@@ -90,8 +91,9 @@ class PpoObjective(SampledObjective):
         pad_id: int,
         preference: PreferenceRecipe | None = None,
         rl: RlRecipe | None = None,
+        embed: EmbedRecipe | None = None,
     ) -> None:
-        super().__init__(model, pad_id, preference, rl)
+        super().__init__(model, pad_id, preference, rl, embed)
         self.value: ValueObjective | None = None
 
     def role(self, adapter: str) -> Objective:
