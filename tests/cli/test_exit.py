@@ -27,8 +27,8 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
         (["train", "--modl", "x", "--sed=1"], ["'--model'", "'--seed'"]),
         (["train", "--config", "none.yaml"], ["none.yaml: cannot read"]),
         (
-            ["train", "--model", "m", "--data", "d", "--seed", "x", "--task", "ppo"],
-            ["seed: should be", "task: 'ppo' comes"],
+            ["train", "--model", "m", "--data", "d", "--seed", "x", "--task", "diffusion"],
+            ["seed: should be", "task: 'diffusion' comes"],
         ),
         (["train", "--model", "m", "--data", "d", "--method", "lorra"], ["did you mean 'lora'"]),
         (
