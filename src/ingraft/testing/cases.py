@@ -146,13 +146,22 @@ class Case:
     def narrowed(self, name: str) -> Any:
         """The subject in bfloat16 with the adapter that `adapted` makes in float32. One that starts from the weight's singular vectors would be
         another one there, where the rounding of the weight turns vectors of like values into each other."""
-        model, full = self.adapted(name, dtype=torch.bfloat16), self.adapted(name)
+        model, full = self.adapted(name, dtype=torch.bfloat16), self.representable(name)
         own = child_name(name)
         for path, module in full.named_modules():
             if path.rpartition(".")[2] == own:
                 found = model.get_submodule(path)
                 for target, source in zip(_tensors(found), _tensors(module), strict=True):
                     target.data.copy_(source)
+        return model
+
+    def representable(self, name: str) -> Any:
+        """The subject in float32 with an adapter whose values are numbers of bfloat16: what a method chooses by (VB-LoRA's largest logits) is then
+        the same in both dtypes, and only the arithmetic rounds."""
+        model = self.adapted(name)
+        with torch.no_grad():
+            for parameter in adapt.parameters(model, name).values():
+                parameter.copy_(parameter.to(torch.bfloat16))
         return model
 
     def attach(self, model: nn.Module, name: str, *, dropout: float = 0.0) -> None:

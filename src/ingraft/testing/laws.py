@@ -103,7 +103,7 @@ def merged_is_active_bfloat16(case: Case) -> None:
     _merged_is_active(case, torch.bfloat16)
     close(
         run(case.narrowed("a"), case.batch(dtype=torch.bfloat16)).float(),
-        run(case.adapted("a"), case.batch()),
+        run(case.representable("a"), case.batch()),
         "active in bfloat16 and in float32",
         dtype=torch.bfloat16,
         times=2.0,

@@ -82,7 +82,7 @@ def packed_is_dense(case: Case) -> None:
     half = packed.batch(dtype=torch.bfloat16)
     close(
         run(packed.narrowed("a"), half).float(),
-        run(dense.adapted("a"), batch),
+        run(dense.representable("a"), batch),
         "packed in bfloat16, and dense in float32",
         dtype=torch.bfloat16,
         times=2.0,
