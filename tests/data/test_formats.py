@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ingraft.data.formats import FORMATS, detect, read_records
-from ingraft.data.records import Chat, Document, Judged, Labelled, Preference, Ranking, Span, Tagged
+from ingraft.data.records import Chat, Document, Judged, Labelled, Preference, Ranking, Related, Span, Tagged
 from ingraft.errors import IngraftError
 
 USER, BOT, SYSTEM = (
@@ -29,6 +29,8 @@ SAMPLES = [
     ("preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}, Preference(messages=(USER,), chosen="A", rejected="B")),
     ("messages-preference", {"prompt": "x", "messages": [USER], "chosen": "A", "rejected": "B"}, Preference(messages=(USER,), chosen="A", rejected="B")),
     ("ranking", {"prompt": "Q", "responses": ["A", "B", "C"], "ranking": [4, 1, 4]}, Ranking(messages=(USER,), answers=("A", "B", "C"), places=(2, 1, 2))),
+    ("triplet", {"query": "Q", "positive": "A", "negative": ["B", "C"]}, Related(text="Q", match="A", others=("B", "C"))),
+    ("match", {"query": "Q", "positive": "A"}, Related(text="Q", match="A", others=())),
     ("text-label", {"text": "T", "label": 1}, Labelled(text="T", text2=None, label="1")),
     ("text-label", {"text": "T", "label": 2.0}, Labelled(text="T", text2=None, label="2")),
     ("text-label", {"text": "T", "label": False}, Labelled(text="T", text2=None, label="false")),

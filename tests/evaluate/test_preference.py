@@ -32,7 +32,7 @@ from ingraft.evaluate.preference import (
     wilson,
 )
 from ingraft.methods.lora import LoraConfig
-from ingraft.recipe import PreferenceRecipe
+from ingraft.recipe import Losses, PreferenceRecipe
 from ingraft.train.objectives import objective_for
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -108,7 +108,7 @@ def judged(beside: str) -> list[Compared]:
 
 def loss_of(task: str, model: Any, examples: Sequence[Compared], **settings: float) -> tuple[Tensor, dict[str, float]]:
     """The mean over rows, and what the objective takes note of."""
-    objective = objective_for(task, model, 3, PreferenceRecipe(**settings))
+    objective = objective_for(task, model, 3, Losses(preference=PreferenceRecipe(**settings)))
     objective.begin([examples])
     objective.ready(examples, 2)
     loss = objective.loss(objective.batch(examples)) / sum(map(objective.units, examples))
@@ -145,7 +145,7 @@ def test_losses_of_pairs_are_trl_s(policy: Any, task: str, theirs: str, beta: fl
     check(policy, loss, TRL[f"{theirs} {beta}"])
     if (task, beta) == ("dpo", 0.1):
         assert {name: noticed[name] for name in TRL["metrics 0.1"]} == pytest.approx(TRL["metrics 0.1"], abs=1e-6)
-    scorer: Any = scorer_of(task)(policy, TOKENIZER, preference=PreferenceRecipe(beta=beta))
+    scorer: Any = scorer_of(task)(policy, TOKENIZER, losses=Losses(preference=PreferenceRecipe(beta=beta)))
     told = scorer.of(examples, ratios(policy, examples))
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert {name: told[name] for name in noticed} == pytest.approx(noticed, abs=1e-5)
@@ -161,7 +161,7 @@ def test_kto_is_trl_s(policy: Any, beta: float, weights: tuple[float, float], be
     loss, noticed = loss_of("kto", policy, examples, **settings)
     assert noticed["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
     check(policy, loss, theirs)
-    scorer: Any = scorer_of("kto")(policy, TOKENIZER, preference=PreferenceRecipe(**settings))
+    scorer: Any = scorer_of("kto")(policy, TOKENIZER, losses=Losses(preference=PreferenceRecipe(**settings)))
     told = scorer.of(examples, ratios(policy, examples))
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert {name: told[name] for name in noticed} == pytest.approx(noticed, abs=1e-5)

@@ -22,7 +22,7 @@ from ingraft.data.preferences import Compared
 from ingraft.errors import IngraftError
 from ingraft.evaluate.roles import REFERENCE, as_reference
 from ingraft.methods.lora import LoraConfig
-from ingraft.recipe import PreferenceRecipe
+from ingraft.recipe import Losses, PreferenceRecipe
 from ingraft.train import loop
 from ingraft.train.objectives import objective_for
 from ingraft.train.objectives.policy_gradient import value_loss
@@ -214,7 +214,7 @@ def test_what_is_known_of_the_reference_and_micro_batches(preferred: Make, task:
     run = train(preferred(task, max_steps=6, eval_steps=0, save_steps=0, method_config={}), quiet=True)
     model = run.model
     data = load(preferred(task)["data"]["train"], run.tokenizer, task=task)
-    objective: Any = objective_for(task, model, 3, PreferenceRecipe(beta=2.0))
+    objective: Any = objective_for(task, model, 3, Losses(preference=PreferenceRecipe(beta=2.0)))
     rows = cast("list[Compared]", data.train[:6])
     objective.begin([rows[:4], rows[4:]])
     calls: list[int] = []

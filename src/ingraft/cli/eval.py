@@ -84,9 +84,8 @@ def command(
             data,
             part,
             batch_size=recipe.per_device_eval_batch_size,
-            preference=recipe.preference,
+            losses=recipe.losses,
             rewards=rewards,
-            embed=recipe.embed,
         )
         found[part] = {"rows": len(data.parts[part].examples), "source": data.parts[part].rows[0].file, **metrics}
     output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})

@@ -51,7 +51,7 @@ class EmbedScorer(Scorer):
         for start in range(0, len(rows), TOGETHER):
             some = rows[start : start + TOGETHER]
             where = layout(some)
-            total += loss_of(torch.cat(vectors[start : start + TOGETHER]), where, self.embed).item()
+            total += loss_of(torch.cat(vectors[start : start + TOGETHER]), where, self.losses.embed).item()
         found = {"loss": total / len(rows)}
         if rows[0].values is None:
             return found | retrieval(rows, vectors)

@@ -26,7 +26,7 @@ from ingraft.evaluate.roles import as_reference
 from ingraft.evaluate.room import hold
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 from ingraft.evaluate.writing import SftScorer
-from ingraft.recipe import EmbedRecipe, PreferenceRecipe
+from ingraft.recipe import Losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,10 +49,9 @@ class PolicyScorer(SftScorer):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None = None,
-        preference: PreferenceRecipe | None = None,
-        embed: EmbedRecipe | None = None,
+        losses: Losses | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, labels, preference, embed)
+        super().__init__(model, tokenizer, labels, losses)
         self._reference: dict[str, Tensor] = {}
 
     def evaluate(
@@ -101,7 +100,7 @@ class DpoScorer(PolicyScorer):
 
     def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> dict[str, float]:
         places = [row.places for row in rows]
-        rewards = score_pairs(_by_row(self.preference.beta * ratios_S, rows), places)
+        rewards = score_pairs(_by_row(self.losses.preference.beta * ratios_S, rows), places)
         return {
             "loss": self.loss(rows, ratios_S),
             "rewards/chosen": rewards.mean(rewards.chosen),
@@ -115,7 +114,9 @@ class DpoScorer(PolicyScorer):
     def loss(self, rows: Sequence[Compared], ratios_S: Tensor) -> float:
         """The mean over rows."""
         scores = score_pairs(_by_row(ratios_S, rows), [row.places for row in rows])
-        losses_P = dpo(torch.tensor(scores.margins), self.preference.beta, self.preference.label_smoothing)
+        losses_P = dpo(
+            torch.tensor(scores.margins), self.losses.preference.beta, self.losses.preference.label_smoothing
+        )
         return scores.mean(losses_P.tolist())
 
 
@@ -127,7 +128,7 @@ class IpoScorer(DpoScorer):
     def loss(self, rows: Sequence[Compared], ratios_S: Tensor) -> float:
         lengths_S = torch.tensor([one.learned for row in rows for one in row.sequences])
         scores = score_pairs(_by_row(ratios_S / lengths_S, rows), [row.places for row in rows])
-        return scores.mean(ipo(torch.tensor(scores.margins), self.preference.beta).tolist())
+        return scores.mean(ipo(torch.tensor(scores.margins), self.losses.preference.beta).tolist())
 
 
 class KtoScorer(PolicyScorer):
@@ -139,7 +140,7 @@ class KtoScorer(PolicyScorer):
     )
 
     def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> dict[str, float]:
-        by_row, settings = _by_row(ratios_S, rows), self.preference
+        by_row, settings = _by_row(ratios_S, rows), self.losses.preference
         own_B = torch.tensor([row[0] for row in by_row])
         good_B = torch.tensor([row.label == 1 for row in rows])
         baseline = kto_baseline(torch.tensor([row[1] for row in by_row if len(row) > 1]))

@@ -21,7 +21,7 @@ from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import require
 from ingraft.evaluate.room import hold
-from ingraft.recipe import EmbedRecipe, PreferenceRecipe
+from ingraft.recipe import Losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,14 +100,13 @@ class Scorer(ABC):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None = None,
-        preference: PreferenceRecipe | None = None,
-        embed: EmbedRecipe | None = None,
+        losses: Losses | None = None,
     ) -> None:
         """Args:
         labels: what the outputs are called, in their order; None where they have no names.
-        preference, embed: settings of the losses of preferences, and of embeddings; None for the usual ones.
+        losses: settings that only some tasks have; None for the usual ones.
         """
-        self.preference, self.embed = preference or PreferenceRecipe(), embed or EmbedRecipe()
+        self.losses = losses or Losses()
         self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
         self.labels: tuple[str, ...] = tuple(labels) if labels is not None else ()
         self.rewards: Rewards | None = None
@@ -186,14 +185,13 @@ def evaluate(
     *,
     batch_size: int = 8,
     poll: Poll | None = None,
-    preference: PreferenceRecipe | None = None,
+    losses: Losses | None = None,
     rewards: Rewards | None = None,
-    embed: EmbedRecipe | None = None,
 ) -> dict[str, float]:
     """Every metric of a part of the data, by name, for the task that it was read for.
 
     Args:
-        preference, embed: settings of the losses of preferences, and of embeddings.
+        losses: settings that only some tasks have.
         rewards: what answers earn.
 
     Raises:
@@ -203,6 +201,6 @@ def evaluate(
         raise IngraftError("There are no rows to evaluate on.")
     kind = scorer_of(data.report.task)
     require(kind.task, kind.needs)
-    scorer = kind(model, tokenizer, data.labels, preference, embed)
+    scorer = kind(model, tokenizer, data.labels, losses)
     scorer.rewards = rewards
     return scorer.evaluate(data, part, batch_size, poll=poll)

@@ -114,6 +114,15 @@ class EmbedRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Settings of losses that only some tasks have; the usual ones where nothing is said."""
+
+    preference: PreferenceRecipe = PreferenceRecipe()
+    rl: RlRecipe = RlRecipe()
+    embed: EmbedRecipe = EmbedRecipe()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run. Build it through `as_recipe` or `load_recipe`, which check it; the fields carry their help text."""
 
@@ -195,6 +204,11 @@ class Recipe:
     seed: Annotated[int, Ge(0), Lt(2**63)] = _key("decides initialisation, data order and dropout", 42)
     dtype: Dtype = _key("compute dtype; auto is bfloat16 where this machine is fast at it, else float32", "auto")
     output_dir: str = _key("the run folder; by default runs/<data>-<method>", "")
+
+    @property
+    def losses(self) -> Losses:
+        """The settings of losses, by themselves."""
+        return Losses(preference=self.preference, rl=self.rl, embed=self.embed)
 
     @property
     def peak_rate(self) -> float:

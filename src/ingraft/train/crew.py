@@ -65,7 +65,7 @@ def crew_of(
     learners, judge = [policy], None
     if recipe.task == "ppo":
         judge = attach_value(model, recipe, allow_base_mismatch)
-        objective.value = ValueObjective(model, objective.pad_id, judge, recipe.rl)
+        objective.value = ValueObjective(model, objective.pad_id, judge, recipe.losses)
         value = _learner(recipe, model, VALUE, {"head": judge.head_1D})
         learners.append(value)
     rollouts = Rollouts(

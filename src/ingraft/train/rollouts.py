@@ -100,7 +100,10 @@ class Rollouts:
         order = list(range(len(self._rows)))
         random.Random(f"ingraft rollout {self._recipe.seed} {number} {epoch}").shuffle(order)
         size = -(-len(order) // minis)
-        return longest_first(self._rows[i] for i in order[mini * size : (mini + 1) * size])
+        chosen = (
+            order[mini * size : (mini + 1) * size] or order
+        )  # the last prompts of an epoch may be fewer than the steps
+        return longest_first(self._rows[i] for i in chosen)
 
     def taken(self) -> dict[str, tuple[float, float]]:
         """Sums and counts of what was noticed since the last call."""

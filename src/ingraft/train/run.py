@@ -173,10 +173,10 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     model = base.model
     recompute.enable(model, recipe)
     recipe = attach(model, recipe, base.fresh, allow_base_mismatch)
-    objective = objective_for(recipe.task, model, pad_id(tokenizer), recipe.preference, recipe.rl, recipe.embed)
+    objective = objective_for(recipe.task, model, pad_id(tokenizer), recipe.losses)
     if objective.reference:
         keep_reference(model, recipe, allow_base_mismatch)
-    scorer = scorer_of(recipe.task)(model, tokenizer, data.labels, recipe.preference, recipe.embed)
+    scorer = scorer_of(recipe.task)(model, tokenizer, data.labels, recipe.losses)
     if recipe.task in SAMPLING_TASKS:
         scorer.rewards = rewards_of(recipe, model, objective.pad_id, allow_base_mismatch=allow_base_mismatch)
     with _packed(recipe, model):  # a base that cannot is refused before anything is written

@@ -12,7 +12,7 @@ from ingraft.train.objectives.base import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ingraft.recipe import EmbedRecipe, PreferenceRecipe, RlRecipe
+    from ingraft.recipe import Losses
 
 __all__ = ["OBJECTIVES", "Objective", "objective_for"]
 
@@ -40,14 +40,12 @@ def objective_for(
     task: str,
     model: PreTrainedModel,
     pad_id: int,
-    preference: PreferenceRecipe | None = None,
-    rl: RlRecipe | None = None,
-    embed: EmbedRecipe | None = None,
+    losses: Losses | None = None,
 ) -> Objective:
     """The objective of a task.
 
     Args:
-        preference: settings of losses of preferences; rl: of learning from sampled answers; embed: of losses of embeddings.
+        losses: settings that only some objectives have.
 
     Raises:
         IngraftError: a task that cannot be trained yet.
@@ -57,4 +55,4 @@ def objective_for(
             f"task: {task!r} comes later{nearest(task, OBJECTIVES)}; today {', '.join(OBJECTIVES)} can be trained."
         )
     module, name = OBJECTIVES[task].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, preference, rl, embed)
+    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, losses)

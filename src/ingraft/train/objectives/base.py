@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ingraft.data import collate
 from ingraft.data.examples import Example
 from ingraft.evaluate.loss import Poll, device_of
-from ingraft.recipe import EmbedRecipe, PreferenceRecipe, RlRecipe
+from ingraft.recipe import Losses
 
 if TYPE_CHECKING:
     from ingraft.train.roofline import Meter
@@ -33,19 +33,11 @@ class Objective(ABC):
     beside: ClassVar[frozenset[str]] = frozenset({"labels"})
     reference: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pad_id: int,
-        preference: PreferenceRecipe | None = None,
-        rl: RlRecipe | None = None,
-        embed: EmbedRecipe | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, pad_id: int, losses: Losses | None = None) -> None:
         """Args:
-        preference: settings of losses of preferences; rl: of learning from sampled answers; embed: of losses of embeddings. None for the usual ones.
+        losses: settings that only some objectives have; None for the usual ones.
         """
-        self.model, self.pad_id, self.preference = model, pad_id, preference or PreferenceRecipe()
-        self.rl, self.embed = rl or RlRecipe(), embed or EmbedRecipe()
+        self.model, self.pad_id, self.losses = model, pad_id, losses or Losses()
         self._noticed: dict[str, list[Tensor]] = {}
 
     def role(self, adapter: str) -> Objective:

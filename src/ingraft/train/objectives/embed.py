@@ -57,7 +57,7 @@ class EmbedObjective(Objective):
                     with meter.micro_batch("vectors", inputs, 0):
                         found.append(embeddings(self.model, inputs))
         e_SD = torch.cat(found).requires_grad_()
-        total = loss_of(e_SD, where, self.embed)
+        total = loss_of(e_SD, where, self.losses.embed)
         (gradient_SD,) = torch.autograd.grad(total, e_SD)
         parts = gradient_SD.split([len(row.sequences) for row in rows])
         self._gradients = {row.row_id: part for row, part in zip(rows, parts, strict=True)}
@@ -73,6 +73,6 @@ class EmbedObjective(Objective):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         e_SD = embeddings(self.model, self.inputs(batch))
         if self._whole is not None:
-            return loss_of(e_SD, self._whole, self.embed)
+            return loss_of(e_SD, self._whole, self.losses.embed)
         pull = (e_SD * batch["gradient"]).sum()
         return pull + (batch["share"] - pull).detach()  # the gradient of one, the value of the other

@@ -125,14 +125,14 @@ class DpoObjective(RatioObjective, PairsObjective):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         ratios_S = self.ratios(batch)
-        pairs = self.compared(self.preference.beta * ratios_S, batch)
+        pairs = self.compared(self.losses.preference.beta * ratios_S, batch)
         self.notice("kl", ratios_S.detach().sum(), ratios_S.new_tensor(len(ratios_S)))
         return pairs.total(self.of(pairs, ratios_S, batch["labels"]))
 
     def of(self, pairs: Pairs, ratios_S: Tensor, labels_ST: Tensor) -> Tensor:
         """(P,) the loss of each pair."""
         del labels_ST
-        return dpo(pairs.margins(ratios_S), self.preference.beta, self.preference.label_smoothing)
+        return dpo(pairs.margins(ratios_S), self.losses.preference.beta, self.losses.preference.label_smoothing)
 
 
 class IpoObjective(DpoObjective):
@@ -140,7 +140,7 @@ class IpoObjective(DpoObjective):
 
     def of(self, pairs: Pairs, ratios_S: Tensor, labels_ST: Tensor) -> Tensor:
         lengths_S = (labels_ST[:, 1:] != IGNORED).sum(dim=1)
-        return ipo(pairs.margins(ratios_S / lengths_S), self.preference.beta)
+        return ipo(pairs.margins(ratios_S / lengths_S), self.losses.preference.beta)
 
 
 class KtoObjective(RatioObjective):
@@ -177,7 +177,7 @@ class KtoObjective(RatioObjective):
         return super().batch(examples) | {"good": good_B, "reference": self.references(examples, first=True)}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        ratios_B, good_B, settings = self.ratios(batch), batch["good"], self.preference
+        ratios_B, good_B, settings = self.ratios(batch), batch["good"], self.losses.preference
         for name, kind_B in (("rewards/chosen", good_B), ("rewards/rejected", ~good_B)):
             self.notice(name, settings.beta * ratios_B.detach()[kind_B].sum(), kind_B.sum())
         weights = settings.desirable_weight, settings.undesirable_weight

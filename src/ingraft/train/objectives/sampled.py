@@ -20,7 +20,7 @@ from ingraft.data.examples import IGNORED, Example
 from ingraft.evaluate.head import CausalHead
 from ingraft.evaluate.judges import VALUE, Judge
 from ingraft.evaluate.loss import device_of
-from ingraft.recipe import EmbedRecipe, PreferenceRecipe, RlRecipe
+from ingraft.recipe import Losses
 from ingraft.train.objectives.base import Objective
 from ingraft.train.objectives.policy_gradient import kl_of_samples, policy_loss, value_loss
 
@@ -49,11 +49,9 @@ class SampledObjective(Objective):
         self,
         model: nn.Module,
         pad_id: int,
-        preference: PreferenceRecipe | None = None,
-        rl: RlRecipe | None = None,
-        embed: EmbedRecipe | None = None,
+        losses: Losses | None = None,
     ) -> None:
-        super().__init__(model, pad_id, preference, rl, embed)
+        super().__init__(model, pad_id, losses)
         self.head: CausalHead | None = None
 
     def begin(self, together: Sequence[Sequence[Example]] = ()) -> None:
@@ -89,11 +87,9 @@ class PpoObjective(SampledObjective):
         self,
         model: nn.Module,
         pad_id: int,
-        preference: PreferenceRecipe | None = None,
-        rl: RlRecipe | None = None,
-        embed: EmbedRecipe | None = None,
+        losses: Losses | None = None,
     ) -> None:
-        super().__init__(model, pad_id, preference, rl, embed)
+        super().__init__(model, pad_id, losses)
         self.value: ValueObjective | None = None
 
     def role(self, adapter: str) -> Objective:
@@ -106,7 +102,7 @@ class PpoObjective(SampledObjective):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         seen, mask_BT = self.seen(batch)
-        logps_BT, settings = self.logps(seen), self.rl
+        logps_BT, settings = self.logps(seen), self.losses.rl
         losses_BT = policy_loss(
             logps_BT, batch["old"], batch["advantages"], settings.clip_range, settings.clip_range_high
         )
@@ -123,24 +119,26 @@ class PpoObjective(SampledObjective):
 
 
 class GrpoObjective(PpoObjective):
-    """The same with advantages among the answers to a prompt, and the distance from the reference as a term of the loss (Shao et al. 2024, equation 3)."""
+    """The same with advantages among the answers to a prompt, and the distance from the reference as a term of the loss (Shao et al. 2024, equation 3).
+
+    Averaged over the tokens of the step and not over answers first: short answers do not weigh more by the token (Yu et al. 2025, section 3.3)."""
 
     def penalty(self, logps_BT: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return self.rl.kl_coef * kl_of_samples(logps_BT - batch["reference"])
+        return self.losses.rl.kl_coef * kl_of_samples(logps_BT - batch["reference"])
 
 
 class ValueObjective(SampledObjective):
     """What an answer will still earn, told before each of its tokens."""
 
-    def __init__(self, model: nn.Module, pad_id: int, judge: Judge, rl: RlRecipe) -> None:
-        super().__init__(model, pad_id, None, rl)
+    def __init__(self, model: nn.Module, pad_id: int, judge: Judge, losses: Losses) -> None:
+        super().__init__(model, pad_id, losses)
         self.judge = judge
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         seen, mask_BT = self.seen(batch)
         assert self.head is not None
         values_BT = self.judge.numbers(self.head.states(seen))
-        losses_BT = value_loss(values_BT, batch["values"], batch["returns"], self.rl.clip_range_value)
+        losses_BT = value_loss(values_BT, batch["values"], batch["returns"], self.losses.rl.clip_range_value)
         total = torch.where(mask_BT, losses_BT, 0.0).sum()
         self.notice("value_loss", total, mask_BT.sum())
         return total
