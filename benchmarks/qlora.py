@@ -36,15 +36,14 @@ def main() -> int:
     dense = medians.get("none", next(iter(medians.values())))
     half = 2 / as_dtype(asked.dtype).itemsize
     lines = [
-        "| base | linear layers, MB | all weights, MB | resident, MB | step, s | token, ms | loss (mean ± SE over seeds) |",
-        "|---|---|---|---|---|---|---|",
+        "| base | linear layers, MB | all weights, MB | step, s | token, ms | loss (mean ± SE over seeds) |",
+        "|---|---|---|---|---|---|",
     ]
     for side, one in medians.items():
         ratio = {key: one[key] / (dense[key] * (half if key == "linear_bytes" else 1)) for key in one}
         loss, error = sides.spread(runs, side, "loss")
         lines.append(
             f"| {side} | {one['linear_bytes'] / 1e6:.1f} ({ratio['linear_bytes']:.2f}x) | {one['all_bytes'] / 1e6:.1f} ({ratio['all_bytes']:.2f}x) | "
-            f"{one['resident_bytes'] / 1e6:.0f} ({ratio['resident_bytes']:.2f}x) | "
             f"{one['step_seconds']:.2f} ({ratio['step_seconds']:.2f}x) | {1e3 * one['decode_seconds']:.1f} ({ratio['decode_seconds']:.2f}x) | {loss:.4f} ± {error:.4f} |"
         )
     sides.write("qlora", asked, SETTINGS, runs, lines)
@@ -60,9 +59,8 @@ def run_side(side: str, rows: Path, steps: int) -> dict[str, float]:
 
     files: dict[str, Any] = {"eval": str(rows / "heldout.jsonl"), "max_length": SETTINGS["max_length"]}
     if side == "peft-nf4":
-        before = resident()
         model, tokenizer = _bitsandbytes()
-        found = {"resident_bytes": resident() - before, "decode_seconds": decode(model), **bytes_of(model)}
+        found = {"decode_seconds": decode(model), **bytes_of(model)}
         _in_order_made(model)
         data = load(str(rows / "train.jsonl"), tokenizer, **files)
         order = batches(data.train, SETTINGS["batch"], SETTINGS["seed"], 0)
@@ -71,9 +69,8 @@ def run_side(side: str, rows: Path, steps: int) -> dict[str, float]:
             start = _our_start(Path(folder) / "start")
             model, done = reference.tune(model, tokenizer, rows_in_order, SETTINGS, steps, start=start)
     else:
-        before = resident()
         base = load_base("smollm2", SETTINGS["dtype"], quantization=side)
-        found = {"resident_bytes": resident() - before, "decode_seconds": decode(base.model), **bytes_of(base.model)}
+        found = {"decode_seconds": decode(base.model), **bytes_of(base.model)}
         del base
         run, done = ours.tune(rows / "train.jsonl", SETTINGS, steps, quantization=side)
         model, tokenizer = run.model, run.tokenizer
@@ -136,16 +133,6 @@ def decode(model: Any) -> float:
             ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory, those of mapped files among them."""
-    import gc
-
-    import psutil
-
-    gc.collect()
-    return psutil.Process().memory_info().rss
 
 
 def bytes_of(model: Any) -> dict[str, float]:
