@@ -86,12 +86,12 @@ def split(of: Make, form: str, size: int, tmp_path: Path, **more: Any) -> tuple[
 def test_eight_rows_at_once_and_two_four_times_are_one_step(form: str, of: Make, tmp_path: Path) -> None:
     """Dropout included, although every row is a wrong answer for every other."""
     (losses, whole), (others, pieces) = (split(of, form, size, tmp_path) for size in (8, 2))
-    assert losses == pytest.approx(others, rel=1e-3)
+    assert losses == pytest.approx(others, rel=1e-4)
     assert len(set(losses)) == 3
     moved = max(float(tensor.abs().max()) for name, tensor in whole.items() if "lora_B" in name)
     assert moved > 1e-4
     for name, tensor in whole.items():
-        torch.testing.assert_close(tensor, pieces[name], rtol=1e-2, atol=1e-2 * moved, msg=name)
+        torch.testing.assert_close(tensor, pieces[name], rtol=1e-3, atol=1e-3 * moved, msg=name)
 
 
 @pytest.mark.parametrize("form", ["triplets", "numbers", "pairs"])

@@ -45,14 +45,7 @@ class SampledObjective(Objective):
 
     beside: ClassVar[frozenset[str]] = frozenset({"labels", *TOLD})
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pad_id: int,
-        losses: Losses | None = None,
-    ) -> None:
-        super().__init__(model, pad_id, losses)
-        self.head: CausalHead | None = None
+    head: CausalHead | None = None
 
     def begin(self, together: Sequence[Sequence[Example]] = ()) -> None:
         self.head = CausalHead(self.model)
@@ -83,14 +76,7 @@ class PpoObjective(SampledObjective):
 
     reference: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pad_id: int,
-        losses: Losses | None = None,
-    ) -> None:
-        super().__init__(model, pad_id, losses)
-        self.value: ValueObjective | None = None
+    value: ValueObjective | None = None
 
     def role(self, adapter: str) -> Objective:
         return self.value if adapter == VALUE and self.value is not None else self
