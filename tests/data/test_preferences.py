@@ -163,10 +163,13 @@ def test_blanks_before_one_answer_belong_to_it(with_template: Any, make_rows: Ro
 def test_the_report_names_dropped_pairs(chatml: Any, make_rows: Rows) -> None:
     """In `ingraft data` and at the start of a run."""
     from ingraft.data import task_of
+    from ingraft.data.mixing import Part
     from ingraft.data.report import part_report
 
     rows = make_rows({"prompt": "Q", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "chosen": "a", "rejected": "a"})
     tally, records = Tally(), read_records(rows)[1]
-    found = part_report("train", rows, records, encoded(rows, chatml, tally=tally), tally, task_of("dpo"))
+    found = part_report(
+        "train", Part(rows=rows, records=records, examples=encoded(rows, chatml, tally=tally)), tally, task_of("dpo")
+    )
     assert "2 rows from rows.jsonl, 2 sequences" in found.lines()[0]
     assert any("the answers are the same" in line and "rows.jsonl:2" in line for line in found.lines())

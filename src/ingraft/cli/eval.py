@@ -87,7 +87,8 @@ def command(
             losses=recipe.losses,
             rewards=rewards,
         )
-        found[part] = {"rows": len(data.parts[part].examples), "source": data.parts[part].rows[0].file, **metrics}
+        files = ", ".join(origin.file for origin in data.parts[part].origins)
+        found[part] = {"rows": len(data.parts[part].examples), "source": files, **metrics}
     output.result({"model": recipe.model, "adapter": adapter, "task": recipe.task, **found})
     for part in parts:
         values = {name: f"{value:.6f}" if isinstance(value, float) else value for name, value in found[part].items()}

@@ -18,9 +18,13 @@ import click
 
 from ingraft.errors import IngraftError, nearest
 from ingraft.recipe import recipe_fields
+from ingraft.recipe.several import KEYS
 
 Decorated = Callable[..., Any]
 
+
+MAPPING = ".KEY VALUE"
+"""How the options of a mapping's keys are shown, and known."""
 
 UNKNOWN = "ingraft.unknown"
 """Where a click context keeps the options it could not read."""
@@ -58,7 +62,7 @@ class VerbCommand(click.Command):
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             whole, dot, key = name.partition(".")
-            if dot and whole in known and known[whole].multiple:
+            if dot and whole in known and known[whole].metavar == MAPPING:
                 text = value if equals else next(words, None)
                 if text is None:
                     raise click.UsageError(f"Option {word!r} requires a value.", ctx)
@@ -137,7 +141,7 @@ def _option(key: str, kind: Any, item: Field[Any]) -> Callable[[Decorated], Deco
             *flags,
             name,
             multiple=True,
-            metavar=".KEY VALUE",
+            metavar=MAPPING,
             help=f"{meaning}; write `{flags[0]}.KEY VALUE`, as often as needed",
         )
     if kind is bool or bool in get_args(kind):
@@ -151,7 +155,10 @@ def _option(key: str, kind: Any, item: Field[Any]) -> Callable[[Decorated], Deco
             help=f"{meaning}  [default: {shown}]",
         )
     note = "" if item.default in (MISSING, None, "") else f"  [default: {item.default}]"
-    return click.option(*flags, name, metavar=_metavar(kind), help=meaning + note)
+    more = "; give it again for each further file" if key in KEYS else ""
+    return click.option(
+        *flags, name, metavar=_metavar(kind), help=meaning + more + note, multiple=key in KEYS, default=None
+    )
 
 
 def _metavar(kind: Any) -> str:
@@ -179,6 +186,9 @@ def given(arguments: dict[str, Any]) -> dict[str, Any]:
         key = name.removeprefix("recipe__").replace("__", ".")
         if get_origin(kinds[key]) is dict:
             out[key] = _mapping(key, value)
+        elif key in KEYS:
+            entries = [scalar(text) if text.startswith("{") or key == "data.eval" else text for text in value]
+            out[key] = entries if len(entries) > 1 else entries[0]
         else:
             out[key] = value if _is_text(kinds[key]) else scalar(value)
     return out

@@ -66,6 +66,7 @@ def command(
     from ingraft.cli.sources import model_labels, open_model, settle
     from ingraft.data import read_rows
     from ingraft.evaluate import Asked, scorer_of
+    from ingraft.recipe import sources_of
 
     output = Output(as_json=as_json)
     overrides = given(arguments)
@@ -83,7 +84,7 @@ def command(
         problems += [problem for problem in error.problems if "pass --data" not in problem]
     if problems or recipe is None or target is None:
         raise IngraftError(*problems)
-    rows = read_rows(recipe.data.train)
+    rows = [row for source in sources_of(recipe.data.train) for row in read_rows(source.file)]
     scorer = scorer_of(recipe.task)
     _check_free(rows, scorer.adds)
     opened = open_model(

@@ -221,20 +221,6 @@ def load_data(
     Raises:
         IngraftError: see `ingraft.data.load`.
     """
-    from ingraft.data import load
+    from ingraft.data.wanted import load_wanted
 
-    wanted = recipe.data
-    return load(
-        wanted.train,
-        tokenizer,
-        task=recipe.task,
-        scale=scale,
-        eval=wanted.eval or None,
-        test=wanted.test,
-        form=wanted.format,
-        max_length=wanted.max_length,
-        learn=wanted.learn,
-        stride=wanted.stride,
-        seed=recipe.seed,
-        labels=labels,
-    )
+    return load_wanted(recipe, tokenizer, labels, scale)

@@ -6,30 +6,24 @@ It takes plain arguments and no recipe: data does not know where its settings ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 from ingraft.data.chat import name_of
 from ingraft.data.examples import Example, Tally
+from ingraft.data.formats import Format
+from ingraft.data.mixing import Mixture, Origin, Part, joined, short_names
 from ingraft.data.readers import read_rows
 from ingraft.data.records import Record, given
-from ingraft.data.report import UNKNOWN_LIMIT, DataReport, part_report
+from ingraft.data.report import UNKNOWN_LIMIT, DataReport, PartReport, report_of_files, shares_of
 from ingraft.data.rows import Row
 from ingraft.data.splits import Eval, choose, evaluation_size
-from ingraft.data.tasks import Settings, task_of
+from ingraft.data.tasks import Settings, Task, task_of
 from ingraft.errors import IngraftError
+from ingraft.recipe import Source, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Rows and what became of them; `rows[example.row_id]` is an example's row, unless the task's examples are `blocks`."""
-
-    rows: list[Row]
-    records: list[Record]
-    examples: list[Example]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +36,7 @@ class DataSet:
         scale: mean and standard deviation of the training labels, where they are numbers.
         report: what was counted on the way.
         parts: rows and records behind the examples, by part name (train, eval, test).
+        mixture: which training examples each epoch is made of.
     """
 
     train: list[Example]
@@ -51,15 +46,28 @@ class DataSet:
     scale: tuple[float, float] | None
     report: DataReport
     parts: Mapping[str, Part]
+    mixture: Mixture
+
+    def of(self, part: str, origin: Origin) -> DataSet:
+        """The data as one file of a part knows them: that part holds its rows alone, and so do the other parts where the file has some there."""
+        parts = dict(self.parts)
+        for name, whole in self.parts.items():
+            own = [each for each in whole.origins if each.name == origin.name] if name != part else [origin]
+            if own:
+                parts[name] = whole.of(own[0])
+        examples = {name: each.examples for name, each in parts.items()}
+        return replace(
+            self, train=examples["train"], eval=examples.get("eval", []), test=examples.get("test", []), parts=parts
+        )
 
 
 def load(
-    train: str,
+    train: str | Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     *,
     task: str = "sft",
-    eval: Eval = None,
-    test: str | None = None,
+    eval: Eval | Sequence[Source] = None,
+    test: str | Sequence[Source] | None = None,
     form: str = "auto",
     max_length: int = 512,
     learn: str = "answer",
@@ -73,17 +81,17 @@ def load(
 
     Args:
         train: file, `datasets` folder or hub id with the rows to train on (for an evaluation alone: the rows to
-            evaluate on).
+            evaluate on); or several.
         tokenizer: the base's.
         task: a name of `data.tasks.TASKS`.
-        eval: share, number of rows, or another file; see `split`.
-        test: a file of rows that neither training nor the choice of a checkpoint ever sees.
-        form: a format's name or `auto`; it holds for all files.
+        eval: share, number of rows, or other files; see `split`.
+        test: files of rows that neither training nor the choice of a checkpoint ever sees.
+        form: a format's name or `auto`; it holds for all files that have no format of their own.
         max_length: longest sequence in tokens; lowered to what the tokenizer says the base can read.
         learn: for sft, `answer` or `all`.
         chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer
             has a template.
-        seed: of the split.
+        seed: of the split, and of what an epoch takes of weighted files.
         labels: what the outputs of a model that is already trained are called; None takes them from the training rows.
         scale: mean and standard deviation of the labels that a model was trained on; None takes them from the training rows.
         stride: for qa, tokens that neighbouring windows of a long context share.
@@ -95,21 +103,18 @@ def load(
     wanted = task_of(task)
     if max_length < 2:
         raise IngraftError(f"data.max_length must be at least 2, not {max_length}.")
-    files = {"train": read_rows(train)}
-    chosen, records = wanted.read(files["train"], form)
-    read: dict[str, tuple[list[Row], list[Record]]] = {"train": (files["train"], records)}
-    aside = evaluation_size(eval, len(records))
-    if isinstance(aside, str):
-        rows = read_rows(aside)
-        read["eval"] = (rows, wanted.read(rows, form)[1])
-    elif aside:
-        taken = choose(records, aside, seed)
-        kept = [i for i in range(len(records)) if i not in taken]
-        for name, positions in (("train", kept), ("eval", sorted(taken))):
-            read[name] = ([files["train"][i] for i in positions], [records[i] for i in positions])
+    read = {"train": _read(train, wanted, form)}
+    aside = eval if isinstance(eval, Sequence) and not isinstance(eval, str) else None
+    if aside is None:
+        number = evaluation_size(cast("Eval", eval), sum(len(file.records) for file in read["train"]))
+        if isinstance(number, str):
+            aside = number
+        elif number:
+            read["train"], read["eval"] = _split(read["train"], number, seed)
+    if aside is not None:
+        read["eval"] = _read(aside, wanted, form)
     if test is not None:
-        rows = read_rows(test)
-        read["test"] = (rows, wanted.read(rows, form)[1])
+        read["test"] = _read(test, wanted, form)
 
     notes: list[str] = []
     if tokenizer.model_max_length < max_length:
@@ -117,35 +122,41 @@ def load(
             f"max_length lowered from {max_length} to {tokenizer.model_max_length}, the most that this base reads"
         )
         max_length = tokenizer.model_max_length
+    records = [record for file in read["train"] for record in file.records]
     names: tuple[str, ...] = ()
     if wanted.labels is not None:
         names = tuple(labels) if labels is not None else wanted.labels(records)
         if len(names) < 2:
+            files = ", ".join(file.source.file for file in read["train"])
             raise IngraftError(
-                f"{train}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
+                f"{files}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
             )
     how = Settings(tokenizer=tokenizer, max_length=max_length, labels=names, learn=learn, chat=chat, stride=stride)
     if wanted.scale is not None and scale is None:
         scale = wanted.scale(records)
+    forms = list({file.form.name: file.form for file in read["train"]}.values())
     if wanted.notes is not None:
-        notes += wanted.notes(chosen, how)
+        notes += dict.fromkeys(note for each in forms for note in wanted.notes(each, how))
 
     parts: dict[str, Part] = {}
-    reports = []
-    for name, (rows, part_records) in read.items():
-        tally = Tally()
-        examples = wanted.encode(part_records, rows, how, tally)
-        parts[name] = Part(rows=rows, records=part_records, examples=examples)
-        reports.append(part_report(name, rows, part_records, examples, tally, wanted))
-    _refuse_unknown([(report.source, report.unknown_share) for report in reports], tokenizer)
+    reports: list[PartReport] = []
+    for name, files in read.items():
+        encoded = [_encoded(file, wanted, how) for file in files]
+        parts[name] = joined([part for part, _ in encoded], blocks=wanted.blocks)
+        reports.append(report_of_files(name, encoded, parts[name], wanted))
+    _refuse_unknown(
+        [(file.source, file.unknown_share) for report in reports for file in report.files or (report,)], tokenizer
+    )
+    mixture = Mixture(parts["train"].origins, seed)
     seen = {given(record) for record in parts["train"].records}
     report = DataReport(
-        format=chosen.name,
+        format=", ".join(each.name for each in forms),
         task=task,
         max_length=max_length,
         parts=tuple(reports),
+        shares=shares_of(parts["train"], mixture),
         shared=sum(given(r) in seen for name in parts if name != "train" for r in parts[name].records)
-        if chosen.name != "lines"
+        if forms[0].name != "lines"
         else 0,
         notes=tuple(notes),
     )
@@ -157,7 +168,73 @@ def load(
         scale=scale if wanted.scale is not None else None,
         report=report,
         parts=parts,
+        mixture=mixture,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _File:
+    """A file as it was read, or what a split has left of it."""
+
+    source: Source
+    name: str
+    form: Format
+    rows: list[Row]
+    records: list[Record]
+
+    def only(self, positions: Sequence[int]) -> _File:
+        return replace(self, rows=[self.rows[i] for i in positions], records=[self.records[i] for i in positions])
+
+
+def _read(files: str | Sequence[Source], task: Task, form: str) -> list[_File]:
+    """Files with what their rows mean to a task.
+
+    Raises:
+        IngraftError: what is wrong with any of them.
+    """
+    sources = sources_of(files if isinstance(files, str) else list(files))
+    found: list[_File] = []
+    problems: list[str] = []
+    for source, name in zip(sources, short_names([source.file for source in sources]), strict=True):
+        try:
+            rows = read_rows(source.file)
+            chosen, records = task.read(rows, source.format or form)
+        except IngraftError as error:
+            problems += error.problems
+        else:
+            found.append(_File(source=source, name=name, form=chosen, rows=rows, records=records))
+    if problems:
+        raise IngraftError(*problems)
+    return found
+
+
+def _split(files: Sequence[_File], number: int, seed: int) -> tuple[list[_File], list[_File]]:
+    """What is left of the files, and what is set aside of them; without files of which nothing is."""
+    owners = [owner for owner, file in enumerate(files) for _ in file.records]
+    taken = choose([record for file in files for record in file.records], number, seed, owners)
+    kept, aside = list[_File](), list[_File]()
+    start = 0
+    for file in files:
+        chosen = [i in taken for i in range(start, start + len(file.records))]
+        kept.append(file.only([i for i, out in enumerate(chosen) if not out]))
+        aside.append(file.only([i for i, out in enumerate(chosen) if out]))
+        start += len(file.records)
+    return [file for file in kept if file.rows], [file for file in aside if file.rows]
+
+
+def _encoded(file: _File, task: Task, how: Settings) -> tuple[Part, Tally]:
+    """A file's rows as examples, and what was counted on the way."""
+    tally = Tally()
+    examples = task.encode(file.records, file.rows, how, tally)
+    origin = Origin(
+        name=file.name,
+        file=file.source.file,
+        rows=range(len(file.rows)),
+        examples=range(len(examples)),
+        shift=0,
+        weight=file.source.weight,
+    )
+    return Part(rows=file.rows, records=file.records, examples=examples, origins=(origin,)), tally
 
 
 def _refuse_unknown(shares: Sequence[tuple[str, float]], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from ingraft.data.chat import Segment, begins_with_bos, has_template, segments
@@ -72,6 +72,10 @@ class Example:
         """What goes through the model for this row, each a row of the batch."""
         return (self,)
 
+    def moved(self, by: int) -> Example:
+        """The same as a row of another number."""
+        return replace(self, row_id=self.row_id + by)
+
     @property
     def kind(self) -> tuple[bool, ...]:
         """What it has; rows of one batch have the same."""
@@ -114,6 +118,16 @@ class Tally:
     unknown: int = 0
     tokens: int = 0
     more: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, other: Tally) -> None:
+        """Count what was counted there as well."""
+        self.lengths += other.lengths
+        self.dropped += other.dropped
+        self.same += other.same
+        self.cut += other.cut
+        self.unknown += other.unknown
+        self.tokens += other.tokens
+        self.more += other.more
 
 
 def encode_sft(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ingraft.data.examples import Example, Tally, count_unknown
@@ -29,6 +29,9 @@ class Matched(Example):
 
     def __len__(self) -> int:
         return len(self.input_ids) + sum(map(len, self.beside))
+
+    def moved(self, by: int) -> Matched:
+        return replace(self, row_id=self.row_id + by, beside=tuple(one.moved(by) for one in self.beside))
 
     @property
     def sequences(self) -> tuple[Example, ...]:

@@ -65,6 +65,9 @@ class Compared(Example):
             row_id=self.row_id,
         )
 
+    def moved(self, by: int) -> Compared:
+        return replace(self, row_id=self.row_id + by, beside=tuple(one.moved(by) for one in self.beside))
+
     @property
     def sequences(self) -> tuple[Example, ...]:
         return (self.own, *self.beside)

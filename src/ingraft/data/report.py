@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ingraft.data.examples import Example, Tally
-from ingraft.data.records import Record
-from ingraft.data.rows import LISTED, Row
+from ingraft.data.examples import Tally
+from ingraft.data.mixing import Mixture, Part
+from ingraft.data.rows import LISTED
 from ingraft.data.tasks import Task
 
 UNKNOWN_LIMIT = 0.05
@@ -40,6 +40,7 @@ class PartReport:
         duplicates: rows that repeat an earlier row entirely.
         unknown_share: share of tokens that the tokenizer does not know.
         about: lines on what only some tasks have: numbers, tags, windows.
+        files: the same of each file, where they are several.
     """
 
     name: str
@@ -56,6 +57,7 @@ class PartReport:
     duplicates: int
     unknown_share: float
     about: tuple[str, ...] = ()
+    files: tuple[PartReport, ...] = ()
 
     def lines(self) -> list[str]:
         """The part in a few lines of plain text."""
@@ -84,7 +86,59 @@ class PartReport:
             out.append(f"  duplicates: {self.duplicates} rows repeat an earlier one")
         if self.unknown_share:
             out.append(f"  unknown tokens: {self.unknown_share:.2%}")
-        return out
+        return out + [f"  {file.line()}" for file in self.files]
+
+    def line(self) -> str:
+        """The part in one line, as one file's of several."""
+        found = f"{self.source}: {self.rows:,} rows, {self.examples:,} sequences, {self.tokens:,} tokens"
+        if self.learned_share < 1:
+            found += f", {self.learned_share:.1%} of them learned"
+        for count, what in ((self.cut, "cut"), (len(self.dropped) + len(self.same), "dropped")):
+            if count:
+                found += f", {count:,} {what}"
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What an epoch holds of one of several files.
+
+    Attributes:
+        file: as the user named it.
+        rows: of it in an epoch. times: how often each of its rows is seen in one, in the mean.
+        of_rows, of_learned: its share of an epoch's rows, and of the terms of its loss.
+    """
+
+    file: str
+    rows: int
+    times: float
+    of_rows: float
+    of_learned: float
+
+    def line(self) -> str:
+        """The share in one line."""
+        seen = "once" if self.times == 1 else f"{self.times:.3g} times"
+        return f"{self.file}: {self.rows:,} rows ({self.of_rows:.1%}), each seen {seen}; {self.of_learned:.1%} of what is learned"
+
+
+def shares_of(part: Part, mixture: Mixture) -> tuple[Share, ...]:
+    """What an epoch holds of each file; nothing where there is one."""
+    if len(part.origins) < 2:
+        return ()
+    learned: list[float] = []
+    for origin, quota in zip(part.origins, mixture.quotas, strict=True):
+        own = [part.examples[i].learned for i in origin.examples]
+        learned.append(quota * sum(own) / len(own))
+    return tuple(
+        Share(
+            file=origin.file,
+            rows=quota,
+            times=quota / len(origin.examples),
+            of_rows=quota / sum(mixture.quotas),
+            of_learned=terms / max(1.0, sum(learned)),
+        )
+        for origin, quota, terms in zip(part.origins, mixture.quotas, learned, strict=True)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +150,7 @@ class DataReport:
         task: what they were encoded for.
         max_length: the longest sequence, as applied.
         parts: train, then eval and test where there are any.
+        shares: what an epoch holds of each file, where there are several.
         shared: rows of eval and test whose text also stands in train (possible only with files of their own).
         notes: what was decided on the way and may surprise.
     """
@@ -105,6 +160,7 @@ class DataReport:
     max_length: int
     parts: tuple[PartReport, ...]
     shared: int
+    shares: tuple[Share, ...] = ()
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -112,6 +168,8 @@ class DataReport:
         out = [f"format: {self.format}, task {self.task}, max_length {self.max_length}"]
         for part in self.parts:
             out += part.lines()
+            if part.name == "train" and self.shares:
+                out += ["  an epoch:", *(f"    {share.line()}" for share in self.shares)]
         if self.shared:
             out.append(
                 f"warning: {self.shared} evaluation rows give the model a text that is also in the training data"
@@ -132,10 +190,21 @@ def quantiles(lengths: Sequence[int]) -> tuple[int, int, int, int]:
     return ordered[0], ordered[last // 2], ordered[-(-last * 95 // 100)], ordered[-1]
 
 
-def part_report(
-    name: str, rows: Sequence[Row], records: Sequence[Record], examples: Sequence[Example], tally: Tally, task: Task
-) -> PartReport:
-    """Count one part. A line of a text file may well repeat, so duplicates are not counted there."""
+def report_of_files(name: str, files: Sequence[tuple[Part, Tally]], whole: Part, task: Task) -> PartReport:
+    """Count one part, and each of its files where there are several."""
+    if len(files) == 1:
+        return part_report(name, *files[0], task)
+    each = tuple(part_report(name, part, tally, task) for part, tally in files)
+    together = Tally()
+    for _, tally in files:
+        together.add(tally)
+    found = part_report(name, whole, together, task)
+    return replace(found, source=", ".join(report.source for report in each), files=each)
+
+
+def part_report(name: str, part: Part, tally: Tally, task: Task) -> PartReport:
+    """Count one part, or one file of it. A line of a text file may well repeat, so duplicates are not counted there."""
+    rows, records, examples = part.rows, part.records, part.examples
     tokens = sum(map(len, examples))
     learned = sum(example.learned for example in examples)
     classes = Counter(name for record in records for name in (task.classes(record) if task.classes is not None else ()))

@@ -9,7 +9,8 @@ set aside, because scattered lines would leave holes that the neighbours give aw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 
@@ -69,31 +70,33 @@ def evaluation_size(eval: Eval, rows: int) -> int | str:
     return wanted
 
 
-def choose(records: Sequence[Record], wanted: int, seed: int) -> set[int]:
+def choose(records: Sequence[Record], wanted: int, seed: int, files: Sequence[int] | None = None) -> set[int]:
     """The positions of about `wanted` records to set aside: at most so many, fewer only where groups of equal texts
     do not fit.
+
+    Args:
+        files: of each record the number of its file. Files keep their shares, as classes do, and equal texts stay together across files.
 
     Raises:
         IngraftError: all rows give the same text, so that no split is possible.
     """
-    if all(isinstance(record, Document) and record.line_of_file for record in records):
-        return set(range(len(records) - wanted, len(records)))
-    groups: dict[str, list[int]] = defaultdict(list)
-    for position, record in enumerate(records):
-        groups[kept_together(record)].append(position)
-    strata: dict[str, list[list[int]]] = defaultdict(list)
-    for text in sorted(groups, key=lambda text: blake2b(f"{seed}\x00{text}".encode(), digest_size=16).digest()):
-        strata[min(label_of(records[position]) or "" for position in groups[text])].append(groups[text])
-    quotas = _quotas({label: sum(map(len, members)) for label, members in strata.items()}, wanted)
+    files = [0] * len(records) if files is None else files
+    of_file: dict[int, list[int]] = defaultdict(list)
+    for position, file in enumerate(files):
+        of_file[file].append(position)
+    running = {
+        file
+        for file, positions in of_file.items()
+        if all(isinstance(record, Document) and record.line_of_file for record in map(records.__getitem__, positions))
+    }
     chosen: set[int] = set()
-    for everything in (False, True):  # a quota that no group of its class fits passes on to the others
-        for label in sorted(strata):
-            left = wanted - len(chosen) if everything else quotas[label]
-            # One group of every class stays in training: a class that is only evaluated cannot be learned.
-            for group in strata[label][:-1]:
-                if len(group) <= left and group[0] not in chosen:
-                    chosen.update(group)
-                    left -= len(group)
+    if running:
+        shares = quotas({(file, ""): len(positions) for file, positions in of_file.items()}, wanted)
+        for file in running:
+            chosen.update(of_file[file][len(of_file[file]) - shares[file, ""] :])
+    rest = [position for position, file in enumerate(files) if file not in running]
+    if rest:
+        chosen |= _scattered(records, rest, wanted - len(chosen), seed, files)
     if not chosen:
         raise IngraftError(
             f"No {wanted} of the {len(records)} rows can be set aside for evaluation: equal texts stay together, and every "
@@ -102,11 +105,36 @@ def choose(records: Sequence[Record], wanted: int, seed: int) -> set[int]:
     return chosen
 
 
-def _quotas(sizes: dict[str, int], wanted: int) -> dict[str, int]:
-    """`wanted` shared out in proportion to `sizes` (largest remainders, ties by name)."""
-    total = sum(sizes.values())
-    quotas = {label: size * wanted // total for label, size in sizes.items()}
-    remainders = sorted(sizes, key=lambda label: (-(sizes[label] * wanted % total), label))
-    for label in remainders[: wanted - sum(quotas.values())]:
-        quotas[label] += 1
-    return quotas
+def _scattered(
+    records: Sequence[Record], positions: Sequence[int], wanted: int, seed: int, files: Sequence[int]
+) -> set[int]:
+    """As `choose`, of rows that are no running text."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for position in positions:
+        groups[kept_together(records[position])].append(position)
+    strata: dict[tuple[int, str], list[list[int]]] = defaultdict(list)
+    for text in sorted(groups, key=lambda text: blake2b(f"{seed}\x00{text}".encode(), digest_size=16).digest()):
+        kind = min((files[position], label_of(records[position]) or "") for position in groups[text])
+        strata[kind].append(groups[text])
+    shares = quotas({kind: sum(map(len, members)) for kind, members in strata.items()}, wanted)
+    chosen: set[int] = set()
+    for everything in (False, True):  # a quota that no group of its class fits passes on to the others
+        for kind in sorted(strata):
+            left = wanted - len(chosen) if everything else shares[kind]
+            # One group of every class stays in training: a class that is only evaluated cannot be learned.
+            for group in strata[kind][:-1]:
+                if len(group) <= left and group[0] not in chosen:
+                    chosen.update(group)
+                    left -= len(group)
+    return chosen
+
+
+def quotas(sizes: Mapping[tuple[int, str], float], wanted: int) -> dict[tuple[int, str], int]:
+    """`wanted` shared out in proportion to `sizes` (largest remainders, ties by name); they are of a file by number, and of a class of it."""
+    total = sum(map(Fraction, sizes.values()))
+    exact = {name: Fraction(size) * wanted / total for name, size in sizes.items()}
+    shares = {name: int(share) for name, share in exact.items()}
+    remainders = sorted(sizes, key=lambda name: (shares[name] - exact[name], name))
+    for name in remainders[: wanted - sum(shares.values())]:
+        shares[name] += 1
+    return shares

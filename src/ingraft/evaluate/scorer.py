@@ -18,6 +18,7 @@ from ingraft.data.dataset import Part
 from ingraft.data.examples import Example, Tally
 from ingraft.data.tasks import Settings, task_of
 from ingraft.errors import IngraftError, nearest
+from ingraft.evaluate.files import of_files
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import require
 from ingraft.evaluate.room import hold
@@ -203,4 +204,5 @@ def evaluate(
     require(kind.task, kind.needs)
     scorer = kind(model, tokenizer, data.labels, losses)
     scorer.rewards = rewards
-    return scorer.evaluate(data, part, batch_size, poll=poll)
+    found = scorer.evaluate(data, part, batch_size, poll=poll)
+    return found | of_files(scorer, data, part, batch_size, poll=poll)

@@ -32,7 +32,9 @@ from ingraft.recipe.fields import (
     PreferenceRecipe,
     Recipe,
     RlRecipe,
+    Source,
     recipe_fields,
+    sources_of,
 )
 from ingraft.recipe.parsing import merge_values, parse
 from ingraft.recipe.yaml import dump, plain, read_yaml, scalar
@@ -48,6 +50,7 @@ __all__ = [
     "SAMPLING_TASKS",
     "Recipe",
     "RlRecipe",
+    "Source",
     "as_recipe",
     "load_recipe",
     "merge_values",
@@ -55,6 +58,7 @@ __all__ = [
     "read_yaml",
     "recipe_fields",
     "scalar",
+    "sources_of",
     "to_yaml",
 ]
 
@@ -113,7 +117,7 @@ def as_recipe(
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, also=also)
     values = dataclasses.asdict(recipe) if isinstance(recipe, Recipe) else dict(recipe)
-    if isinstance(values.get("data"), str):  # `data: rows.jsonl`, as `--data rows.jsonl`
+    if isinstance(values.get("data"), str | list):  # `data: rows.jsonl`, as `--data rows.jsonl`
         values["data"] = {"train": values["data"]}
     parsed, problems, wrong = parse(values)
     problems += [text for keys, text in impossible(parsed) if not wrong.intersection(keys)]
@@ -130,7 +134,7 @@ def as_recipe(
     if parsed.task in SAMPLING_TASKS and parsed.metric_for_best_model == "loss":
         parsed = dataclasses.replace(parsed, metric_for_best_model="reward")
     if not parsed.output_dir:
-        parsed = dataclasses.replace(parsed, output_dir=f"runs/{_stem(parsed.data.train)}-{parsed.method}")
+        parsed = dataclasses.replace(parsed, output_dir=f"runs/{_stem(parsed.data)}-{parsed.method}")
     return parsed
 
 
@@ -139,7 +143,7 @@ def to_yaml(recipe: Recipe) -> str:
     return dump(dataclasses.asdict(recipe))
 
 
-def _stem(data: str) -> str:
-    """A short name for a data source, fit for a folder: `/x/reviews.jsonl.gz` -> `reviews`."""
-    name = Path(data.rstrip("/")).name.split(".")[0]
-    return re.sub(r"[^\w-]+", "-", name) or "run"
+def _stem(data: DataRecipe) -> str:
+    """A short name for the data, fit for a folder: `/x/reviews.jsonl.gz` -> `reviews`."""
+    names = [Path(source.file.rstrip("/")).name.split(".")[0] for source in sources_of(data.train)]
+    return re.sub(r"[^\w-]+", "-", "-".join(names[:3])) or "run"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from ingraft.errors import IngraftError, nearest
-from ingraft.recipe.fields import READY_TASKS, REFERENCE_TASKS, SAMPLING_TASKS, Recipe
+from ingraft.recipe.fields import READY_TASKS, REFERENCE_TASKS, SAMPLING_TASKS, Recipe, Source
 from ingraft.recipe.yaml import plain
 
 
@@ -22,8 +22,7 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.eval",), f"data.eval: {text}, got {held_out!r}."
     elif isinstance(held_out, int) and held_out < 0:
         yield ("data.eval",), f"data.eval: a number of rows cannot be negative, got {held_out!r}."
-    if not recipe.data.train.strip():
-        yield ("data.train",), "data.train: names no file."
+    yield from _sources(recipe)
     if not recipe.model.strip():
         yield ("model",), "model: names no base; `ingraft models` lists the ones at hand."
     if recipe.reference_adapter is not None and recipe.task not in REFERENCE_TASKS:
@@ -51,6 +50,28 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (key, "data.eval"), f"{key}: needs rows to evaluate on; data.eval is {held_out!r}."
         if asked and not recipe.eval_steps:
             yield (key, "eval_steps"), f"{key}: needs evaluations during training; eval_steps is 0."
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with the files that the recipe names."""
+    if not recipe.data.named.strip():
+        yield ("data.train",), "data.train: names no file."
+    for key in ("train", "eval", "test"):
+        value = getattr(recipe.data, key)
+        found = cast("list[Source]", value) if isinstance(value, list) else []
+        again = sorted({source.file for source in found if sum(other.file == source.file for other in found) > 1})
+        if again:
+            hint = "; to see it more often, give it a weight" if key == "train" else ""
+            yield (f"data.{key}",), f"data.{key}: names {', '.join(again)} more than once{hint}."
+        weighted = [source.file for source in found if source.weight is not None]
+        if key == "train" and weighted and len(weighted) < len(found):
+            without = ", ".join(source.file for source in found if source.weight is None)
+            yield (f"data.{key}",), f"data.{key}: {without}: has no weight and others do; give every file one, or none."
+        elif key != "train" and weighted:
+            yield (
+                (f"data.{key}",),
+                f"data.{key}: {', '.join(weighted)}: a weight is for training files only; leave it out.",
+            )
 
 
 def _rewards(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

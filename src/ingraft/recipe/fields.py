@@ -37,16 +37,32 @@ def _key(help: str, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of several files.
+
+    Attributes:
+        file: as the user named it.
+        weight: its share of the rows of an epoch, relative to the others'; None where files are taken as they are.
+        format: of its rows; None takes data.format.
+    """
+
+    file: str
+    weight: float | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """Where the rows come from and how they become token sequences."""
 
-    train: str = _key(
-        "training rows: a file (jsonl, json, csv, tsv, parquet, txt, also .gz), a datasets folder or a hub id"
+    train: str | list[Source] = _key(
+        "training rows: a file (jsonl, json, csv, tsv, parquet, txt, also .gz), a datasets folder or a hub id; or several, each with a weight if wanted "
+        "(FILE=2), its share of an epoch relative to the others'"
     )
-    eval: float | int | str = _key(
-        "rows to evaluate on: a share of train (0.1), a number of rows (100), a file, or 0 for none", 0.1
+    eval: float | int | str | list[Source] = _key(
+        "rows to evaluate on: a share of train (0.1), a number of rows (100), a file or several, or 0 for none", 0.1
     )
-    test: str | None = _key("a file of rows scored once, after training", None)
+    test: str | list[Source] | None = _key("a file of rows scored once, after training, or several", None)
     format: str = _key("row format; auto detects it from the rows", "auto")
     learn: Literal["answer", "all"] = _key("which tokens the loss counts: the answers, or every token", "answer")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
@@ -56,6 +72,21 @@ class DataRecipe:
     packing: bool = _key(
         "lay the rows of a forward pass end to end, so that nothing is padded; what is learned is the same", False
     )
+
+    @property
+    def named(self) -> str:
+        """The training files as a person names them."""
+        return ", ".join(source.file for source in sources_of(self.train))
+
+    @property
+    def files(self) -> list[str]:
+        """Every file that is named."""
+        return [s.file for v in (self.train, self.eval, self.test) if isinstance(v, str | list) for s in sources_of(v)]
+
+
+def sources_of(value: str | list[Source]) -> list[Source]:
+    """One file or several, as several."""
+    return [Source(file=value)] if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.errors import nearest
 from ingraft.recipe.fields import GROUPS, Recipe, recipe_fields
+from ingraft.recipe.several import settled
 from ingraft.recipe.yaml import plain
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ KEYBOARD_ONLY = {
 
 def merge_values(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Lay `overrides` (dotted keys, or mappings inside mappings) over `values` in place."""
-    if isinstance(values.get("data"), str):  # `data: rows.jsonl`, as `--data rows.jsonl`
+    if isinstance(values.get("data"), str | list):  # `data: rows.jsonl`, as `--data rows.jsonl`
         values["data"] = {"train": values["data"]}
     if "method" in overrides and overrides["method"] != values.get("method", overrides["method"]):
         values.pop("method_config", None)
     for key, value in overrides.items():
-        if key == "data" and isinstance(value, str):
+        if key == "data" and isinstance(value, str | list):
             key = "data.train"
         _put(values, key, value)
 
@@ -65,8 +66,10 @@ def parse(values: dict[str, Any]) -> tuple[Recipe, list[str], set[str]]:
 
     known = [key for key, _, _ in recipe_fields()] + list(GROUPS)
     known_set = set(known)
-    problems: dict[str, str] = {}
     remaining = plain(values)
+    problems = settled(remaining)
+    for key in set(problems) & {"data.train"}:
+        _put(remaining, key, "")
     for key, kind, _ in recipe_fields():  # Python counts true as 1, and pydantic with it
         *parents, last = key.split(".")
         inside: Any = remaining

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,9 @@ from ingraft.errors import IngraftError
 
 
 def plain(value: Any) -> Any:
-    """`value` in the types that YAML and JSON share: tuples and sets become lists, mapping keys strings."""
+    """`value` in the types that YAML and JSON share: tuples and sets become lists, dataclasses mappings, mapping keys strings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):

@@ -57,7 +57,7 @@ def crew_of(
         rewards: what answers earn, for a task that samples.
     """
     steps = plan(recipe, len(data.train))
-    order = Order(data.train, steps, recipe.seed)
+    order = Order(data.train, steps, recipe.seed, data.mixture)
     policy = _learner(recipe, model, ADAPTER)
     if recipe.task not in SAMPLING_TASKS:
         return Crew(learners=[policy], source=order)

@@ -28,7 +28,9 @@ from ingraft.data import batches, row_ids
 from ingraft.data.batching import longest_first
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
+from ingraft.data.mixing import Mixture
 from ingraft.errors import IngraftError
+from ingraft.evaluate.files import of_files, plain_name
 from ingraft.evaluate.scorer import LOWER, Scorer
 from ingraft.recipe import Recipe
 from ingraft.train import checkpoint, memory, recompute
@@ -142,8 +144,8 @@ class Source(Protocol):
 class Order:
     """Which rows of the data each step sees; the batches of the epoch at hand are kept."""
 
-    def __init__(self, examples: Sequence[Example], plan: Plan, seed: int) -> None:
-        self._examples, self._plan, self._seed = examples, plan, seed
+    def __init__(self, examples: Sequence[Example], plan: Plan, seed: int, mixture: Mixture) -> None:
+        self._examples, self._plan, self._seed, self._mixture = examples, plan, seed, mixture
         self._epoch, self._batches = -1, list[list[int]]()
 
     @property
@@ -156,8 +158,9 @@ class Order:
     def rows(self, step: int, poll: Callable[[], None] = lambda: None) -> list[Example]:
         epoch, index = self._plan.position(step)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._batches = batches(self._examples, self._plan.effective, self._seed, epoch)
+            self._epoch, held = epoch, self._mixture.epoch(epoch)
+            made = batches([self._examples[i] for i in held], self._plan.effective, self._seed, epoch)
+            self._batches = [[held[i] for i in batch] for batch in made]
         return longest_first(self._examples[i] for i in self._batches[index])
 
 
@@ -395,15 +398,16 @@ def evaluate(session: Session, progress: Progress) -> None:
         Stopped: a signal came; the evaluation counts as not made.
     """
     recipe, scorer = session.recipe, session.scorer
-    whole = session.metric not in scorer.cheap
+    whole = plain_name(session.metric) not in scorer.cheap
     results: list[dict[str, float]] = []
     judged = [learner for learner in session.learners if not learner.aide]
     for learner in judged:
         if len(judged) > 1:
             adapt.activate(session.model, learner.name)
         size, poll = recipe.per_device_eval_batch_size, session.stop.check
-        results.append(scorer.evaluate(session.data, "eval", size, whole=whole, poll=poll))
-    lower = session.metric in LOWER
+        found = scorer.evaluate(session.data, "eval", size, whole=whole, poll=poll)
+        results.append(found | of_files(scorer, session.data, "eval", size, whole=whole, poll=poll))
+    lower = plain_name(session.metric) in LOWER
     for learner, metrics in zip(judged, results, strict=True):
         best = learner.consider(metrics[session.metric], progress.step, lower=lower, keep=recipe.load_best_model_at_end)
         named = {f"eval_{name}": value for name, value in metrics.items()}

@@ -43,8 +43,7 @@ def check(recipe: Recipe, resume: str | None, *, overwrite: bool) -> None:
 
 def absent(recipe: Recipe) -> list[str]:
     """What is wrong with the base, the data and the adapters that a recipe names, each a sentence; a recipe may name none, and be refused for that."""
-    wanted = recipe.data
-    sources = [path for path in (wanted.train, wanted.eval, wanted.test) if isinstance(path, str) and path.strip()]
+    sources = [path for path in recipe.data.files if path.strip()]
     return _problems(
         [
             *([partial(check_base, recipe.model, recipe.quantization, recipe.task)] if recipe.model.strip() else []),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ingraft.evaluate.files import plain_name
 from ingraft.evaluate.scorer import LOWER, scorer_of
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train.curves import Series, chart
@@ -70,7 +71,7 @@ def write_report(
     """
     headline = scorer_of(recipe.task).headline
     title = f"{recipe.method} on {recipe.model}"
-    lead = f"{recipe.task}, {recipe.data.train}, {about.get('steps', 0):,} steps, seed {recipe.seed}"
+    lead = f"{recipe.task}, {recipe.data.named}, {about.get('steps', 0):,} steps, seed {recipe.seed}"
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
@@ -126,7 +127,7 @@ def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         change = ""
         if name in before:
             difference = value - before[name]
-            lower = name.removeprefix("test_") in LOWER
+            lower = plain_name(name.removeprefix("test_")) in LOWER
             kind = "good" if difference * (-1 if lower else 1) > 0 else "bad" if difference else ""
             change = f'<span class="{kind}">{difference:+.4f}</span>'
         rows.append(

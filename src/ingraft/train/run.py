@@ -21,11 +21,13 @@ from ingraft import adapt, durable
 from ingraft.adapt.control import require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS, base_of, save_members, serialised
 from ingraft.bases import load_base, load_tokenizer, reserve
-from ingraft.data import collate, load, pad_id
+from ingraft.data import collate, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
+from ingraft.data.wanted import load_wanted
 from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate import Scorer, scorer_of, virtual_tokens
+from ingraft.evaluate.files import of_files
 from ingraft.evaluate.rewards import rewards_of
 from ingraft.methods import registry
 from ingraft.recipe import SAMPLING_TASKS, Recipe, as_recipe, plain, to_yaml
@@ -144,23 +146,11 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     """Data, base, adapter and objective, nothing written yet."""
     tokenizer = load_tokenizer(recipe.model, trust_remote_code, recipe.quantization)
     reserve(tokenizer, virtual_tokens(recipe.method, recipe.method_config, recipe.init_adapter))
-    wanted = recipe.data
-    data = load(
-        wanted.train,
-        tokenizer,
-        task=recipe.task,
-        eval=wanted.eval or None,
-        test=wanted.test,
-        form=wanted.format,
-        max_length=wanted.max_length,
-        learn=wanted.learn,
-        stride=wanted.stride,
-        seed=recipe.seed,
-    )
+    data = load_wanted(recipe, tokenizer)
     for line in data.report.lines():
         notes.say(line)
     if not any(example.learned for example in data.train):
-        raise IngraftError(f"{wanted.train}: no row has a learned token, so there is nothing to train on.")
+        raise IngraftError(f"{recipe.data.named}: no row has a learned token, so there is nothing to train on.")
     steps = plan(recipe, len(data.train))
     if problems := registry.make_config(recipe.method, recipe.method_config).in_steps(steps.total):
         raise IngraftError(*(f"method_config: {text}" for text in problems))
@@ -275,6 +265,8 @@ def _behind_names(prepared: Prepared) -> dict[str, str]:
     recipe, found = prepared.recipe, dict[str, str]()
     for part, value in base_of(prepared.model, ADAPTER).items():
         found[f"base's {part}"] = str(value)
+    if prepared.data.mixture.weighted:
+        found["rows of each file in an epoch"] = ", ".join(map(str, prepared.data.mixture.quotas))
     if recipe.data.test is not None:
         found["test rows"] = checkpoint.digest(prepared.data.test)
     beside = {key: getattr(recipe, key) for key in ("init_adapter", "reference_adapter", "reward_adapter")}
@@ -391,14 +383,18 @@ def _measure_base(prepared: Prepared, session: Session, shown: Sequence[Example]
 
 def _measure(prepared: Prepared, session: Session, shown: Sequence[Example]) -> dict[str, Any]:
     """Every metric of evaluation and test rows, and answers to the rows that are shown, from the model as it stands."""
-    data, poll, size = prepared.data, session.stop.check, prepared.recipe.per_device_eval_batch_size
+    data, poll, size, scorer = (
+        prepared.data,
+        session.stop.check,
+        prepared.recipe.per_device_eval_batch_size,
+        prepared.scorer,
+    )
     metrics: dict[str, float] = {}
-    if data.eval:
-        metrics |= prepared.scorer.evaluate(data, "eval", size, poll=poll)
-    if data.test:
-        found = prepared.scorer.evaluate(data, "test", size, poll=poll)
-        metrics |= {f"test_{name}": value for name, value in found.items()}
-    return {"metrics": metrics, "answers": prepared.scorer.answers(data.parts[shown_part(data)], shown, poll)}
+    for part, before, rows in (("eval", "", data.eval), ("test", "test_", data.test)):
+        if rows:
+            found = scorer.evaluate(data, part, size, poll=poll) | of_files(scorer, data, part, size, poll=poll)
+            metrics |= {f"{before}{name}": value for name, value in found.items()}
+    return {"metrics": metrics, "answers": scorer.answers(data.parts[shown_part(data)], shown, poll)}
 
 
 def shown_part(data: DataSet) -> str:

@@ -60,7 +60,12 @@ class EmbedObjective(Objective):
         total = loss_of(e_SD, where, self.losses.embed)
         (gradient_SD,) = torch.autograd.grad(total, e_SD)
         parts = gradient_SD.split([len(row.sequences) for row in rows])
-        self._gradients = {row.row_id: part for row, part in zip(rows, parts, strict=True)}
+        twice: dict[
+            int, list[Tensor]
+        ] = {}  # a row that stands twice in the step has the same vectors both times: each takes half of both gradients
+        for row, part in zip(rows, parts, strict=True):
+            twice.setdefault(row.row_id, []).append(part)
+        self._gradients = {row_id: torch.stack(found).mean(0) for row_id, found in twice.items()}
         self._share = total.item() / len(rows)
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
