@@ -24,7 +24,7 @@ def test_parts_rows_and_report(tmp_path: Path, chatml: Any) -> None:
     values = [{"instruction": f"q{n}", "output": f"a{n}"} for n in range(40)]
     train = write(tmp_path / "train.jsonl", *values, values[0], {"instruction": "Q" * 300, "output": "A"})
     test = write(tmp_path / "test.jsonl", {"instruction": "q3", "output": "a"}, {"instruction": "other", "output": "a"})
-    got = data.load(train, chatml, eval=0.25, test=test, max_length=100, seed=1)
+    got = data.load(train, chatml, eval=0.25, test=test, max_length=100, seed=1, truncation="keep_start")
     assert (len(got.parts["train"].rows) + len(got.parts["eval"].rows), len(got.test)) == (42, 2)
     assert got.labels is None
     for name, examples in (("train", got.train), ("eval", got.eval), ("test", got.test)):

@@ -21,7 +21,7 @@ def test_long_rows_are_cut_at_their_end_and_counted(chatml: Any, make_rows: Call
     )
     whole = encode_sft(rows, chatml, 1000)
     tally = Tally()
-    cut = encode_sft(rows, chatml, 60, tally=tally)
+    cut = encode_sft(rows, chatml, 60, truncation="keep_start", tally=tally)
     assert [e.row_id for e in cut] == [0, 2], "row ids name rows, also after one was dropped"
     assert cut[0].input_ids == whole[0].input_ids[:60]
     assert cut[0].labels == (whole[0].labels or [])[:60]
@@ -31,7 +31,7 @@ def test_long_rows_are_cut_at_their_end_and_counted(chatml: Any, make_rows: Call
 def test_regression_25_no_learned_token_is_an_error(chatml: Any, make_rows: Callable[..., Any]) -> None:
     rows = make_rows(*[{"instruction": "Q" * 80, "output": "A"}] * 3)
     with pytest.raises(IngraftError, match=r"none of the 3 rows has a learned token within max_length 20.*max-length"):
-        encode_sft(rows, chatml, 20)
+        encode_sft(rows, chatml, 20, truncation="keep_start")
 
 
 def test_plain_text_has_no_answer(chatml: Any, make_rows: Callable[..., Any]) -> None:

@@ -65,7 +65,7 @@ def test_a_batch_has_a_row_for_each_sequence(chatml: Any, make_rows: Rows) -> No
     assert row_ids(examples).tolist() == [0, 0, 0, 1, 1]
 
 
-def test_long_answers_are_cut_and_prompts_never(chatml: Any, make_rows: Rows) -> None:
+def test_long_answers_are_cut_and_prompts_never_if_that_is_wanted(chatml: Any, make_rows: Rows) -> None:
     """Whatever the length, what is left of two answers stands behind the same whole prompt; pairs that end up equal are dropped and named."""
     rows = make_rows(
         {"prompt": "Q", "chosen": "same start, one end", "rejected": "same start, other"},
@@ -76,7 +76,7 @@ def test_long_answers_are_cut_and_prompts_never(chatml: Any, make_rows: Rows) ->
     prompts = [encode_prompt([{"role": "user", "content": row.values["prompt"]}], chatml) for row in rows]
     for max_length in range(len(prompts[0]) + 1, 90):
         tally = Tally()
-        for row in encoded(rows, chatml, max_length, tally=tally):
+        for row in encoded(rows, chatml, max_length, truncation="keep_start", tally=tally):
             for one in row.sequences:
                 assert prompt_of(one) == prompts[row.row_id]
                 assert len(one.input_ids) <= max_length
@@ -141,7 +141,7 @@ def test_what_cannot_be_compared_is_refused(chatml: Any, with_template: Any, mak
     with pytest.raises(
         IngraftError, match=r"none of the 2 rows.*in 1 the prompt leaves.*in 1 the answers are the same"
     ):
-        encoded(make_rows(pair, {"prompt": "Q", "chosen": "a", "rejected": "a"}), chatml, 60)
+        encoded(make_rows(pair, {"prompt": "Q", "chosen": "a", "rejected": "a"}), chatml, 60, truncation="keep_start")
     telling = with_template(
         "{{ '!' if messages[-1]['content'] == 'b' else '?' }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     )

@@ -54,6 +54,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
                 form=recipe.data.format,
                 max_length=data.report.max_length,
                 learn=recipe.data.learn,
+                truncation=recipe.data.truncation,
             ),
         }
         for row in rows_to_show

@@ -95,6 +95,7 @@ def command(
         form=recipe.data.format,
         max_length=recipe.data.max_length,
         stride=recipe.data.stride,
+        truncation=recipe.data.truncation,
         batch_size=recipe.per_device_eval_batch_size,
         max_new_tokens=max_new_tokens,
         say=output.say,

@@ -16,7 +16,7 @@ from ingraft.data.mixing import Mixture, Origin, Part, joined, short_names
 from ingraft.data.readers import read_rows
 from ingraft.data.records import Record, given
 from ingraft.data.report import UNKNOWN_LIMIT, DataReport, PartReport, report_of_files, shares_of
-from ingraft.data.rows import Row
+from ingraft.data.rows import Row, refuse
 from ingraft.data.splits import Eval, choose, evaluation_size
 from ingraft.data.tasks import Settings, Task, task_of
 from ingraft.errors import IngraftError
@@ -76,6 +76,7 @@ def load(
     labels: Sequence[str] | None = None,
     scale: tuple[float, float] | None = None,
     stride: int = 128,
+    truncation: str = "keep_answer",
 ) -> DataSet:
     """Read, split, check and encode a data set.
 
@@ -95,6 +96,7 @@ def load(
         labels: what the outputs of a model that is already trained are called; None takes them from the training rows.
         scale: mean and standard deviation of the labels that a model was trained on; None takes them from the training rows.
         stride: for qa, tokens that neighbouring windows of a long context share.
+        truncation: what is left of rows that are longer than `max_length`, see `cutting`.
 
     Raises:
         IngraftError: everything that `read_rows`, `split` and the encoders refuse; a task that cannot use these rows;
@@ -103,6 +105,9 @@ def load(
     wanted = task_of(task)
     if max_length < 2:
         raise IngraftError(f"data.max_length must be at least 2, not {max_length}.")
+    if truncation not in (*wanted.cuts, "keep_answer", "drop", "refuse"):
+        ways = f"it cuts by {', '.join(wanted.cuts)}" if wanted.cuts else "it cuts no rows"
+        raise IngraftError(f"data.truncation: {truncation!r} is not for task {task!r}: {ways}; leave it out.")
     read = {"train": _read(train, wanted, form)}
     aside = eval if isinstance(eval, Sequence) and not isinstance(eval, str) else None
     if aside is None:
@@ -131,7 +136,15 @@ def load(
             raise IngraftError(
                 f"{files}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
             )
-    how = Settings(tokenizer=tokenizer, max_length=max_length, labels=names, learn=learn, chat=chat, stride=stride)
+    how = Settings(
+        tokenizer=tokenizer,
+        max_length=max_length,
+        labels=names,
+        learn=learn,
+        chat=chat,
+        stride=stride,
+        truncation=truncation,
+    )
     if wanted.scale is not None and scale is None:
         scale = wanted.scale(records)
     forms = list({file.form.name: file.form for file in read["train"]}.values())
@@ -226,6 +239,23 @@ def _encoded(file: _File, task: Task, how: Settings) -> tuple[Part, Tally]:
     """A file's rows as examples, and what was counted on the way."""
     tally = Tally()
     examples = task.encode(file.records, file.rows, how, tally)
+    if how.truncation == "refuse" and (
+        long := [*dict.fromkeys([*(file.rows[n].place for n in tally.shortened), *tally.dropped])]
+    ):
+        refuse(
+            long,
+            summary=f"{len(long)} of {len(file.rows)} rows are longer than max_length {how.max_length}, and data.truncation is refuse:",
+        )
+    if how.truncation == "drop" and tally.shortened:
+        out = set(tally.shortened)
+        tally.long, tally.shortened, tally.lost = [file.rows[n].place for n in tally.shortened], [], []
+        tally.dropped = [place for place in tally.dropped if place not in set(tally.long)]
+        examples = [example for example in examples if example.row_id not in out]
+        if not examples:
+            raise IngraftError(
+                f"{file.source.file}: all {len(file.rows)} rows are longer than max_length {how.max_length}, and data.truncation is drop. Raise "
+                "data.max_length."
+            )
     origin = Origin(
         name=file.name,
         file=file.source.file,

@@ -5,9 +5,8 @@ very tokens it will be given when it is asked, also where a tokenizer would have
 prompt with the first of the answer. What it costs: around such a seam the sequence is not the one that a single pass
 over the text would give.
 
-A row longer than `max_length` is cut at its end. Cutting the front would take away the question and the template's
-opening; a row whose whole answer is cut away is dropped, and both are counted, because a silent loss of data looks
-like a bad model.
+What a row longer than `max_length` loses is `cutting`'s to say; a row without anything left to learn is dropped, and both are counted, because a silent loss of data
+looks like a bad model.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from ingraft.data.chat import Segment, begins_with_bos, has_template, segments
+from ingraft.data.cutting import Piece, fitted, learned, length
 from ingraft.data.formats import read_records
 from ingraft.data.records import Chat, Document, Labelled, Record
 from ingraft.data.rows import Row, RowProblem, refuse
@@ -108,23 +108,33 @@ class Example:
 @dataclass(kw_only=True, slots=True)
 class Tally:
     """What encoding did to the rows; filled by the `encode_*` functions, read by the report. Lengths are those
-    before cutting. `more` are counts that only some tasks have, by what they count.
+    before cutting. `shortened` are the numbers of rows that were cut, `lost` the places of those that lost something to be learned, `long` of those that were
+    left out for their length. `more` are counts that only some tasks have, by what they count.
     """
 
     lengths: list[int] = field(default_factory=list[int])
-    cut: int = 0
+    shortened: list[int] = field(default_factory=list[int])
+    lost: list[str] = field(default_factory=list[str])
+    long: list[str] = field(default_factory=list[str])
     dropped: list[str] = field(default_factory=list[str])
     same: list[str] = field(default_factory=list[str])
     unknown: int = 0
     tokens: int = 0
     more: Counter[str] = field(default_factory=Counter[str])
 
+    @property
+    def cut(self) -> int:
+        """How many rows were cut."""
+        return len(self.shortened)
+
     def add(self, other: Tally) -> None:
         """Count what was counted there as well."""
         self.lengths += other.lengths
         self.dropped += other.dropped
         self.same += other.same
-        self.cut += other.cut
+        self.shortened += other.shortened
+        self.lost += other.lost
+        self.long += other.long
         self.unknown += other.unknown
         self.tokens += other.tokens
         self.more += other.more
@@ -138,6 +148,7 @@ def encode_sft(
     form: str = "auto",
     learn: str = "answer",
     chat: bool | None = None,
+    truncation: str = "keep_answer",
     tally: Tally | None = None,
 ) -> list[Example]:
     """Supervised fine-tuning: the answers of conversations, instructions and completions.
@@ -150,13 +161,16 @@ def encode_sft(
         learn: `answer` or `all`.
         chat: whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a
             template.
+        truncation: what is left of longer rows, see `cutting`.
         tally: counts rows cut and dropped.
 
     Raises:
         IngraftError: rows that cannot be used; a template that refuses them; no learned token in any row.
     """
     records = [as_chat(record) for record in read_records(rows, form)[1]]
-    return encode_chats(records, rows, tokenizer, max_length, learn=learn, chat=chat, tally=tally)
+    return encode_chats(
+        records, rows, tokenizer, max_length, learn=learn, chat=chat, truncation=truncation, tally=tally
+    )
 
 
 def as_chat(record: Record) -> Chat | None:
@@ -177,9 +191,10 @@ def encode_chats(
     *,
     learn: str = "answer",
     chat: bool | None = None,
+    truncation: str = "keep_answer",
     tally: Tally | None = None,
 ) -> list[Example]:
-    """`encode_sft` for records that were read already; `rows` are their places, in the same order."""
+    """`encode_sft` for records that were read already; `rows` are their places, in the same order. truncation: see `cutting`."""
     if learn not in LEARN:
         raise IngraftError(f"learn must be 'answer' or 'all', not '{learn}'{nearest(learn, LEARN)}.")
     tally = Tally() if tally is None else tally
@@ -197,13 +212,13 @@ def encode_chats(
         refuse(problems, summary=f"{len(problems)} of {len(rows)} rows cannot be rendered:")
 
     pieces = encode_pieces(parts, tokenizer, tally)
+    begin = cast("int | None", tokenizer.bos_token_id)
     examples: list[Example] = []
     for number, (row, sequence) in enumerate(zip(rows, pieces, strict=True)):
-        ids = [token for tokens, _ in sequence for token in tokens]
-        labels = [token if learned else IGNORED for tokens, learned in sequence for token in tokens]
-        tally.lengths.append(len(ids))
-        tally.cut += len(ids) > max_length
-        example = Example(input_ids=ids[:max_length], labels=labels[:max_length], row_id=number)
+        kept = cut(sequence, max_length, truncation, begin, tally, number, row)
+        ids = [token for tokens, _ in kept for token in tokens]
+        labels = [token if counts else IGNORED for tokens, counts in kept for token in tokens]
+        example = Example(input_ids=ids, labels=labels, row_id=number)
         if example.learned:
             examples.append(example)
         else:
@@ -215,6 +230,19 @@ def encode_chats(
             + " the prompts, or learn every token with --data.learn all."
         )
     return examples
+
+
+def cut(
+    pieces: Sequence[Piece], most: int, truncation: str, begin: int | None, tally: Tally, number: int, row: Row
+) -> list[Piece]:
+    """A row's pieces, as `cutting.fitted`, and what was done to them counted."""
+    kept = fitted(pieces, most, truncation, begin)
+    tally.lengths.append(length(pieces))
+    if kept != list(pieces):
+        tally.shortened.append(number)
+        if learned(kept) < learned(pieces):
+            tally.lost.append(row.place)
+    return kept
 
 
 def encode_pieces(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from ingraft.data.cutting import cutting
 from ingraft.data.examples import Example, Tally, count_unknown
 from ingraft.data.formats import read_records
 from ingraft.data.records import Labelled, Measured, Multilabelled, Record
@@ -48,6 +49,7 @@ def encode_labelled(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     max_length: int,
+    truncation: str = "keep_start",
     *,
     tally: Tally | None = None,
 ) -> list[Example]:
@@ -55,7 +57,7 @@ def encode_labelled(
     check_labels([(record.label,) for record in records], rows, labels)
     numbers = {name: number for number, name in enumerate(labels)}
     goals = [{"label": numbers[record.label]} for record in records]
-    return _encode(records, goals, tokenizer, max_length, Tally() if tally is None else tally)
+    return _encode(records, goals, tokenizer, max_length, truncation, Tally() if tally is None else tally)
 
 
 def encode_multilabelled(
@@ -64,6 +66,7 @@ def encode_multilabelled(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     max_length: int,
+    truncation: str = "keep_start",
     *,
     tally: Tally,
 ) -> list[Example]:
@@ -74,14 +77,21 @@ def encode_multilabelled(
     """
     check_labels([record.labels for record in records], rows, labels)
     goals = [{"values": tuple(float(name in record.labels) for name in labels)} for record in records]
-    return _encode(records, goals, tokenizer, max_length, tally)
+    return _encode(records, goals, tokenizer, max_length, truncation, tally)
 
 
 def encode_measured(
-    records: Sequence[Measured], tokenizer: PreTrainedTokenizerBase, max_length: int, *, tally: Tally
+    records: Sequence[Measured],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: str = "keep_start",
+    *,
+    tally: Tally,
 ) -> list[Example]:
     """One number a row, as it stands in the data."""
-    return _encode(records, [{"values": (record.value,)} for record in records], tokenizer, max_length, tally)
+    return _encode(
+        records, [{"values": (record.value,)} for record in records], tokenizer, max_length, truncation, tally
+    )
 
 
 def check_labels(
@@ -111,6 +121,7 @@ def _encode(
     goals: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    truncation: str,
     tally: Tally,
 ) -> list[Example]:
     """Examples of the records' texts, each with its goal, which fields of `Example` hold."""
@@ -123,14 +134,16 @@ def _encode(
     both = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)] if seconds else firsts
     count_unknown(both, whole, tokenizer, tally)
     tally.tokens -= len(both) * tokenizer.num_special_tokens_to_add(pair=paired)  # they are no part of the text
-    short = tokenizer(firsts, seconds, truncation=True, max_length=max_length, verbose=False)
+    with cutting(tokenizer, truncation):
+        short = tokenizer(firsts, seconds, truncation=True, max_length=max_length, verbose=False)
     types = cast("list[list[int]] | None", short.get("token_type_ids"))
     examples: list[Example] = []
     for number, (ids, full, goal) in enumerate(
         zip(cast("list[list[int]]", short["input_ids"]), whole, goals, strict=True)
     ):
         tally.lengths.append(len(full))
-        tally.cut += len(ids) < len(full)
+        if len(ids) < len(full):
+            tally.shortened.append(number)
         kinds = types[number] if types is not None else None
         examples.append(Example(input_ids=ids, token_type_ids=kinds, row_id=number, **goal))
     return examples

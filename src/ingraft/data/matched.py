@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from ingraft.data.cutting import cutting
 from ingraft.data.examples import Example, Tally, count_unknown
 from ingraft.data.labelled import about_numbers
 from ingraft.data.records import Measured, Record, Related
@@ -46,31 +47,44 @@ class Matched(Example):
 
 
 def encode_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, tally: Tally
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    tally: Tally,
+    truncation: str = "keep_start",
 ) -> list[Example]:
-    """Each text as a sequence; `row_id` is its position."""
+    """Each text as a sequence; `row_id` is its position, and so are the numbers of those that were cut."""
     if not texts:
         return []
     whole = cast("list[list[int]]", tokenizer(list(texts), verbose=False)["input_ids"])
-    short = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)
+    with cutting(tokenizer, truncation):
+        short = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)
     count_unknown(texts, whole, tokenizer, tally)
     tally.tokens -= len(texts) * tokenizer.num_special_tokens_to_add(pair=False)  # they are no part of the text
     types = cast("list[list[int]] | None", short.get("token_type_ids"))
     examples: list[Example] = []
     for number, ids in enumerate(cast("list[list[int]]", short["input_ids"])):
         tally.lengths.append(len(whole[number]))
-        tally.cut += len(ids) < len(whole[number])
+        if len(ids) < len(whole[number]):
+            tally.shortened.append(number)
         kinds = types[number] if types is not None else None
         examples.append(Example(input_ids=ids, token_type_ids=kinds, row_id=number))
     return examples
 
 
 def encode_related(
-    records: Sequence[Related], tokenizer: PreTrainedTokenizerBase, max_length: int, *, tally: Tally
+    records: Sequence[Related],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: str = "keep_start",
+    *,
+    tally: Tally,
 ) -> list[Matched]:
     """Each row with all of its texts, cut to `max_length` one by one."""
     texts = [text for record in records for text in (record.text, record.match, *record.others)]
-    encoded = iter(encode_texts(texts, tokenizer, max_length, tally))
+    encoded = iter(encode_texts(texts, tokenizer, max_length, tally, truncation))
+    owners = [number for number, record in enumerate(records) for _ in range(2 + len(record.others))]
+    tally.shortened = sorted({owners[text] for text in tally.shortened})
     examples: list[Matched] = []
     for number, record in enumerate(records):
         values = None if record.value is None else (record.value,)

@@ -4,8 +4,8 @@ A row goes through the model as one sequence an answer, and stays one row for ev
 prompt is rendered once and is the same tokens before each of its answers, those that `encode_prompt` gives to whoever generates; only the
 last turn is learned.
 
-*Cutting.* A sequence longer than `max_length` loses the end of its answer, never a token of its prompt, so the prompt of two answers cannot be
-cut differently. A row whose prompt leaves room for no answer is dropped. Answers that are the same afterwards (or were written the same)
+*Cutting.* The prompt of a row is cut once, to what its longest answer leaves (`cutting`), so the prompt of two answers is never cut differently. `keep_start`, and
+what an encoder reads as a pair of texts, cut the end of each answer instead and never a token of the prompt; a row whose prompt leaves room for no answer is then dropped. Answers that are the same afterwards (or were written the same)
 have nothing to tell apart: all but the first of them go, and a row that is left without two answers of different places is dropped.
 Both are counted, with file and line.
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ingraft.data.chat import Segment, has_template, name_of, segments
+from ingraft.data.cutting import fitted, learned, length
 from ingraft.data.examples import IGNORED, Example, Tally, count_unknown, encode_pieces
 from ingraft.data.records import Chat, Judged, Message, Preference, Ranking, given
 from ingraft.data.rows import Row, RowProblem, refuse
@@ -89,6 +90,7 @@ def encode_preferences(
     max_length: int,
     *,
     whole: bool = False,
+    truncation: str = "keep_answer",
     tally: Tally | None = None,
 ) -> list[Compared]:
     """Pairs and rankings, the best answer first.
@@ -103,7 +105,9 @@ def encode_preferences(
     tally = Tally() if tally is None else tally
     answers = [answers_of(record) for record in records]
     prompts = [cast("Preference | Ranking", record).messages for record in records]
-    encoded = _encode(prompts, [[text for text, _ in row] for row in answers], rows, tokenizer, max_length, tally)
+    encoded = _encode(
+        prompts, [[text for text, _ in row] for row in answers], rows, tokenizer, max_length, truncation, tally
+    )
     examples: list[Compared] = []
     for number, (row, ranked, found) in enumerate(zip(rows, answers, encoded, strict=True)):
         if found is None:
@@ -125,6 +129,7 @@ def encode_judged(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
+    truncation: str = "keep_answer",
     tally: Tally | None = None,
 ) -> list[Compared]:
     """Judged answers, each beside the answer of another row.
@@ -136,7 +141,7 @@ def encode_judged(
     judged = [cast("Judged", record) for record in records]
     others = _others([given(record) for record in judged])
     pairs = [[record.completion, judged[other].completion] for record, other in zip(judged, others, strict=True)]
-    encoded = _encode([r.messages for r in judged], pairs, rows, tokenizer, max_length, tally)
+    encoded = _encode([r.messages for r in judged], pairs, rows, tokenizer, max_length, truncation, tally)
     examples: list[Compared] = []
     for number, (record, other, found) in enumerate(zip(judged, others, encoded, strict=True)):
         if found is not None:
@@ -175,7 +180,7 @@ def encode_answers(
             problems.append(f"{row.place}: it has no answer")
     if problems:
         refuse(problems, summary=f"{len(problems)} of {len(rows)} rows have no answer to judge:")
-    encoded = _encode(prompts, answers, rows, tokenizer, max_length, tally)
+    encoded = _encode(prompts, answers, rows, tokenizer, max_length, "keep_answer", tally)
     if tally.dropped:
         refuse(
             tally.dropped,
@@ -211,20 +216,24 @@ def _encode(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    truncation: str,
     tally: Tally,
 ) -> list[list[Example] | None]:
     """The sequences of each row, cut; None where the prompt leaves an answer no room."""
     if _reads_pairs(tokenizer):
         sequences = _pairs_of_texts(prompts, answers, tokenizer, max_length, tally)
     else:
-        sequences = _conversations(prompts, answers, rows, tokenizer, max_length, tally)
+        sequences = _conversations(prompts, answers, rows, tokenizer, max_length, truncation, tally)
     found: list[list[Example] | None] = []
-    for row, (longest, examples) in zip(rows, sequences, strict=True):
+    for number, (row, (longest, lost, examples)) in enumerate(zip(rows, sequences, strict=True)):
         tally.lengths.append(longest)
-        tally.cut += longest > max_length
+        if longest > max_length:
+            tally.shortened.append(number)
         fits = all(example.learned for example in examples)
         if not fits:
             tally.dropped.append(row.place)
+        elif lost:
+            tally.lost.append(row.place)
         found.append(examples if fits else None)
     return found
 
@@ -235,8 +244,10 @@ def _conversations(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    truncation: str,
     tally: Tally,
-) -> list[tuple[int, list[Example]]]:
+) -> list[tuple[int, bool, list[Example]]]:
+    """Of each row its longest sequence before cutting, whether an answer was cut, and its sequences."""
     parts: list[tuple[Segment, Segment]] = []
     problems: list[str] = []
     for row, prompt, texts in zip(rows, prompts, answers, strict=True):
@@ -247,15 +258,22 @@ def _conversations(
     if problems:
         refuse(problems, summary=f"{len(problems)} of {len(rows)} rows cannot be rendered:")
     pieces = iter(encode_pieces(parts, tokenizer, tally))
-    found: list[tuple[int, list[Example]]] = []
+    found: list[tuple[int, bool, list[Example]]] = []
+    begin = cast("int | None", tokenizer.bos_token_id)
     for texts in answers:
         whole = [[(asked, False), (said, True)] for (asked, _), (said, _) in (next(pieces) for _ in texts)]
+        longest = max(whole, key=length)
+        kept = fitted(longest, max_length, truncation, begin)
+        prompt = [piece for piece in kept if not piece[1]]
         examples: list[Example] = []
-        for sequence in whole:
-            ids = [token for tokens, _ in sequence for token in tokens]
-            labels = [token if learned else IGNORED for tokens, learned in sequence for token in tokens]
-            examples.append(Example(input_ids=ids[:max_length], labels=labels[:max_length], row_id=0))
-        found.append((max(sum(len(tokens) for tokens, _ in sequence) for sequence in whole), examples))
+        lost = False
+        for _, (said, _) in whole:
+            row = fitted([*prompt, (said, True)], max_length, "keep_start")
+            lost |= learned(row) < len(said)
+            ids = [token for tokens, _ in row for token in tokens]
+            labels = [token if counts else IGNORED for tokens, counts in row for token in tokens]
+            examples.append(Example(input_ids=ids, labels=labels, row_id=0))
+        found.append((length(longest), lost, examples))
     return found
 
 
@@ -290,7 +308,7 @@ def _pairs_of_texts(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     tally: Tally,
-) -> list[tuple[int, list[Example]]]:
+) -> list[tuple[int, bool, list[Example]]]:
     firsts = [_plain(prompt) for prompt, texts in zip(prompts, answers, strict=True) for _ in texts]
     seconds = [text for texts in answers for text in texts]
     whole = cast("list[list[int]]", tokenizer(firsts, seconds, verbose=False)["input_ids"])
@@ -321,7 +339,8 @@ def _pairs_of_texts(
         for i in range(len(ids))
     )
     lengths = iter(map(len, whole))
-    return [(max(next(lengths) for _ in texts), [next(made) for _ in texts]) for texts in answers]
+    most = [max(next(lengths) for _ in texts) for texts in answers]
+    return [(size, size > max_length, [next(made) for _ in texts]) for size, texts in zip(most, answers, strict=True)]
 
 
 def _plain(messages: Sequence[Message]) -> str:

@@ -34,7 +34,9 @@ class PartReport:
         lengths: shortest, median, 95 % and longest sequence in tokens, before cutting.
         learned_share: share of the tokens that the loss counts; 1 where it counts rows.
         labels: rows per class, largest first; empty for language models.
-        cut: rows longer than `max_length`.
+        cut: rows that were cut at `max_length`.
+        lost: those of them that lost something to be learned; by place.
+        long: rows left out because they are longer than `max_length`; by place.
         dropped: rows without a learned token, mostly because their whole answer was cut away; by place.
         same: rows dropped because their answers are the same, as written or within `max_length`; by place.
         duplicates: rows that repeat an earlier row entirely.
@@ -52,6 +54,8 @@ class PartReport:
     learned_share: float
     labels: dict[str, int]
     cut: int
+    lost: tuple[str, ...]
+    long: tuple[str, ...]
     dropped: tuple[str, ...]
     same: tuple[str, ...]
     duplicates: int
@@ -74,14 +78,16 @@ class PartReport:
             out.append(f"  learned: {self.learned_share:.1%} of the tokens")
         out += [f"  {line}" for line in self.about]
         if self.cut:
-            out.append(f"  cut at max_length: {self.cut} rows ({self.cut / self.rows:.1%})")
+            out.append(f"  cut to max_length: {self.cut} rows ({self.cut / self.rows:.1%})")
+        if self.lost:
+            out.append(f"  warning: {len(self.lost)} of them lose part of what is to be learned {_some(self.lost)}")
         for why, places in (
+            ("longer than max_length", self.long),
             ("nothing to learn within max_length", self.dropped),
             ("the answers are the same, as written or within max_length", self.same),
         ):
             if places:
-                more = ", ..." if len(places) > LISTED else ""
-                out.append(f"  dropped, {why}: {len(places)} rows ({', '.join(places[:LISTED])}{more})")
+                out.append(f"  dropped, {why}: {len(places)} rows {_some(places)}")
         if self.duplicates:
             out.append(f"  duplicates: {self.duplicates} rows repeat an earlier one")
         if self.unknown_share:
@@ -93,7 +99,8 @@ class PartReport:
         found = f"{self.source}: {self.rows:,} rows, {self.examples:,} sequences, {self.tokens:,} tokens"
         if self.learned_share < 1:
             found += f", {self.learned_share:.1%} of them learned"
-        for count, what in ((self.cut, "cut"), (len(self.dropped) + len(self.same), "dropped")):
+        gone = len(self.dropped) + len(self.same) + len(self.long)
+        for count, what in ((self.cut, "cut"), (gone, "dropped")):
             if count:
                 found += f", {count:,} {what}"
         return found
@@ -181,6 +188,11 @@ class DataReport:
         return asdict(self)
 
 
+def _some(places: Sequence[str]) -> str:
+    """The first of them, in brackets."""
+    return f"({', '.join(places[:LISTED])}{', ...' if len(places) > LISTED else ''})"
+
+
 def quantiles(lengths: Sequence[int]) -> tuple[int, int, int, int]:
     """Shortest, median, 95th percentile and longest (nearest rank)."""
     if not lengths:
@@ -221,6 +233,8 @@ def part_report(name: str, part: Part, tally: Tally, task: Task) -> PartReport:
         learned_share=learned / max(1, tokens) if by_token else 1.0,
         labels=dict(classes.most_common()),
         cut=tally.cut,
+        lost=tuple(tally.lost),
+        long=tuple(tally.long),
         dropped=tuple(tally.dropped),
         same=tuple(tally.same),
         duplicates=0 if rows[0].reader == "txt" else len(records) - distinct,

@@ -1,7 +1,7 @@
 """Questions for an encoder and answers for the decoder behind it, each with the tokenizer's own special tokens.
 
 The question is what a conversation says ahead of its last answer, turn after turn and without names of roles: encoder-decoders have no chat templates.
-Questions and answers have `max_length` tokens each. A question that is longer is cut by the tokenizer, which keeps the tokens that end it. Of
+Questions and answers have `max_length` tokens each. A question that is longer is cut by the tokenizer, which keeps the tokens that begin and end it. Of
 an answer the end is cut away, the token for the end with it: nobody should learn to stop there.
 """
 
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from ingraft.data.chat import prompt_messages
+from ingraft.data.cutting import cutting
 from ingraft.data.examples import Example, Tally, count_unknown
 from ingraft.data.records import Chat
+from ingraft.data.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,12 +28,18 @@ def question_and_answer(chat: Chat) -> tuple[str, str]:
 
 
 def encode_pairs(
-    records: Sequence[Chat | None], tokenizer: PreTrainedTokenizerBase, max_length: int, *, tally: Tally
+    records: Sequence[Chat | None],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: str = "keep_start",
+    *,
+    tally: Tally,
 ) -> list[Example]:
     """Each row as one example: `input_ids` for the encoder, `target` for the decoder.
 
     Args:
-        records: conversations with an answer.
+        records: conversations with an answer; `rows` are their places.
         max_length: most tokens of a question, and of an answer.
     """
     chats = [chat for chat in records if chat is not None]
@@ -40,9 +48,9 @@ def encode_pairs(
     pairs = [question_and_answer(chat) for chat in chats]
     questions, answers = ([pair[i] for pair in pairs] for i in (0, 1))
     asked = cast("list[list[int]]", tokenizer(questions, verbose=False)["input_ids"])
-    short = cast(
-        "list[list[int]]", tokenizer(questions, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-    )
+    with cutting(tokenizer, truncation):
+        made = tokenizer(questions, truncation=True, max_length=max_length, verbose=False)
+    short = cast("list[list[int]]", made["input_ids"])
     given = cast("list[list[int]]", tokenizer(text_target=answers, verbose=False)["input_ids"])
     special = tokenizer.num_special_tokens_to_add(pair=False)
     count_unknown([*questions, *answers], [*asked, *given], tokenizer, tally)
@@ -53,8 +61,10 @@ def encode_pairs(
         if tokenizer.eos_token_id is not None and target[-1:] != [tokenizer.eos_token_id]:
             target = [*target, cast("int", tokenizer.eos_token_id)]
         tally.lengths.append(len(asked[number]) + len(target))
-        tally.cut += len(short[number]) < len(asked[number]) or len(target) > max_length
-        tally.more["answers cut at max_length"] += len(target) > max_length
+        if len(short[number]) < len(asked[number]) or len(target) > max_length:
+            tally.shortened.append(number)
+        if len(target) > max_length:
+            tally.lost.append(rows[number].place)
         answered = sum(message["role"] == "assistant" for message in chat.messages)
         tally.more["earlier answers of conversations, which are read and not learned"] += answered - 1
         examples.append(Example(input_ids=short[number], target=target[:max_length], row_id=number))

@@ -25,6 +25,7 @@ def preview(
     max_length: int = 512,
     learn: str = "answer",
     chat: bool | None = None,
+    truncation: str = "keep_answer",
 ) -> list[tuple[str, bool]]:
     """The tokens of one row, (text, learned), in order; the texts join to what the model reads.
 
@@ -39,7 +40,9 @@ def preview(
     shown, rows = TASKS[task], [row]
     records = shown.read(rows, form)[1]
     labels = shown.labels(records) if shown.labels is not None else ()
-    how = Settings(tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat)
+    how = Settings(
+        tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat, truncation=truncation
+    )
     example = shown.encode(records, rows, how, Tally())[0]
     ids = [*example.input_ids, *(example.target or ())]
     learned = [label != IGNORED for label in example.labels or [IGNORED] * len(example.input_ids)]

@@ -72,7 +72,9 @@ def encode_tagged(
     for number, record in enumerate(records):
         begins, there = _first(short.word_ids(number)), {word for word in whole.word_ids(number) if word is not None}
         tally.lengths.append(len(full[number]))
-        tally.cut += len(ids[number]) < len(full[number])
+        if len(ids[number]) < len(full[number]):
+            tally.shortened.append(number)
+            tally.lost.append(rows[number].place)
         tally.more["words cut away at max_length"] += len(there) - sum(word >= 0 for word in begins)
         tally.more["words that the tokenizer makes nothing of"] += len(record.tokens) - len(there)
         tags = [numbers[record.tags[word]] if word >= 0 else IGNORED for word in begins]

@@ -61,6 +61,7 @@ class Settings:
         learn: for sft, `answer` or `all`.
         chat: for sft, whether bare prompt and completion rows become a conversation; None does so when the tokenizer has a template.
         stride: for qa, tokens that neighbouring windows of a long context share.
+        truncation: what is left of rows that are longer, see `cutting`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ class Settings:
     learn: str = "answer"
     chat: bool | None = None
     stride: int = 128
+    truncation: str = "keep_answer"
 
 
 Encode = Callable[[Sequence[Any], Sequence[Row], Settings, Tally], list[Example]]
@@ -91,6 +93,7 @@ class Task:
         reads: forms of row whose fields mean something else to this task, and the form that reads them so.
         told: what a row teaches beside the tokens that are marked as learned; None where those are all.
         unanswered: the fields of a row that may lack its answer, with a stand-in for the answer (`labels` are the model's).
+        cuts: the ways of cutting a row between which it makes a difference, of those that keep part of it.
         asks: whether rows are only asked, so that they may lack their answer in training too.
         notes: what is decided about a set of rows and may surprise.
     """
@@ -107,6 +110,7 @@ class Task:
     reads: Mapping[str, str] = field(default_factory=dict[str, str])
     told: Callable[[Any], str] | None = None
     unanswered: Callable[[Row, Sequence[str]], Values]
+    cuts: tuple[str, ...] = ()
     asks: bool = False
     notes: Callable[[Format, Settings], list[str]] | None = None
 
@@ -146,12 +150,21 @@ def task_of(name: str) -> Task:
 
 def _sft(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     chats = [as_chat(record) for record in records]
-    return encode_chats(chats, rows, how.tokenizer, how.max_length, learn=how.learn, chat=how.chat, tally=tally)
+    return encode_chats(
+        chats,
+        rows,
+        how.tokenizer,
+        how.max_length,
+        learn=how.learn,
+        chat=how.chat,
+        truncation=how.truncation,
+        tally=tally,
+    )
 
 
 def _seq2seq(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
-    del rows
-    return encode_pairs([as_chat(record) for record in records], how.tokenizer, how.max_length, tally=tally)
+    chats = [as_chat(record) for record in records]
+    return encode_pairs(chats, rows, how.tokenizer, how.max_length, how.truncation, tally=tally)
 
 
 def _lm(records: Sequence[Document], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
@@ -159,16 +172,16 @@ def _lm(records: Sequence[Document], rows: Sequence[Row], how: Settings, tally: 
 
 
 def _classify(records: Sequence[Labelled], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
-    return encode_labelled(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
+    return encode_labelled(records, rows, how.tokenizer, how.labels, how.max_length, how.truncation, tally=tally)
 
 
 def _regress(records: Sequence[Measured], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     del rows
-    return encode_measured(records, how.tokenizer, how.max_length, tally=tally)
+    return encode_measured(records, how.tokenizer, how.max_length, how.truncation, tally=tally)
 
 
 def _multi_label(records: Sequence[Multilabelled], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
-    return encode_multilabelled(records, rows, how.tokenizer, how.labels, how.max_length, tally=tally)
+    return encode_multilabelled(records, rows, how.tokenizer, how.labels, how.max_length, how.truncation, tally=tally)
 
 
 def _tag(records: Sequence[Tagged], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
@@ -181,19 +194,22 @@ def _qa(records: Sequence[Span], rows: Sequence[Row], how: Settings, tally: Tall
 
 def _embed(records: Sequence[Related], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     del rows
-    return [*encode_related(records, how.tokenizer, how.max_length, tally=tally)]
+    return [*encode_related(records, how.tokenizer, how.max_length, how.truncation, tally=tally)]
 
 
 def _preference(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
-    return [*encode_preferences(records, rows, how.tokenizer, how.max_length, tally=tally)]
+    return [*encode_preferences(records, rows, how.tokenizer, how.max_length, truncation=how.truncation, tally=tally)]
 
 
 def _reward(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
-    return [*encode_preferences(records, rows, how.tokenizer, how.max_length, whole=True, tally=tally)]
+    how_cut = how.truncation
+    return [
+        *encode_preferences(records, rows, how.tokenizer, how.max_length, whole=True, truncation=how_cut, tally=tally)
+    ]
 
 
 def _kto(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
-    return [*encode_judged(records, rows, how.tokenizer, how.max_length, tally=tally)]
+    return [*encode_judged(records, rows, how.tokenizer, how.max_length, truncation=how.truncation, tally=tally)]
 
 
 def _prompts(records: Sequence[Record], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
@@ -289,6 +305,8 @@ AS_NUMBERS = {"text-label": "text-number", "pair-label": "pair-number"}
 AS_RELATED = {"pair-label": "pair-similarity", "prompt-completion": "completion-match"}
 AS_LISTS = {"text-label": "text-labels", "pair-label": "pair-labels"}
 
+ANYWHERE, AT_AN_END = ("keep_answer", "keep_start", "keep_end"), ("keep_start", "keep_end")
+
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
@@ -297,6 +315,7 @@ TASKS: Mapping[str, Task] = {
             records=(Chat, Labelled),
             rows="rows with an answer: instructions, conversations, prompt and completion, or text and label",
             encode=_sft,
+            cuts=ANYWHERE,
             unanswered=_unwritten,
             notes=_template_notes,
         ),
@@ -313,6 +332,7 @@ TASKS: Mapping[str, Task] = {
             records=(Chat, Labelled),
             rows="rows with an answer: instructions, conversations, prompt and completion, or text and label",
             encode=_seq2seq,
+            cuts=AT_AN_END,
             unanswered=_unwritten,
         ),
         Task(
@@ -320,6 +340,7 @@ TASKS: Mapping[str, Task] = {
             records=(Labelled,),
             rows="{text, label} or {text, text2, label} rows",
             encode=_classify,
+            cuts=AT_AN_END,
             labels=label_names,
             classes=lambda record: (record.label,),
             told=lambda record: record.label,
@@ -331,6 +352,7 @@ TASKS: Mapping[str, Task] = {
             rows="{text, label} or {text, text2, label} rows, label being a list of labels",
             reads=AS_LISTS,
             encode=_multi_label,
+            cuts=AT_AN_END,
             labels=several_names,
             classes=lambda record: record.labels,
             about=about_several,
@@ -343,6 +365,7 @@ TASKS: Mapping[str, Task] = {
             rows="{text, label} or {text, text2, label} rows, label being a number",
             reads=AS_NUMBERS,
             encode=_regress,
+            cuts=AT_AN_END,
             scale=scale_of,
             about=about_numbers,
             told=lambda record: f"{record.value:g}",
@@ -353,6 +376,7 @@ TASKS: Mapping[str, Task] = {
             records=(Tagged,),
             rows="{tokens, tags} rows",
             encode=_tag,
+            cuts=("keep_start",),
             labels=tag_names,
             about=about_tags,
             told=lambda record: " ".join(tag for tag in record.tags if tag != OUTSIDE) or OUTSIDE,
@@ -373,6 +397,7 @@ TASKS: Mapping[str, Task] = {
             "a number",
             reads=AS_RELATED,
             encode=_embed,
+            cuts=AT_AN_END,
             scale=spread_of,
             about=about_related,
             told=lambda record: record.match if record.value is None else f"{record.value:g} {record.match}",
@@ -384,6 +409,7 @@ TASKS: Mapping[str, Task] = {
                 records=(Preference, Ranking),
                 rows="answers in an order: {prompt, chosen, rejected}, {messages, chosen, rejected} or {prompt, responses, ranking}",
                 encode=encode,
+                cuts=ANYWHERE,
                 told=_beaten,
                 unanswered=unanswered,
             )
@@ -398,6 +424,7 @@ TASKS: Mapping[str, Task] = {
             records=(Judged,),
             rows="answers judged one by one: {prompt, completion, label}, the label true or false",
             encode=_kto,
+            cuts=ANYWHERE,
             told=lambda record: "good" if record.good else "bad",
             unanswered=_unwritten,
         ),

@@ -37,6 +37,7 @@ def load_wanted(
         max_length=wanted.max_length,
         learn=wanted.learn,
         stride=wanted.stride,
+        truncation=wanted.truncation,
         seed=recipe.seed,
         labels=labels,
         scale=scale,

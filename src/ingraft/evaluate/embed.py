@@ -93,7 +93,9 @@ class EmbedScorer(Scorer):
             refuse(problems, summary=f"{len(problems)} of {len(rows)} rows cannot be embedded:")
         hold(self.tokenizer, self.model)
         longest, tally = min(asked.max_length, self.tokenizer.model_max_length), Tally()
-        encoded = encode_texts([text for row in texts for text in row], self.tokenizer, longest, tally)
+        encoded = encode_texts(
+            [text for row in texts for text in row], self.tokenizer, longest, tally, asked.truncation
+        )
         if tally.cut:
             asked.say(f"note: {tally.cut} texts were cut at {longest} tokens")
         at = 0

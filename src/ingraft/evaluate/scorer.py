@@ -64,13 +64,14 @@ class Asked:
     Attributes:
         form: of the rows, or `auto`.
         max_length: longest sequence in tokens. stride: what windows of a long context share. batch_size: rows in a forward pass.
-        max_new_tokens: longest answer, where one is written.
+        truncation: what is left of longer rows. max_new_tokens: longest answer, where one is written.
         say: told what may surprise.
     """
 
     form: str = "auto"
     max_length: int = 512
     stride: int = 128
+    truncation: str = "keep_answer"
     batch_size: int = 8
     max_new_tokens: int = 128
     say: Callable[[str], None] = lambda text: None
@@ -156,7 +157,13 @@ class Scorer(ABC):
         hold(self.tokenizer, self.model)
         task, tally = task_of(self.task), Tally()
         longest = min(asked.max_length, self.tokenizer.model_max_length)
-        how = Settings(tokenizer=self.tokenizer, max_length=longest, labels=self.labels, stride=asked.stride)
+        how = Settings(
+            tokenizer=self.tokenizer,
+            max_length=longest,
+            labels=self.labels,
+            stride=asked.stride,
+            truncation=asked.truncation,
+        )
         records = task.read(task.filled(rows, self.labels), asked.form)[1]
         examples = task.encode(records, rows, how, tally)
         if tally.cut:

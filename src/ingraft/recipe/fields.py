@@ -66,6 +66,11 @@ class DataRecipe:
     format: str = _key("row format; auto detects it from the rows", "auto")
     learn: Literal["answer", "all"] = _key("which tokens the loss counts: the answers, or every token", "answer")
     max_length: Annotated[int, Ge(2)] = _key("longest sequence in tokens; longer rows are cut", 512)
+    truncation: Literal["keep_answer", "keep_start", "keep_end", "drop", "refuse"] = _key(
+        "what becomes of longer rows: the middle of the prompt goes, so that answers stay whole; the end goes; the beginning goes; they are left out; or "
+        "the run does not start",
+        "keep_answer",
+    )
     stride: Annotated[int, Ge(0)] = _key(
         "qa: tokens that neighbouring windows of a context share which is longer than max_length", 128
     )
@@ -197,6 +202,11 @@ class Recipe:
     adam_beta2: Annotated[float, Ge(0), Lt(1)] = _key("AdamW's decay of the variance", 0.999)
     adam_epsilon: Annotated[float, Gt(0)] = _key("AdamW's epsilon", 1e-8)
     max_grad_norm: Annotated[float, Ge(0)] = _key("clip gradients to this norm; 0 does not clip", 1.0)
+
+    neftune_noise_alpha: Annotated[float, Gt(0)] | None = _key(
+        "noise on the embeddings of what is read while training, at most this over the root of tokens times width (NEFTune); 5 to 15 are usual",
+        None,
+    )
 
     num_train_epochs: Annotated[float, Gt(0)] = _key("passes over the training rows", 1.0)
     max_steps: Annotated[int, Ge(-1)] = _key("optimiser steps; overrides num_train_epochs unless -1", -1)
