@@ -51,10 +51,15 @@ def kept(shape: torch.Size, p: float, keys_B: Tensor) -> Tensor:
     """
     if keys_B.dim() == 2:
         return _kept_by_token(shape, p, keys_B)
+    return bits(shape, keys_B) >= int(p * 2**16) - 2**15
+
+
+def bits(shape: torch.Size, keys_B: Tensor) -> Tensor:
+    """int16 of this shape, uniform over all its 2^16 values, each row by its own key. What an entry gets depends on its place in the row, not on the row's length."""
     n = math.prod(shape[1:]) if shape[0] else 0
     pair_N = torch.arange((n + 1) // 2, dtype=torch.int32, device=keys_B.device)
     bits_BN = mixed(keys_B[:, None] ^ (pair_N * 0x3C6EF372)[None, :]).view(torch.int16)[:, :n]
-    return (bits_BN >= int(p * 2**16) - 2**15).view(shape)  # uniform over all 2^16 signed values
+    return bits_BN.view(shape) if n % 2 == 0 else bits_BN.reshape(shape)
 
 
 def _kept_by_token(shape: torch.Size, p: float, keys_N2: Tensor) -> Tensor:

@@ -32,6 +32,12 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.cache_frozen and recipe.task in ("embed", "reward", *REFERENCE_TASKS):
         text = f"rows of task {recipe.task!r} are several sequences each, whose states are not kept; leave it false."
         yield ("cache_frozen", "task"), f"cache_frozen: {text}"
+    if recipe.neftune_noise_alpha is not None and recipe.cache_frozen:
+        text = "what frozen blocks make of a row is another thing with every noise; leave one of the two out."
+        yield ("neftune_noise_alpha", "cache_frozen"), f"neftune_noise_alpha: {text}"
+    if recipe.neftune_noise_alpha is not None and recipe.task in SAMPLING_TASKS:
+        text = f"task {recipe.task!r} compares what the policy says with and without an update, and noise is neither; leave it out."
+        yield ("neftune_noise_alpha", "task"), f"neftune_noise_alpha: {text}"
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
     if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:

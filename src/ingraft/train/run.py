@@ -38,6 +38,7 @@ from ingraft.train.frozen import Frozen, frozen_of
 from ingraft.train.lock import locked
 from ingraft.train.loop import Progress, Session, fit, save
 from ingraft.train.machine import environment, keep_freed_memory, peak_memory
+from ingraft.train.noise import noisy
 from ingraft.train.objectives import Objective, objective_for
 from ingraft.train.profile import Profiler
 from ingraft.train.report import write_report
@@ -246,7 +247,7 @@ def _run(
     )
     shown = samples.choose(data.parts[shown_part(data)].examples)
     kept = prepared.frozen.opened(folder, notes.say) if prepared.frozen is not None else contextlib.nullcontext()
-    with session.stop.listening(), _packed(recipe, model), kept:
+    with session.stop.listening(), _packed(recipe, model), kept, noisy(model, ADAPTER, recipe):
         try:
             if not progress.before:
                 progress.before = _measure_base(prepared, session, shown)
