@@ -8,13 +8,21 @@ because real files carry ids, sources and comments.
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from ingraft.data.fields import (
+    Format,
+    Values,
+    filled_in,
+    kind_of,
+    label_in,
+    labels_in,
+    list_in,
+    number_in,
+    text_in,
+)
 from ingraft.data.records import (
     Chat,
     Document,
@@ -33,8 +41,6 @@ from ingraft.data.records import (
 from ingraft.data.rows import Row, RowProblem, refuse
 from ingraft.errors import IngraftError, nearest
 
-Values = Mapping[str, Any]
-
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -47,109 +53,12 @@ CALLS = ("tool_calls", "function_call")
 """Where a turn keeps what it asks of tools."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Format:
-    """A recognised form of row.
-
-    Attributes:
-        name: what `--data.format` and messages call it.
-        fields: the fields a row must have.
-        read: the row's meaning; raises `RowProblem` for what it cannot use.
-        meaning: the kind of record that `read` returns.
-        detected: whether rows are taken for it by their fields; if not, it is asked for by name or by a task.
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    read: Callable[[Values], Record]
-    meaning: type[Record]
-    detected: bool = True
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-        type(None): "nothing",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _text(values: Values, name: str) -> str:
-    value = values[name]
-    if not isinstance(value, str):
-        raise RowProblem(f"field '{name}' is {_kind(value)}, not a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer can read it
-        raise RowProblem(f"field '{name}' holds a broken character (half of a surrogate pair)") from None
-    return value
-
-
-def _filled(values: Values, name: str) -> str:
-    value = _text(values, name)
-    if not value.strip():
-        raise RowProblem(f"field '{name}' is empty")
-    return value
-
-
-def _list(values: Values, name: str) -> list[Any]:
-    value = values[name]
-    if not isinstance(value, (list, tuple)):
-        raise RowProblem(f"field '{name}' is {_kind(value)}, not a list")
-    return list(cast("Sequence[Any]", value))
-
-
-def _label(values: Values, name: str = "label") -> str:
-    value = values[name]
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():  # tables store a column of integers with gaps as floats
-        return str(int(value))
-    if isinstance(value, float):
-        raise RowProblem(
-            f"field '{name}' is the number {value}: a class is a name or a whole number (numbers are for --task regress)"
-        )
-    if isinstance(value, (list, tuple)):
-        raise RowProblem(f"field '{name}' is a list; several labels a row are for --task multi-label")
-    return _filled(values, name).strip()
-
-
-def _number(values: Values, name: str = "label") -> float:
-    value = values[name]
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise RowProblem(f"field '{name}' is {value!r}, not a finite number (names of classes are for --task classify)")
-    return found
-
-
-def _labels(values: Values, name: str = "label") -> tuple[str, ...]:
-    """A list of labels; one label alone is a list of one. A cell of a table spells the list as JSON."""
-    value = values[name]
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowProblem(f"field '{name}' begins like a JSON list and is none: {value[:40]!r}") from None
-    several = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else (value,)
-    return tuple(dict.fromkeys(_label({name: item}, name) for item in several))
-
-
 def _turns(values: Values, name: str, role_key: str, text_key: str) -> tuple[Message, ...]:
     turns: list[Message] = []
-    for number, turn in enumerate(_list(values, name), 1):
+    for number, turn in enumerate(list_in(values, name), 1):
         where = f"turn {number} of '{name}'"
         if not isinstance(turn, Mapping):
-            raise RowProblem(f"{where} is {_kind(turn)}, not an object with '{role_key}' and '{text_key}'")
+            raise RowProblem(f"{where} is {kind_of(turn)}, not an object with '{role_key}' and '{text_key}'")
         turn = cast("Values", turn)
         if call := next((key for key in CALLS if turn.get(key)), None):
             raise RowProblem(
@@ -164,7 +73,7 @@ def _turns(values: Values, name: str, role_key: str, text_key: str) -> tuple[Mes
                 f"{where} has the role {turn[role_key]!r}{nearest(str(turn[role_key]), ROLES)}; known: {', '.join(ROLES)}"
             )
         try:
-            content = _text(turn, text_key)
+            content = text_in(turn, text_key)
         except RowProblem as problem:
             raise RowProblem(f"{where}: {problem}") from None
         if role == "assistant" and not content.strip():
@@ -183,13 +92,13 @@ def _answered(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
 
 def _prompt(values: Values, name: str = "prompt") -> tuple[Message, ...]:
     if isinstance(values[name], str):
-        return ({"role": "user", "content": _filled(values, name)},)
+        return ({"role": "user", "content": filled_in(values, name)},)
     return _turns(values, name, "role", "content")
 
 
 def _answer(values: Values, name: str) -> str:
     if isinstance(values[name], str):
-        return _filled(values, name)
+        return filled_in(values, name)
     turns = _turns(values, name, "role", "content")
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise RowProblem(f"field '{name}' must be a text or one turn of the assistant")
@@ -197,16 +106,19 @@ def _answer(values: Values, name: str) -> str:
 
 
 def _system(values: Values) -> tuple[Message, ...]:
-    if values.get("system") is None or not (text := _text(values, "system")).strip():
+    if values.get("system") is None or not (text := text_in(values, "system")).strip():
         return ()
     return (Message(role="system", content=text),)
 
 
 def _read_instruction(values: Values) -> Chat:
-    question = _filled(values, "instruction")
-    if values.get("input") is not None and (extra := _text(values, "input")).strip():
+    question = filled_in(values, "instruction")
+    if values.get("input") is not None and (extra := text_in(values, "input")).strip():
         question = f"{question}\n\n{extra}"
-    asked, answer = Message(role="user", content=question), Message(role="assistant", content=_filled(values, "output"))
+    asked, answer = (
+        Message(role="user", content=question),
+        Message(role="assistant", content=filled_in(values, "output")),
+    )
     return Chat(messages=(*_system(values), asked, answer))
 
 
@@ -225,34 +137,34 @@ def _read_completion(values: Values) -> Chat:
 
 
 def _read_labelled(values: Values) -> Labelled:
-    return Labelled(text=_filled(values, "text"), text2=None, label=_label(values))
+    return Labelled(text=filled_in(values, "text"), text2=None, label=label_in(values))
 
 
 def _read_pair(values: Values) -> Labelled:
-    return Labelled(text=_filled(values, "text"), text2=_filled(values, "text2"), label=_label(values))
+    return Labelled(text=filled_in(values, "text"), text2=filled_in(values, "text2"), label=label_in(values))
 
 
 def _texts(values: Values) -> dict[str, Any]:
-    return {"text": _filled(values, "text"), "text2": _filled(values, "text2") if "text2" in values else None}
+    return {"text": filled_in(values, "text"), "text2": filled_in(values, "text2") if "text2" in values else None}
 
 
 def _read_number(values: Values) -> Measured:
-    return Measured(**_texts(values), value=_number(values))
+    return Measured(**_texts(values), value=number_in(values))
 
 
 def _read_labels(values: Values) -> Multilabelled:
-    return Multilabelled(**_texts(values), labels=_labels(values))
+    return Multilabelled(**_texts(values), labels=labels_in(values))
 
 
 def _read_related(values: Values) -> Related:
     found = values.get("negative")
-    others = [found] if isinstance(found, str) else _list(values, "negative") if found is not None else []
-    texts = [_filled({"negative": text}, "negative") for text in others]
-    return Related(text=_filled(values, "query"), match=_filled(values, "positive"), others=tuple(texts))
+    others = [found] if isinstance(found, str) else list_in(values, "negative") if found is not None else []
+    texts = [filled_in({"negative": text}, "negative") for text in others]
+    return Related(text=filled_in(values, "query"), match=filled_in(values, "positive"), others=tuple(texts))
 
 
 def _read_similar(values: Values) -> Related:
-    return Related(text=_filled(values, "text"), match=_filled(values, "text2"), value=_number(values))
+    return Related(text=filled_in(values, "text"), match=filled_in(values, "text2"), value=number_in(values))
 
 
 def _read_answer_as_match(values: Values) -> Related:
@@ -261,11 +173,11 @@ def _read_answer_as_match(values: Values) -> Related:
 
 
 def _read_text(values: Values) -> Document:
-    return Document(text=_text(values, "text"))
+    return Document(text=text_in(values, "text"))
 
 
 def _read_line(values: Values) -> Document:
-    return Document(text=_text(values, "text"), line_of_file=True)
+    return Document(text=text_in(values, "text"), line_of_file=True)
 
 
 def _read_preference(values: Values) -> Preference:
@@ -280,9 +192,9 @@ def _read_chat_preference(values: Values) -> Preference:
 
 
 def _read_ranking(values: Values) -> Ranking:
-    names = [(f"responses[{number}]", answer) for number, answer in enumerate(_list(values, "responses"), 1)]
+    names = [(f"responses[{number}]", answer) for number, answer in enumerate(list_in(values, "responses"), 1)]
     answers = tuple(_answer({name: answer}, name) for name, answer in names)
-    places = _list(values, "ranking")
+    places = list_in(values, "ranking")
     if len(places) != len(answers):
         raise RowProblem(f"{len(answers)} responses but {len(places)} places in 'ranking'")
     if wrong := [place for place in places if isinstance(place, bool) or not isinstance(place, int) or place < 1]:
@@ -306,19 +218,19 @@ def _read_judged(values: Values) -> Judged:
 
 
 def _read_tagged(values: Values) -> Tagged:
-    tokens, tags = _list(values, "tokens"), _list(values, "tags")
+    tokens, tags = list_in(values, "tokens"), list_in(values, "tags")
     if len(tokens) != len(tags):
         raise RowProblem(f"{len(tokens)} tokens but {len(tags)} tags")
     if not tokens:
         raise RowProblem("field 'tokens' is an empty list")
-    words = tuple(_text({"tokens": token}, "tokens") for token in tokens)
+    words = tuple(text_in({"tokens": token}, "tokens") for token in tokens)
     if empty := next((number for number, word in enumerate(words, 1) if not word.strip()), 0):
         raise RowProblem(f"token {empty} of 'tokens' is empty")
-    return Tagged(tokens=words, tags=tuple(_label({"tags": tag}, "tags") for tag in tags))
+    return Tagged(tokens=words, tags=tuple(label_in({"tags": tag}, "tags") for tag in tags))
 
 
 def _read_span(values: Values) -> Span:
-    context, found = _filled(values, "context"), values["answers"]
+    context, found = filled_in(values, "context"), values["answers"]
     if isinstance(found, Mapping):  # the `datasets` library stores the answers as two parallel lists
         columns = cast("Values", found)
         texts, starts = columns.get("text"), columns.get("answer_start")
@@ -333,17 +245,17 @@ def _read_span(values: Values) -> Span:
             for t, s in zip(cast("list[Any]", texts), cast("list[Any]", starts), strict=True)
         ]
     answers: list[tuple[str, int]] = []
-    for number, answer in enumerate(_list({"answers": found}, "answers"), 1):
+    for number, answer in enumerate(list_in({"answers": found}, "answers"), 1):
         if not isinstance(answer, Mapping) or not {"text", "answer_start"} <= set(cast("Values", answer)):
             raise RowProblem(f"answer {number} needs 'text' and 'answer_start'")
         answer = cast("Values", answer)
-        text, start = _text(answer, "text"), answer["answer_start"]
+        text, start = text_in(answer, "text"), answer["answer_start"]
         if not text.strip():
             raise RowProblem(f"answer {number} is empty")
         if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
             raise RowProblem(f"answer {number} ({text[:40]!r}) does not stand at character {start} of the context")
         answers.append((text, start))
-    return Span(context=context, question=_filled(values, "question"), answers=tuple(answers))
+    return Span(context=context, question=filled_in(values, "question"), answers=tuple(answers))
 
 
 FORMATS: dict[str, Format] = {

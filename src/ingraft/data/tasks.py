@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.data.chat import has_template, name_of
 from ingraft.data.examples import Example, Tally, as_chat, encode_chats, encode_documents
-from ingraft.data.formats import ROLES, Format, Values, read_records
+from ingraft.data.fields import Format, Values
+from ingraft.data.formats import ROLES, read_records
 from ingraft.data.labelled import (
     about_numbers,
     about_several,
