@@ -38,6 +38,9 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.neftune_noise_alpha is not None and recipe.task in SAMPLING_TASKS:
         text = f"task {recipe.task!r} compares what the policy says with and without an update, and noise is neither; leave it out."
         yield ("neftune_noise_alpha", "task"), f"neftune_noise_alpha: {text}"
+    if recipe.learning_rate == "auto" and recipe.task in SAMPLING_TASKS:
+        text = f"the loss of task {recipe.task!r} does not tell whether a step was good; give a number, or null."
+        yield ("learning_rate", "task"), f"learning_rate: {text}"
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
     if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:

@@ -191,8 +191,9 @@ class Recipe:
     rl: RlRecipe = _key("see the rl.* keys", factory=RlRecipe)
     embed: EmbedRecipe = _key("see the embed.* keys", factory=EmbedRecipe)
 
-    learning_rate: Annotated[float, Gt(0)] | None = _key(
-        "peak learning rate; null takes the method's own, see `ingraft methods`", None
+    learning_rate: Annotated[float, Gt(0)] | Literal["auto"] | None = _key(
+        "peak learning rate; null takes the method's own, see `ingraft methods`; auto looks for it ahead of the first step",
+        None,
     )
     optim: Literal["adamw_torch", "adamw_8bit"] = _key(
         "optimiser: AdamW, or AdamW with its state in 8 bits (CUDA, bitsandbytes)", "adamw_torch"
@@ -250,12 +251,6 @@ class Recipe:
     def losses(self) -> Losses:
         """The settings of losses, by themselves."""
         return Losses(preference=self.preference, rl=self.rl, embed=self.embed)
-
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate of a resolved recipe."""
-        assert self.learning_rate is not None, "as_recipe resolves it"
-        return self.learning_rate
 
 
 GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe, "rl": RlRecipe, "embed": EmbedRecipe}

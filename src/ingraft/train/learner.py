@@ -186,13 +186,13 @@ def make_learner(
         state: what else training changes in the adapter.
     """
     groups = grouped(parameters, recipe.weight_decay, factor)
-    rate, betas, epsilon = recipe.peak_rate, (recipe.adam_beta1, recipe.adam_beta2), recipe.adam_epsilon
+    betas, epsilon = (recipe.adam_beta1, recipe.adam_beta2), recipe.adam_epsilon
     if recipe.optim == "adamw_8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 
-        optimizer = cast(torch.optim.Optimizer, AdamW8bit(groups, lr=rate, betas=betas, eps=epsilon))
+        optimizer = cast(torch.optim.Optimizer, AdamW8bit(groups, betas=betas, eps=epsilon))
     else:
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=True)
     return Learner(
         name=name, parameters=parameters, optimizer=optimizer, state=state or {}, scale=FIRST_SCALE if half else 1.0
     )

@@ -32,8 +32,9 @@ from ingraft.data.mixing import Mixture
 from ingraft.errors import IngraftError
 from ingraft.evaluate.files import of_files, plain_name
 from ingraft.evaluate.scorer import LOWER, Scorer
+from ingraft.methods.registry import record
 from ingraft.recipe import Recipe
-from ingraft.train import checkpoint, memory, recompute
+from ingraft.train import checkpoint, finder, memory, recompute
 from ingraft.train.frozen import Frozen, groups
 from ingraft.train.journal import Journal
 from ingraft.train.learner import Learner
@@ -59,6 +60,7 @@ class Progress:
         masked: steps without a single learned token.
         micro_batch: rows that go through at once, as the memory allows; 0 before that is settled.
         early: whether early stopping ended it.
+        rate: the peak learning rate, as asked for or as found; 0 before that is settled.
         loss_sum, units, steps: since the last line of the log, for its means.
         noticed: by name the sum and the count of what the objective noticed, likewise.
         before: what the run found before its first step (metrics, samples).
@@ -71,6 +73,7 @@ class Progress:
     masked: int = 0
     micro_batch: int = 0
     early: bool = False
+    rate: float = 0.0
     loss_sum: float = 0.0
     units: int = 0
     steps: int = 0
@@ -189,6 +192,7 @@ def fit(session: Session, progress: Progress) -> None:
     together = groups(session.data.train, plan, recipe) if session.objective.reference else []
     session.objective.begin(together)
     _settle(session, progress)
+    progress.rate = progress.rate or _peak_rate(session, progress)
     session.journal.begin(progress.step, plan.total)
     try:
         unfinished = progress.step and _due(progress.step, recipe.eval_steps) and progress.evaluated < progress.step
@@ -234,6 +238,44 @@ def _settle(session: Session, progress: Progress) -> None:
         adapting(session.model, session.learners, True)
 
 
+def _peak_rate(session: Session, progress: Progress) -> float:
+    """The learning rate that the recipe names, or the one that a range test finds."""
+    recipe, objective = session.recipe, session.objective
+    if isinstance(recipe.learning_rate, float):
+        return recipe.learning_rate
+    own, size, poll = record(recipe.method).learning_rate, progress.micro_batch, session.stop.check
+    examples = [row for row in session.data.train if objective.units(row)]
+    rows = [examples[n * len(examples) // finder.WATCHED] for n in range(min(finder.WATCHED, len(examples)))]
+
+    def step_at(number: int, rate: float) -> None:
+        batch = session.source.rows(number, poll)
+        units = sum(map(objective.units, batch))
+        for learner in session.learners:
+            if units and finite(fitting_gradients(session, progress, learner, batch, units)):
+                learner.apply(rate, recipe.max_grad_norm)
+
+    def watched() -> float:
+        adapting(session.model, session.learners, False)
+        with torch.no_grad():
+            objective.ready(rows, size, poll=poll)
+            parts = [objective.loss(objective.batch(rows[n : n + size])) for n in range(0, len(rows), size)]
+        adapting(session.model, session.learners, True)
+        return float(sum(parts)) / sum(map(objective.units, rows))
+
+    session.journal.say(
+        f"learning_rate auto: up to {finder.STEPS} steps at rates around {own:g}, {recipe.method}'s own."
+    )
+    tested = finder.range_test(session.learners, own, step_at, watched)
+    session.meter.taken()  # the test is in no count of the run's steps
+    objective.taken()
+    if session.frozen is not None:
+        session.frozen.taken()
+    session.journal.write(step=0, found_learning_rate=tested.rate, range_test=tested.curve)
+    why = "where the loss fell fastest" if tested.falls else "the method's own, for the loss fell at no rate"
+    session.journal.say(f"learning_rate: {tested.rate:.2g}, {why}.")
+    return tested.rate
+
+
 def watched_step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Example]) -> list[float | None]:
     """`step`, looked at by the profiler where it is this one's turn."""
     if session.profiler is None:
@@ -255,7 +297,7 @@ def step(session: Session, progress: Progress, clock: Clock, rows: Sequence[Exam
     if not units:
         progress.masked += 1
         return [0.0 for _ in session.learners]
-    rate = recipe.peak_rate * factor(recipe.lr_scheduler_type, progress.step, plan.total, plan.warmup)
+    rate = progress.rate * factor(recipe.lr_scheduler_type, progress.step, plan.total, plan.warmup)
     norms: list[float | None] = []
     loss_sum = 0.0
     for learner in session.learners:
@@ -369,8 +411,7 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         "step": progress.step,
         "epoch": round(progress.step / plan.steps_per_epoch, 4),
         "loss": progress.loss_sum / progress.units if progress.units else float("nan"),
-        "learning_rate": recipe.peak_rate
-        * factor(recipe.lr_scheduler_type, progress.step - 1, plan.total, plan.warmup),
+        "learning_rate": progress.rate * factor(recipe.lr_scheduler_type, progress.step - 1, plan.total, plan.warmup),
         "grad_norm": norm,
         "step_seconds": clock.seconds / made,
         "tokens_per_second": clock.tokens / seconds,

@@ -6,6 +6,7 @@ comes from data or models is escaped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -161,6 +162,11 @@ def _charts(headline: str, log: Sequence[Mapping[str, Any]]) -> str:
         both = [Series("training", points(key), "a"), Series("evaluation", points(f"eval_{key}"), "b")]
         if max(len(one.points) for one in both) > 1:
             figures.append(chart(name, [one for one in both if one.points]))
+    for line in log:
+        if line.get("range_test"):
+            tested = [(math.log10(rate), float(loss)) for rate, loss in line["range_test"]]
+            found = f"range test: loss by learning rate, 10 to the power; {line['found_learning_rate']:.2g} was chosen"
+            figures.append(chart(found, [Series("", tested, "a")]))
     if len(points("learning_rate")) > 1:
         figures.append(chart("learning rate by step", [Series("", points("learning_rate"), "a")]))
     if len(points("grad_norm")) > 1:
