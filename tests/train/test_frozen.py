@@ -31,6 +31,7 @@ from ingraft.train.frozen import groups
 from ingraft.train.journal import entries
 from ingraft.train.run import train
 from ingraft.train.schedule import plan
+from ingraft.train.stop import Stop
 
 Make = Callable[..., dict[str, Any]]
 LAYERS, EPOCH = 4, 8
@@ -297,18 +298,18 @@ def test_a_killed_run_goes_on_with_the_same_bits(
 def test_a_signal(top: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, polls: int) -> None:
     """Ctrl-C leaves a checkpoint and no file; the run goes on to the same bits."""
     whole = lasting(train(top("llama4", output_dir=str(tmp_path / "whole")), quiet=True).folder)
-    folder, seen, plain = tmp_path / "stopped", {"n": 0}, loop.Stop.check
+    folder, seen, plain = tmp_path / "stopped", {"n": 0}, Stop.check
 
-    def check(self: loop.Stop) -> None:
+    def check(self: Stop) -> None:
         seen["n"] += 1
         if seen["n"] == polls:
             self.received = signal.SIGINT
         plain(self)
 
-    monkeypatch.setattr(loop.Stop, "check", check)
+    monkeypatch.setattr(Stop, "check", check)
     with pytest.raises(KeyboardInterrupt):
         train(top("llama4", output_dir=str(folder)), quiet=True)
-    monkeypatch.setattr(loop.Stop, "check", plain)
+    monkeypatch.setattr(Stop, "check", plain)
     if Path("/proc/self/fd").is_dir():
         assert open_files(folder) == []
     run = train(top("llama4", output_dir=str(folder)), resume_from_checkpoint="last", quiet=True)

@@ -20,6 +20,7 @@ from ingraft.errors import IngraftError
 from ingraft.train import checkpoint, loop
 from ingraft.train.journal import entries
 from ingraft.train.run import train
+from ingraft.train.stop import Stop
 
 Make = Callable[..., dict[str, Any]]
 TIMES = ("step_seconds", "tokens_per_second", "learned_tokens_per_second", "peak_memory", "roofline")
@@ -87,19 +88,19 @@ def test_a_signal_at_any_safe_point(
 ) -> None:
     """The n-th poll finds a signal, be it in a step, between micro-batches or in an evaluation."""
     folder, seen = tmp_path / "stopped", {"n": 0}
-    plain = loop.Stop.check
+    plain = Stop.check
 
-    def check(self: loop.Stop) -> None:
+    def check(self: Stop) -> None:
         seen["n"] += 1
         if seen["n"] == polls:
             self.received = signal.SIGINT
         plain(self)
 
-    monkeypatch.setattr(loop.Stop, "check", check)
+    monkeypatch.setattr(Stop, "check", check)
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(demanding(recipe, folder), quiet=True)
     assert "resume-from-checkpoint last" in str(stopped.value) or "no step" in str(stopped.value).lower()
-    monkeypatch.setattr(loop.Stop, "check", plain)
+    monkeypatch.setattr(Stop, "check", plain)
     assert lasting(train(demanding(recipe, folder), resume_from_checkpoint="last", quiet=True).folder) == whole
 
 

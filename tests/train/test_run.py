@@ -351,3 +351,20 @@ def test_places_that_cannot_be_are_named_together(tmp_path: Path) -> None:
     for part in ("smollm2", "no.jsonl", "neither.jsonl", "output_dir"):
         assert part in text
     assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_rows_are_answered_at_every_evaluation_where_that_is_asked_for(recipe: Make, tmp_path: Path) -> None:
+    usual = train(recipe(output_dir=str(tmp_path / "usual")), quiet=True)
+    assert not [line for line in entries(usual.folder / "log.jsonl") if "samples" in line]
+    shown = train(recipe(eval_samples=4, output_dir=str(tmp_path / "shown")), quiet=True)
+    lines = [line for line in entries(shown.folder / "log.jsonl") if "samples" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert len(shown.samples) == 4
+    for place, sample in enumerate(shown.samples):
+        told = [line["samples"][place] for line in lines]
+        assert all((one["prompt"], one["expected"]) == (sample["prompt"], sample["expected"]) for one in told)
+        assert told[-1]["answer"] == sample["after"], "the last evaluation sees the adapter that is kept"
+    report = (shown.folder / "report.html").read_text()
+    assert report.count("<dt>step 4</dt>") == report.count("<dt>step 12</dt>") == 4
+    weights = [(run.folder / "adapter_model.safetensors").read_bytes() for run in (usual, shown)]
+    assert weights[0] == weights[1], "being looked at changed the run"

@@ -233,6 +233,9 @@ class Recipe:
     eval_steps: Annotated[int, Ge(0)] = _key(
         "steps between two evaluations; 0 evaluates before and after training only", 50
     )
+    eval_samples: Annotated[int, Ge(0)] = _key(
+        "rows that are also answered at every evaluation, into log and report (three are before and after training)", 0
+    )
     save_steps: Annotated[int, Ge(0)] = _key("steps between two resumable checkpoints; 0 writes none", 50)
     save_total_limit: Annotated[int, Ge(1)] | None = _key("how many checkpoints to keep; null keeps all", 2)
     load_best_model_at_end: bool = _key("keep the best evaluated adapter instead of the last", False)

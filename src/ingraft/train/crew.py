@@ -14,11 +14,11 @@ from ingraft.evaluate.judges import VALUE
 from ingraft.recipe import SAMPLING_TASKS, Recipe
 from ingraft.train.attached import ADAPTER, attach_value
 from ingraft.train.learner import Learner, make_learner
-from ingraft.train.loop import Order, Source
 from ingraft.train.objectives import Objective
 from ingraft.train.objectives.sampled import PpoObjective, ValueObjective
 from ingraft.train.rollouts import Rollouts
 from ingraft.train.schedule import plan
+from ingraft.train.session import Order, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -82,7 +82,7 @@ def write_report(
         body += ["<h2>Before and after</h2>", _metrics(metrics["before"], metrics["after"])]
     body += ["<h2>Course of training</h2>", _charts(headline, log)]
     if samples:
-        body += ["<h2>Samples</h2>", *map(_sample, samples)]
+        body += ["<h2>Samples</h2>", *(_sample(sample, log) for sample in samples)]
     body += ["<h2>How it was made</h2>", _environment(about), _details("The data", "\n".join(data))]
     body += [
         _details("The recipe (recipe.yaml repeats this run)", to_yaml(recipe)),
@@ -174,9 +174,18 @@ def _charts(headline: str, log: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def _sample(sample: Mapping[str, str]) -> str:
-    names = (("prompt", "prompt"), ("expected", "expected"), ("before", "before"), ("after", "after"))
-    items = "".join(f"<dt>{shown}</dt><dd><pre>{escape(sample.get(key, ''))}</pre></dd>" for key, shown in names)
+def _sample(sample: Mapping[str, str], log: Sequence[Mapping[str, Any]]) -> str:
+    """A row with its answers: before, at the evaluations where the log has one, after."""
+    between = [
+        (f"step {line['step']}", shown["answer"])
+        for line in log
+        for shown in line.get("samples", ())
+        if (shown["prompt"], shown["expected"]) == (sample.get("prompt"), sample.get("expected"))
+    ]
+    ends = [(name, sample.get(name, "")) for name in ("prompt", "expected", "before", "after")]
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in [*ends[:3], *between, *ends[3:]]
+    )
     return f'<div class="sample"><dl>{items}</dl></div>'
 
 

@@ -36,7 +36,7 @@ from ingraft.train.attached import ADAPTER, attach, keep_reference, keep_roles
 from ingraft.train.crew import crew_of
 from ingraft.train.frozen import Frozen, frozen_of
 from ingraft.train.lock import locked
-from ingraft.train.loop import Progress, Session, fit, save
+from ingraft.train.loop import fit, save
 from ingraft.train.machine import environment, keep_freed_memory, peak_memory
 from ingraft.train.noise import noisy
 from ingraft.train.objectives import Objective, objective_for
@@ -44,6 +44,7 @@ from ingraft.train.profile import Profiler
 from ingraft.train.report import write_report
 from ingraft.train.roofline import meter_of
 from ingraft.train.schedule import plan
+from ingraft.train.session import Progress, Session
 from ingraft.train.stop import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -216,6 +217,8 @@ def _run(
         prepared.allow_base_mismatch,
     )
     learner = crew.learners[0]
+    part = shown_part(data)
+    shown = samples.choose(data.parts[part].examples, max(samples.COUNT, recipe.eval_samples))
     session = Session(
         recipe=recipe,
         plan=plan(recipe, len(data.train)),
@@ -224,6 +227,7 @@ def _run(
         learners=crew.learners,
         source=crew.source,
         kept=crew.kept,
+        shown=(part, shown[: recipe.eval_samples]),
         scorer=prepared.scorer,
         data=data,
         folder=folder,
@@ -245,7 +249,6 @@ def _run(
         f"{recipe.method}: {trained:,} trained parameters; {session.plan.total} steps of {session.plan.effective} rows, "
         f"{len(data.train):,} rows an epoch."
     )
-    shown = samples.choose(data.parts[shown_part(data)].examples)
     kept = prepared.frozen.opened(folder, notes.say) if prepared.frozen is not None else contextlib.nullcontext()
     with session.stop.listening(), _packed(recipe, model), kept, noisy(model, ADAPTER, recipe):
         try:

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 from ingraft.data.examples import Example
 
+COUNT = 3
+"""Rows that a report shows at least."""
+
 LONGEST_PROMPT = 400
 """In tokens; a longer one fills the report without telling more."""
 
 
-def choose(examples: Sequence[Example], count: int = 3) -> list[Example]:
+def choose(examples: Sequence[Example], count: int = COUNT) -> list[Example]:
     """Rows to show, one example each: spread over the data, short enough to read, the first of their kind of answer where there are kinds."""
     fitting = [example for example in examples if len(example) <= LONGEST_PROMPT] or list(examples)
     spread = (
