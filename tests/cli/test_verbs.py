@@ -407,3 +407,48 @@ def test_the_recipe_of_a_run_repeats_it(home: Path, tmp_path: Path, call: Call) 
     call("train", "--config", home / "talk" / "recipe.yaml", "--output-dir", tmp_path / "again")
     name = "adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (home / "talk" / name).read_bytes()
+
+
+def test_answers_are_sampled_ranked_and_learned_from(
+    home: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ingraft.cli import rank as verb
+    from ingraft.ranking.desk import Desk
+
+    asked = [json.loads(line)["text"] for line in (home / "new.jsonl").read_text().splitlines()]
+    prompts, answers, ranked = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl", tmp_path / "ranked.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in [*asked, asked[0]]))
+    sampled = ["--num-answers", 3, "--max-new-tokens", 5, "--temperature", 2.0]
+    once = call("rank", "--adapter", home / "talk", "--data", prompts, "--output", answers, *sampled, "--sample-only")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert once["rows"] == len(rows) == len(set(asked)), "each prompt once"
+    assert all(len(set(row["responses"])) == 3 for row in rows)
+    other = tmp_path / "again.jsonl"
+    call("rank", "--adapter", home / "talk", "--data", prompts, "--output", other, *sampled, "--sample-only")
+    assert other.read_bytes() == answers.read_bytes(), "the seed decides what is drawn"
+
+    def person(self: Desk) -> None:  # ranks by length as soon as everything is on the desk
+        full(self)
+        while (open_question := self.state()["question"]) is not None:
+            texts = open_question["responses"]
+            self.rank(open_question["number"], [sorted(texts).index(text) + 1 for text in texts])
+
+    full = Desk.full
+    monkeypatch.setattr(Desk, "full", person)
+    monkeypatch.setattr(verb.webbrowser, "open", lambda address: None)
+    done = call("rank", "--model", home / "llama", "--data", answers, "--output", ranked)
+    assert done["ranked"] == len(rows)
+    again = call("rank", "--model", home / "llama", "--data", answers, "--output", ranked)
+    assert again["ranked"] == 0 and len(ranked.read_text().splitlines()) == len(rows)
+    words = ["--max-steps", 2, "--data.eval", 3, "--output-dir", tmp_path / "reward", "--dtype", "float32"]
+    call("train", "--model", home / "llama", "--task", "reward", "--data", ranked, *words)
+
+    assert main(["rank", "--adapter", str(home / "sort")]) == 2
+    text = capsys.readouterr().err
+    assert "--data FILE is needed" in text and "--output FILE is needed" in text and "writes no answers" in text
+    prompts.write_text(json.dumps({"prompt": "x", "responses": ["one", "one"]}) + "\n")
+    assert main(["rank", "--model", str(home / "llama"), "--data", str(prompts), "--output", str(tmp_path / "n")]) == 2
+    assert "prompts.jsonl:1: has 1 different responses; 2 to 9 can be ranked" in capsys.readouterr().err
+    prompts.write_text(json.dumps({"prompt": [{"role": "user"}], "responses": "one"}) + "\n")
+    assert main(["rank", "--model", str(home / "llama"), "--data", str(prompts), "--output", str(tmp_path / "n")]) == 2
+    assert "prompts.jsonl:1: " in capsys.readouterr().err

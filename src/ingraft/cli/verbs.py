@@ -18,6 +18,7 @@ VERBS = {
     "eval": "Score a base, or a base with an adapter, on a data set.",
     "chat": "Talk to a base with one adapter, or switch adapters while talking.",
     "predict": "Answer every row of a file: a file in, a file out.",
+    "rank": "Sample several answers to each prompt and collect a person's order of them on a local page.",
     "merge": "Write an adapter into its base: a plain model folder, checked against the unmerged model.",
     "convert": "Rewrite an adapter of any mergeable method as a LoRA of a given rank.",
     "inspect": "Say what an adapter folder is: method, sites, parameters, base, metrics.",
