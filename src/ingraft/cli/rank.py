@@ -116,6 +116,7 @@ def command(
     from ingraft.ranking.answers import Sampling
     from ingraft.ranking.desk import Desk, as_key
     from ingraft.ranking.server import serving
+    from ingraft.recipe import sources_of
 
     output = Output(as_json=as_json)
     overrides = given(arguments)
@@ -135,7 +136,8 @@ def command(
         problems += [problem for problem in error.problems if "pass --data" not in problem]
     if problems or recipe is None or target is None:
         raise IngraftError(*problems)
-    entries = _entries(read_rows(recipe.data.train), recipe.data.format)
+    rows = [row for source in sources_of(recipe.data.train) for row in read_rows(source.file)]
+    entries = _entries(rows, recipe.data.format)
     desk = Desk(Path(target), [entry.prompt for entry in entries])
     entries = [entry for entry in entries if as_key(entry.prompt) not in desk.known]
     opened = None
@@ -146,10 +148,14 @@ def command(
     how = Sampling(count=num_answers, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     questions = _questions(entries, opened, how, output)
     if sample_only:
-        rows = [json.dumps({"prompt": one.prompt, "responses": one.responses}, ensure_ascii=False) for one in questions]
-        durable.write_file(target, "".join(row + "\n" for row in rows))
-        output.result({"output": target, "rows": len(rows)})
-        output.say(f"{len(rows)} rows written to {target}; rank them with `ingraft rank --data {target} --output FILE`")
+        lines = [
+            json.dumps({"prompt": one.prompt, "responses": one.responses}, ensure_ascii=False) for one in questions
+        ]
+        durable.write_file(target, "".join(line + "\n" for line in lines))
+        output.result({"output": target, "rows": len(lines)})
+        output.say(
+            f"{len(lines)} rows written to {target}; rank them with `ingraft rank --data {target} --output FILE`"
+        )
         return
     try:
         with serving(desk, host, port) as address:
