@@ -96,7 +96,10 @@ def token_path(model: nn.Module) -> str:
     Raises:
         IngraftError: if it names none.
     """
-    tokens = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        tokens = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' answer for a model of pictures
+        tokens = None
     if not isinstance(tokens, nn.Embedding):
         raise IngraftError(
             f"{original_class(model).__name__} names no embedding of tokens; name one in target_modules."

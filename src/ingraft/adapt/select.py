@@ -21,7 +21,7 @@ from ingraft.adapt.roles import ROLES, blocks, sites_of_role
 from ingraft.adapt.stacked import matrices, reads
 from ingraft.adapt.swap import original_class, replaced_forward
 from ingraft.adapt.walk import base_modules as base_modules
-from ingraft.adapt.weights import bias_of, kind_of
+from ingraft.adapt.weights import ConvKind, bias_of, kind_of
 from ingraft.errors import IngraftError, nearest
 from ingraft.methods.contract import (
     AttentionPart,
@@ -217,14 +217,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 def all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output head (and, on a classifier, the head that lies beside the base); attentions that keep theirs
-    as tensors of their own, too."""
+    as tensors of their own, too. Where a base has none but its head, its convolutions: a ResNet's layers."""
     linear = [path for path, module in modules.items() if matrices(module) or _is_linear(module)]
     head = models.output_head(model)
     linear = [path for path in linear if modules[path] is not head]
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and prefix in modules:
         inside = [path for path in linear if path.startswith(prefix + ".")]
-        return inside or linear
+        return inside or [path for path, module in modules.items() if isinstance(kind_of(module), ConvKind)] or linear
     if prefix:  # a bare transformers model: no head on it
         return linear
     # Of a plain module the last layer is taken for the head, unless it is one of a repeated block's.

@@ -3,7 +3,7 @@
 from ingraft.bases.catalogue import BASES, BaseRecord, installed
 from ingraft.bases.dtypes import as_dtype, default_device, fast_dtype
 from ingraft.bases.heads import HEADS, Head
-from ingraft.bases.loading import QUANTIZATIONS, Base, check_base, load_base, load_tokenizer
+from ingraft.bases.loading import QUANTIZATIONS, Base, check_base, load_base, load_reader, load_tokenizer
 from ingraft.bases.places import places, reserve
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "fast_dtype",
     "installed",
     "load_base",
+    "load_reader",
     "load_tokenizer",
     "places",
     "reserve",

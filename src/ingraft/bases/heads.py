@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 ALONE, PAIR = "alone", "pair"
+TEXT, IMAGES = "text", "images"
 REFUSED = {
     ALONE: ("has no encoder beside what writes", "sft"),
     PAIR: ("writes what an encoder reads", "seq2seq"),
@@ -33,6 +34,7 @@ class Head:
         loader: the class of transformers that loads a base with it.
         families: the table of `transformers.models.auto.modeling_auto` with the model types that have one.
         what: how a message calls it.
+        reads: `TEXT`, by a tokenizer, or `IMAGES`, by an image processor.
         fresh: whether it begins at random, so that weights which the files lack are no damage.
         named: whether its outputs are called something: labels, in order.
         outputs: how many it has, where that is no matter of labels.
@@ -45,6 +47,7 @@ class Head:
     loader: str
     families: str
     what: str
+    reads: str = TEXT
     fresh: bool = True
     named: bool = False
     outputs: int | None = None
@@ -162,6 +165,13 @@ HEADS: Mapping[str, Head] = {
         takes=(PAIR,),
     ),
     "classify": CLASSIFIER,
+    "image-classify": Head(
+        loader="AutoModelForImageClassification",
+        families="MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        what="image classifier",
+        reads=IMAGES,
+        named=True,
+    ),
     "multi-label": replace(CLASSIFIER, problem="multi_label_classification"),
     "regress": replace(CLASSIFIER, named=False, problem="regression"),
     "tag": Head(

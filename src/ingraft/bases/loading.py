@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ingraft.bases import dense_gguf
 from ingraft.bases.dtypes import as_dtype, default_device
 from ingraft.bases.generic import saved_class
-from ingraft.bases.heads import HEADS
+from ingraft.bases.heads import HEADS, IMAGES
 from ingraft.bases.hush import quiet
+from ingraft.bases.images import load_images
 from ingraft.bases.naming import find, gguf_of
 from ingraft.bases.places import places
 from ingraft.errors import IngraftError, nearest
@@ -27,6 +28,8 @@ from ingraft.errors import IngraftError, nearest
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ingraft.bases.reading import Reader
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Base:
 
     Attributes:
         model: in evaluation mode, on its device, in one dtype.
-        tokenizer: with a padding token.
+        tokenizer: with a padding token; of a base that looks at images its image processor.
         name: what the user called it; also the model's `config.name_or_path`, hence in the adapters saved from it.
         source: the folder or hub id it was read from.
         seconds: what loading took.
@@ -49,7 +52,7 @@ class Base:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Reader
     name: str
     source: str
     seconds: float
@@ -67,7 +70,7 @@ def load_base(
     quantization: str = "none",
     scale: tuple[float, float] | None = None,
 ) -> Base:
-    """Load a base and its tokenizer.
+    """Load a base and its tokenizer, or image processor.
 
     Args:
         name: a catalogue name, a folder, a `.gguf` file or a hub id.
@@ -105,8 +108,9 @@ def load_base(
             model, fresh = _load_model(
                 name, source, options, wanted, task, num_labels, labels, quantization, scale=scale
             )
-            tokenizer = _load_tokenizer(source, options)
-    if model.config.pad_token_id is None:
+            reads_images = model.main_input_name == "pixel_values"
+            tokenizer = load_images(name, source, options) if reads_images else _load_tokenizer(source, options)
+    if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = name
     place = torch.device(device) if device is not None else default_device()
@@ -154,6 +158,24 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, quantization: str
     source, options = find(name)
     with quiet(), _explained(name, source):
         return _load_tokenizer(source, {**options, "trust_remote_code": trust_remote_code})
+
+
+def load_reader(name: str, task: str, trust_remote_code: bool = False, quantization: str = "none") -> Reader:
+    """What a base reads the rows of a task with: its tokenizer (`load_tokenizer`) or its image processor (`load_images`).
+
+    Raises:
+        IngraftError: as these two; a base that cannot look at images.
+    """
+    from transformers import AutoConfig
+
+    head = HEADS[task]
+    if head.reads != IMAGES:
+        return load_tokenizer(name, trust_remote_code, quantization)
+    source, options = find(name)
+    options["trust_remote_code"] = trust_remote_code
+    with quiet(), _explained(name, source):
+        head.loads(name, AutoConfig.from_pretrained(source, **options), task)
+        return load_images(name, source, options)
 
 
 def _load_model(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ingraft.bases.reading import Reader
 
 ENDLESS = 1 << 30
 """For bases that declare no number: relative biases, recurrences."""
@@ -62,7 +62,7 @@ def _counts_from_padding(config: Any) -> bool:
     return kind in COUNTING_FROM_PADDING
 
 
-def reserve(tokenizer: PreTrainedTokenizerBase, virtual: int) -> None:
+def reserve(tokenizer: Reader, virtual: int) -> None:
     """Keep places free for the virtual tokens that an adapter adds to every row.
 
     Raises:

@@ -17,6 +17,8 @@ from ingraft.cli.output import Output
 from ingraft.errors import IngraftError, nearest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ingraft.cli.sources import Opened
 
 COMMANDS = {
@@ -223,7 +225,7 @@ def _answer(talk: Talk, question: str) -> None:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             click.echo(text, nl=stream_end)
 
-    model, tokenizer = talk.opened.model, talk.opened.tokenizer
+    model, tokenizer = talk.opened.model, cast("PreTrainedTokenizerBase", talk.opened.tokenizer)
     turns = [*talk.turns, {"role": "user", "content": question}]
     most, wanted = room(model), int(talk.options["max_new_tokens"])
     spare = min(wanted, most // 2)  # old turns go before the answer gets less than this

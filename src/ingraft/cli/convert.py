@@ -87,11 +87,11 @@ def convert_and_write(
     """
     import ingraft
     from ingraft.bases.heads import scale_of
-    from ingraft.cli.merge import comparison, logits, token_batches
+    from ingraft.cli.merge import comparison, counted, input_batches, logits
     from ingraft.cli.sources import model_labels
 
     model = opened.model
-    batches = token_batches(opened, data)
+    batches = input_batches(opened, data)
     before = [logits(model, batch) for batch in batches]
     made = ingraft.convert(model, opened.adapter, rank, name="converted", error=error)
     after = [logits(model, batch) for batch in batches]
@@ -116,6 +116,6 @@ def convert_and_write(
         "parameters": made.parameters,
         "error": made.error,
         "sites": sites,
-        "tokens": sum(batch.numel() for batch in batches),
+        "tokens": counted(batches),
         **comparison(before, after),
     }

@@ -24,9 +24,9 @@ _DEFAULT_BASE = "smollm2"
 def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: int, **arguments: Any) -> None:
     """Preview a data file as the model will see it: format, template, which tokens are learned.
 
-    Only the base's tokenizer is loaded. In colour on a terminal, elsewhere what is learned stands in ⟦brackets⟧.
+    Only the base's tokenizer, or image processor, is loaded. In colour on a terminal, elsewhere what is learned stands in ⟦brackets⟧.
     """
-    from ingraft.bases import load_tokenizer
+    from ingraft.bases import load_reader
     from ingraft.cli.sources import load_data, settle
     from ingraft.data import preview, task_of
     from ingraft.errors import IngraftError
@@ -39,7 +39,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     recipe = settle(overrides, config=config, keep_split=True)
     if problems := absent(recipe):  # before seconds go into what would be read first
         raise IngraftError(*problems)
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
+    tokenizer = load_reader(recipe.model, recipe.task, trust_remote_code)
     data = load_data(recipe, tokenizer)
     part = data.parts["train"]
     used = {example.row_id for example in part.examples}  # a dropped row has nothing to show; the report names it

@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 
     from ingraft.cli.sources import Opened
 
-# Abraham Lincoln's address at Gettysburg, 1863: public domain, and text that no adapter was trained on.
-TEXT = (
-    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and dedicated to the "
-    "proposition that all men are created equal. Now we are engaged in a great civil war, testing whether that nation, or any nation so "
-    "conceived and so dedicated, can long endure. We are met on a great battle-field of that war. We have come to dedicate a portion of "
-    "that field, as a final resting place for those who here gave their lives that that nation might live."
-)
-
 BOUNDS = {"float32": 3e-4, "float16": 0.015, "bfloat16": 0.12}
 """Largest logit difference accepted without being asked, in sizes of the largest logit: above what rounding does in each dtype (on SmolLM2,
 with logits up to 35, a trained LoRA showed 0.0001 in float32 and 1.6 in bfloat16)."""
@@ -46,7 +38,7 @@ MOST_LOST = 0.5
 @adapter_option
 @trust_option
 @click.option("--output-dir", metavar="DIR", help="the model folder to write")
-@click.option("--data", metavar="FILE", help="compare on the first rows of this file instead of a built-in paragraph")
+@click.option("--data", metavar="FILE", help="compare on the first rows of this file instead of a built-in row")
 @click.option(
     "--max-difference",
     type=float,
@@ -75,6 +67,7 @@ def command(
     Prints the largest difference between the logits of the merged and the unmerged model on real text, and refuses to write above a bound.
     """
     from ingraft.cli.sources import free_folder, open_model, settle
+    from ingraft.data import task_of
     from ingraft.evaluate import scorer_of
 
     output = Output(as_json=as_json)
@@ -92,7 +85,7 @@ def command(
     output.result({"output_dir": output_dir, **found})
     output.say(
         f"largest logit difference, merged to unmerged: {found['max_difference']:.3g} "
-        f"(bound {found['bound']:g}, {found['dtype']}, {found['tokens']} tokens, logits up to {found['largest_logit']:.1f})",
+        f"(bound {found['bound']:g}, {found['dtype']}, {found['tokens']} {task_of(recipe.task).counted[1]}, logits up to {found['largest_logit']:.1f})",
         f"the likeliest outcome is the same at {found['same_choice']:.1%} of the places; rounding took {found['lost']:.1%} of what the adapter does",
         f"written: {output_dir}" + (", file by file" if found["by_file"] else ""),
         "",
@@ -125,7 +118,7 @@ def merge_and_write(
     from ingraft.adapt.files import shards
 
     model, source = opened.model, Path(opened.source)
-    batches = token_batches(opened, data)
+    batches = input_batches(opened, data)
     dtype = str(model.dtype).removeprefix("torch.")
     before = [logits(model, batch) for batch in batches]
     with adapt.disabled(model):
@@ -158,7 +151,11 @@ def merge_and_write(
             model.save_pretrained(scratch)
         opened.tokenizer.save_pretrained(scratch)
         facts["max_difference"] = found["max_difference"]
-    return {**found, "tokens": sum(batch.numel() for batch in batches), "by_file": by_file}
+    return {
+        **found,
+        "tokens": counted(batches),
+        "by_file": by_file,
+    }
 
 
 def _refused_above(found: dict[str, Any], dtype: str, bound: float | None) -> float:
@@ -198,37 +195,46 @@ def lost(before: list[Tensor], after: list[Tensor], bare: list[Tensor]) -> float
     return error / effect if effect else float(error > 0)
 
 
-def token_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[Tensor]:
-    """Sequences (1, T) to compare on: the built-in paragraph, or the first rows of the user's data as the task encodes them."""
+def input_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[dict[str, Tensor]]:
+    """What the model is given to compare on, a row each: the task's built-in row, or the first rows of the user's data as the task encodes them."""
     import dataclasses
 
-    import torch
-
-    recipe, tokenizer, device = opened.recipe, opened.tokenizer, opened.model.device
-    if data is None:
-        longest = min(tokenizer.model_max_length, getattr(opened.model.config, "max_position_embeddings", 1 << 20))
-        return [torch.tensor([tokenizer(TEXT, truncation=True, max_length=longest)["input_ids"]], device=device)]
-    from ingraft.bases.heads import scale_of
     from ingraft.cli.sources import load_data, model_labels
+    from ingraft.evaluate import scorer_of
 
-    wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)
-    examples = load_data(
-        dataclasses.replace(recipe, data=wanted), tokenizer, model_labels(opened), scale_of(opened.model)
-    ).train[:rows]
-    return [torch.tensor([example.input_ids], device=device) for example in examples]
+    recipe, device = opened.recipe, opened.model.device
+    labels = model_labels(opened)
+    if data is None:
+        found = [scorer_of(recipe.task)(opened.model, opened.tokenizer, labels).trial()]
+    else:
+        from ingraft.bases.heads import scale_of
+        from ingraft.data import collate
+
+        wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)
+        described = dataclasses.replace(recipe, data=wanted)
+        examples = load_data(described, opened.tokenizer, labels, scale_of(opened.model)).train[:rows]
+        found = [collate([example.sequences[0]], 0) for example in examples]
+    learned = ("labels", "decoder_attention_mask")
+    return [{name: x.to(device) for name, x in batch.items() if name not in learned} for batch in found]
 
 
-def logits(model: Any, ids_BT: Tensor) -> Tensor:
+def counted(batches: list[dict[str, Tensor]]) -> int:
+    """How many tokens the rows have; one for a row without."""
+    return sum(batch["input_ids"].numel() if "input_ids" in batch else 1 for batch in batches)
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The model's logits in float32; those of a head that finds answers, first and last token, side by side; the states of a
     base without a head. A decoder behind an encoder is
     given what the encoder reads."""
     import torch
 
     from ingraft.bases.heads import PAIR, way_of_writing
+    from ingraft.evaluate.loss import as_computed
 
-    more = {"decoder_input_ids": ids_BT} if way_of_writing(model.config) == PAIR else {}
+    more = {"decoder_input_ids": inputs["input_ids"]} if way_of_writing(model.config) == PAIR else {}
     with torch.inference_mode():
-        found = model(input_ids=ids_BT, **more)
+        found = model(**as_computed(model, inputs), **more)
         if "start_logits" in found:
             return torch.stack((found["start_logits"], found["end_logits"]), dim=-1).float()
         return (found["logits"] if "logits" in found else found["last_hidden_state"]).float()

@@ -20,6 +20,8 @@ from ingraft.cli.output import Output, shorten
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ingraft.cli.sources import Opened
     from ingraft.data import Row
     from ingraft.data.records import Message, Ranking, Record
@@ -239,8 +241,9 @@ def _questions(entries: Sequence[Entry], opened: Opened | None, how: Sampling, o
         responses = entry.responses
         if responses is None:
             assert opened is not None and entry.record is not None
-            prompt = prompt_tokens(entry.record, opened.tokenizer)
-            responses = different_answers(opened.model, opened.tokenizer, prompt, how)
+            tokenizer = cast("PreTrainedTokenizerBase", opened.tokenizer)
+            prompt = prompt_tokens(entry.record, tokenizer)
+            responses = different_answers(opened.model, tokenizer, prompt, how)
         if len(responses) < 2:
             output.say(f"note: left out, for there were no two different answers: {shorten(json.dumps(entry.prompt))}")
             continue

@@ -16,8 +16,9 @@ from ingraft import durable
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from ingraft.bases.reading import Reader
     from ingraft.cli.output import Output
     from ingraft.data import DataSet
     from ingraft.recipe import Recipe
@@ -40,11 +41,12 @@ class Opened:
     """A base in memory, with an adapter where one was asked for.
 
     Attributes:
+        tokenizer: what the base reads rows with.
         source: the folder, file or hub id that the base was read from.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Reader
     recipe: Recipe
     adapter: str | None
     source: str = ""
@@ -209,7 +211,7 @@ def model_labels(opened: Opened) -> tuple[str, ...] | None:
 
 def load_data(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     labels: tuple[str, ...] | None = None,
     scale: tuple[float, float] | None = None,
 ) -> DataSet:

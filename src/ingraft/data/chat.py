@@ -23,6 +23,8 @@ from ingraft.data.rows import RowProblem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ingraft.bases.reading import Reader
+
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -91,8 +93,8 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, a
     return text
 
 
-def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to call this tokenizer in a message."""
+def name_of(tokenizer: Reader) -> str:
+    """What to call this tokenizer, or image processor, in a message."""
     return tokenizer.name_or_path or type(tokenizer).__name__
 
 

@@ -23,7 +23,7 @@ from ingraft.errors import IngraftError
 from ingraft.recipe import Source, sources_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ingraft.bases.reading import Reader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class DataSet:
 
 def load(
     train: str | Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     *,
     task: str = "sft",
     eval: Eval | Sequence[Source] = None,
@@ -83,7 +83,7 @@ def load(
     Args:
         train: file, `datasets` folder or hub id with the rows to train on (for an evaluation alone: the rows to
             evaluate on); or several.
-        tokenizer: the base's.
+        tokenizer: what the base reads the task's rows with (`bases.load_reader`): its tokenizer, or its image processor.
         task: a name of `data.tasks.TASKS`.
         eval: share, number of rows, or other files; see `split`.
         test: files of rows that neither training nor the choice of a checkpoint ever sees.
@@ -137,7 +137,7 @@ def load(
                 f"{files}: all rows have the one label '{names[0] if names else ''}'; there is nothing to tell apart."
             )
     how = Settings(
-        tokenizer=tokenizer,
+        reader=tokenizer,
         max_length=max_length,
         labels=names,
         learn=learn,
@@ -267,7 +267,7 @@ def _encoded(file: _File, task: Task, how: Settings) -> tuple[Part, Tally]:
     return Part(rows=file.rows, records=file.records, examples=examples, origins=(origin,)), tally
 
 
-def _refuse_unknown(shares: Sequence[tuple[str, float]], tokenizer: PreTrainedTokenizerBase) -> None:
+def _refuse_unknown(shares: Sequence[tuple[str, float]], tokenizer: Reader) -> None:
     worst: dict[str, float] = {}
     for source, share in shares:  # one line a file, also where it was split
         worst[source] = max(share, worst.get(source, 0.0))

@@ -12,9 +12,9 @@ looks like a bad model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ingraft.data.chat import Segment, begins_with_bos, has_template, segments
 from ingraft.data.cutting import Piece, fitted, learned, length
@@ -24,6 +24,7 @@ from ingraft.data.rows import Row, RowProblem, refuse
 from ingraft.errors import IngraftError, nearest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -32,14 +33,28 @@ IGNORED = -100
 LEARN = ("answer", "all")
 
 
+class Lazy(Protocol):
+    """What a row gives a model beside tokens, too large to be kept: it is made when a batch is."""
+
+    @property
+    def content(self) -> str:
+        """What decides it: rows with equal ones are the same."""
+        ...
+
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """The model's inputs of this one row, by their names in a batch, which has one dimension more."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
     """One sequence ready for a batch.
 
-    Its length is the number of tokens that the row puts through the model.
+    Its length is the number of tokens that the row puts through the model; what is made later counts as one.
 
     Attributes:
-        input_ids: the tokens.
+        input_ids: the tokens; none where all that the model is given is made later.
+        lazy: what is made when a batch is; None where there is nothing.
         row_id: the row's position among the rows that were encoded (for `lm` the block's number). It names the row in
             logs and seeds its dropout.
         labels: per token what is learned of it (its id, or its tag's number) and -100 where that is nothing; None where no token is learned.
@@ -63,9 +78,10 @@ class Example:
     words: list[int] | None = None
     characters: list[tuple[int, int]] | None = None
     token_type_ids: list[int] | None = None
+    lazy: Lazy | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids) + len(self.target or ())
+        return len(self.input_ids) + len(self.target or ()) + (self.lazy is not None)
 
     @property
     def sequences(self) -> tuple[Example, ...]:
@@ -79,7 +95,7 @@ class Example:
     @property
     def kind(self) -> tuple[bool, ...]:
         """What it has; rows of one batch have the same."""
-        fields = (self.labels, self.target, self.label, self.values, self.span, self.token_type_ids)
+        fields = (self.labels, self.target, self.label, self.values, self.span, self.token_type_ids, self.lazy)
         return tuple(field is None for field in fields)
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ingraft.data.records import Record
-from ingraft.data.rows import RowProblem
+from ingraft.data.rows import Row, RowProblem
 
 Values = Mapping[str, Any]
 
@@ -23,6 +23,7 @@ class Format:
         fields: the fields a row must have.
         read: the row's meaning; raises `RowProblem` for what it cannot use.
         meaning: the kind of record that `read` returns.
+        opens: what the record only names, found beside the row's file; raises `RowProblem` for what is not there. None where a row holds all.
         detected: whether rows are taken for it by their fields; if not, it is asked for by name or by a task.
     """
 
@@ -30,6 +31,7 @@ class Format:
     fields: tuple[str, ...]
     read: Callable[[Values], Record]
     meaning: type[Record]
+    opens: Callable[[Any, Row], Record] | None = None
     detected: bool = True
 
 

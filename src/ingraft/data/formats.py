@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from ingraft.data.fields import (
@@ -23,6 +24,7 @@ from ingraft.data.fields import (
     number_in,
     text_in,
 )
+from ingraft.data.pixels import Picture, found
 from ingraft.data.records import (
     Chat,
     Document,
@@ -31,6 +33,7 @@ from ingraft.data.records import (
     Measured,
     Message,
     Multilabelled,
+    Pictured,
     Preference,
     Ranking,
     Record,
@@ -138,6 +141,20 @@ def _read_completion(values: Values) -> Chat:
 
 def _read_labelled(values: Values) -> Labelled:
     return Labelled(text=filled_in(values, "text"), text2=None, label=label_in(values))
+
+
+def _read_image(values: Values) -> Pictured:
+    return Pictured(image=Picture(name=filled_in(values, "image")), label=label_in(values))
+
+
+def _read_image_file(values: Values) -> Pictured:
+    return Pictured(image=Picture(name=filled_in(values, "file")), label=label_in(values))
+
+
+def _find_image(record: Pictured, row: Row) -> Pictured:
+    """Names of pictures are seen from where the row's own file is; in a folder of pictures, from there."""
+    place = Path(row.file).expanduser()
+    return Pictured(image=found(record.image.name, place if place.is_dir() else place.parent), label=record.label)
 
 
 def _read_pair(values: Values) -> Labelled:
@@ -278,6 +295,8 @@ FORMATS: dict[str, Format] = {
         Format(name="judged", fields=("prompt", "completion", "label"), read=_read_judged, meaning=Judged),
         Format(name="prompt-completion", fields=("prompt", "completion"), read=_read_completion, meaning=Chat),
         Format(name="text-label", fields=("text", "label"), read=_read_labelled, meaning=Labelled),
+        Format(name="image-label", fields=("image", "label"), read=_read_image, meaning=Pictured, opens=_find_image),
+        Format(name="file-label", fields=("file", "label"), read=_read_image_file, meaning=Pictured, opens=_find_image),
         Format(name="messages", fields=("messages",), read=_read_messages, meaning=Chat),
         Format(name="conversations", fields=("conversations",), read=_read_conversations, meaning=Chat),
         Format(name="lines", fields=("text",), read=_read_line, meaning=Document, detected=False),
@@ -399,7 +418,8 @@ def read_records(
                 others = [name for name in row.values if name not in chosen.fields]
                 hint = next((f"; it has '{name}'" for name in others if nearest(name, lacking, count=1)), "")
                 raise RowProblem(f"field {' and '.join(repr(name) for name in lacking)} is missing{hint}")
-            records.append(chosen.read(row.values))
+            record = chosen.read(row.values)
+            records.append(record if chosen.opens is None else chosen.opens(record, row))
         except RowProblem as problem:
             problems.append(f"{row.place}: {problem}")
     if problems:

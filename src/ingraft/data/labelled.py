@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ingraft.data.cutting import cutting
 from ingraft.data.examples import Example, Tally, count_unknown
 from ingraft.data.formats import read_records
-from ingraft.data.records import Labelled, Measured, Multilabelled, Record
+from ingraft.data.records import Labelled, Measured, Multilabelled, Record, label_of
 from ingraft.data.rows import Row, refuse
 from ingraft.errors import IngraftError, nearest
 
@@ -151,7 +151,7 @@ def _encode(
 
 def label_names(records: Sequence[Record]) -> tuple[str, ...]:
     """The classes of a training set in a stable order: by number when all are numbers, else alphabetically."""
-    return in_order({record.label for record in records if isinstance(record, Labelled)})
+    return in_order({name for record in records if (name := label_of(record)) is not None})
 
 
 def several_names(records: Sequence[Record]) -> tuple[str, ...]:

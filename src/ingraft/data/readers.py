@@ -14,15 +14,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from ingraft.data.arrays import holds_arrays, looks_like_pixels, rows_of
+from ingraft.data.folders import is_picture, picture_rows
 from ingraft.data.jsonrows import first_value_is_row, looks_like_json, read_json
 from ingraft.data.rows import Row, refuse
 from ingraft.data.tables import has_known_column, looks_like_table, read_parquet, read_table
 from ingraft.errors import IngraftError
 
-TRIED = "jsonl, json, csv, tsv, parquet, plain text, and each of them gzipped"
-EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md", ".gz")
+TRIED = "jsonl, json, csv, tsv, parquet, plain text, and each of them gzipped; pictures, folders of pictures, and .npz"
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md", ".gz", ".npz")
 FOREIGN = {
-    b"PK\x03\x04": "a zip archive (.npz and .xlsx are too)",
+    b"PK\x03\x04": "a zip archive (.xlsx is one too)",
     b"\xfd7zXZ": "an xz archive",
     b"BZh": "a bzip2 archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
@@ -107,6 +109,10 @@ def read_bytes(data: bytes, file: str) -> list[Row]:
     extension = next((suffix.lower() for suffix in reversed(suffixes) if suffix.lower() != ".gz"), "")
     if data[:4] == b"PAR1":
         rows = read_parquet(data, file)
+    elif holds_arrays(data):
+        rows = rows_of(data, file)
+    elif is_picture(data, extension):
+        rows = [Row(values={"image": Path(file).name}, file=file, line=1, reader="picture")]
     else:
         for magic, what in FOREIGN.items():
             if data.startswith(magic):
@@ -144,6 +150,8 @@ def _read_text(text: str, file: str, extension: str) -> list[Row]:
     as_table = extension in (".csv", ".tsv")
     if looks_like_json(text) and (first_value_is_row(text) if as_text or as_table else True):
         return read_json(text, file)
+    if looks_like_pixels(text):
+        return rows_of(text.encode(), file)
     if as_table or looks_like_table(text) or (not as_text and has_known_column(text)):
         return read_table(text, file, extension=extension)
     if extension in (".json", ".jsonl", ".ndjson"):
@@ -168,6 +176,8 @@ def _datasets() -> Any:
 
 def _read_folder(path: Path, name: str, split: str | None) -> list[Row]:
     if not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json", "dataset_info.json")):
+        if found := picture_rows(path, name):
+            return found
         files = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(EXTENSIONS))
         hint = f" Name one of its files: {', '.join(files[:10])}." if files else ""
         raise IngraftError(f"{name} is a folder, but not one that `datasets.save_to_disk` wrote.{hint}")

@@ -1,6 +1,6 @@
 """What a row means, whatever its fields were called.
 
-Eleven shapes cover every text form that Ingraft recognises. `formats.py` turns rows into these; everything after it
+Twelve shapes cover every form that Ingraft recognises. `formats.py` turns rows into these; everything after it
 (templates, encoding, splits) sees only these, so a new form of row costs one entry there and nothing here.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TypedDict
+
+from ingraft.data.pixels import Picture
 
 
 class Message(TypedDict):
@@ -36,6 +38,14 @@ class Labelled:
 
     text: str
     text2: str | None
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictured:
+    """A picture and its class."""
+
+    image: Picture
     label: str
 
 
@@ -126,7 +136,20 @@ class Related:
     value: float | None = None
 
 
-Record = Related | Chat | Labelled | Measured | Multilabelled | Document | Preference | Ranking | Judged | Tagged | Span
+Record = (
+    Related
+    | Chat
+    | Labelled
+    | Pictured
+    | Measured
+    | Multilabelled
+    | Document
+    | Preference
+    | Ranking
+    | Judged
+    | Tagged
+    | Span
+)
 
 
 def given(record: Record) -> str:
@@ -143,6 +166,8 @@ def given(record: Record) -> str:
             return "\x1e".join(f"{m['role']}\x1f{m['content']}" for m in record.messages[:last])
         case Labelled() | Measured() | Multilabelled():
             return record.text if record.text2 is None else f"{record.text}\x1e{record.text2}"
+        case Pictured():
+            return record.image.digest
         case Document():
             return record.text
         case Related():
@@ -164,5 +189,5 @@ def kept_together(record: Record) -> str:
 
 
 def label_of(record: Record) -> str | None:
-    """The class of a labelled record, else None."""
-    return record.label if isinstance(record, Labelled) else None
+    """The class of a record that has just one, else None."""
+    return record.label if isinstance(record, Labelled | Pictured) else None

@@ -42,6 +42,7 @@ class PartReport:
         duplicates: rows that repeat an earlier row entirely.
         unknown_share: share of tokens that the tokenizer does not know.
         about: lines on what only some tasks have: numbers, tags, windows.
+        counted: what examples and what goes through the model are called.
         files: the same of each file, where they are several.
     """
 
@@ -61,15 +62,15 @@ class PartReport:
     duplicates: int
     unknown_share: float
     about: tuple[str, ...] = ()
+    counted: tuple[str, str] = ("sequences", "tokens")
     files: tuple[PartReport, ...] = ()
 
     def lines(self) -> list[str]:
         """The part in a few lines of plain text."""
         least, median, most, longest = self.lengths
-        out = [
-            f"{self.name}: {self.rows:,} rows from {self.source}, {self.examples:,} sequences, {self.tokens:,} tokens"
-        ]
-        out.append(f"  length in tokens: shortest {least}, median {median}, 95 % below {most}, longest {longest}")
+        out = [f"{self.name}: {self.rows:,} rows from {self.source}, {self._counts()}"]
+        if longest:
+            out.append(f"  length in tokens: shortest {least}, median {median}, 95 % below {most}, longest {longest}")
         if self.labels:
             shown = [f"{name} {count} ({count / self.rows:.0%})" for name, count in list(self.labels.items())[:LISTED]]
             rest = len(self.labels) - len(shown)
@@ -94,9 +95,14 @@ class PartReport:
             out.append(f"  unknown tokens: {self.unknown_share:.2%}")
         return out + [f"  {file.line()}" for file in self.files]
 
+    def _counts(self) -> str:
+        """Examples and what goes through the model; once, where both are the same."""
+        counts = zip((self.examples, self.tokens), self.counted, strict=True)
+        return ", ".join(dict.fromkeys(f"{count:,} {what}" for count, what in counts))
+
     def line(self) -> str:
         """The part in one line, as one file's of several."""
-        found = f"{self.source}: {self.rows:,} rows, {self.examples:,} sequences, {self.tokens:,} tokens"
+        found = f"{self.source}: {self.rows:,} rows, {self._counts()}"
         if self.learned_share < 1:
             found += f", {self.learned_share:.1%} of them learned"
         gone = len(self.dropped) + len(self.same) + len(self.long)
@@ -172,15 +178,14 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report as plain text, one line an entry."""
-        out = [f"format: {self.format}, task {self.task}, max_length {self.max_length}"]
+        cut = f", max_length {self.max_length}" if any(part.lengths[-1] for part in self.parts) else ""
+        out = [f"format: {self.format}, task {self.task}{cut}"]
         for part in self.parts:
             out += part.lines()
             if part.name == "train" and self.shares:
                 out += ["  an epoch:", *(f"    {share.line()}" for share in self.shares)]
         if self.shared:
-            out.append(
-                f"warning: {self.shared} evaluation rows give the model a text that is also in the training data"
-            )
+            out.append(f"warning: {self.shared} evaluation rows give the model what is also in the training data")
         return out + [f"note: {note}" for note in self.notes]
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,5 +244,6 @@ def part_report(name: str, part: Part, tally: Tally, task: Task) -> PartReport:
         same=tuple(tally.same),
         duplicates=0 if rows[0].reader == "txt" else len(records) - distinct,
         unknown_share=tally.unknown / max(1, tally.tokens),
+        counted=task.counted,
         about=(*about, *(f"{what}: {count:,}" for what, count in tally.more.items() if count)),
     )

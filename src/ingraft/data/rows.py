@@ -24,9 +24,9 @@ class Row:
     Attributes:
         values: the fields of the row, as parsed; for a line of plain text `{"text": line}`.
         file: the source as the user named it (a path, a `datasets` folder or a hub id).
-        line: 1-based line at which the row begins; for sources without lines (parquet, `datasets`) the 1-based row
-            number.
-        reader: the kind of source: jsonl, json, csv, tsv, parquet, txt or datasets.
+        line: 1-based line at which the row begins; for sources without lines (parquet, `datasets`, pictures) the 1-based
+            row number.
+        reader: the kind of source: jsonl, json, csv, tsv, parquet, txt, datasets, npz, folder or picture.
     """
 
     values: Mapping[str, Any] = field(hash=False)

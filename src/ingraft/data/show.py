@@ -5,7 +5,7 @@ colour.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.data.examples import IGNORED, Tally
 from ingraft.data.rows import Row
@@ -13,12 +13,12 @@ from ingraft.data.tasks import TASKS, Settings
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ingraft.bases.reading import Reader
 
 
 def preview(
     row: Row,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     *,
     task: str = "sft",
     form: str = "auto",
@@ -30,7 +30,7 @@ def preview(
     """The tokens of one row, (text, learned), in order; the texts join to what the model reads.
 
     A token that ends within a character (common in Chinese) has an empty text, and the one that completes it carries
-    the character. What a row teaches beside tokens, such as its class, is the last entry.
+    the character. What is no token comes first, what a row teaches beside tokens, such as its class, last.
 
     Raises:
         IngraftError: as `load` does for this row.
@@ -41,7 +41,7 @@ def preview(
     records = shown.read(rows, form)[1]
     labels = shown.labels(records) if shown.labels is not None else ()
     how = Settings(
-        tokenizer=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat, truncation=truncation
+        reader=tokenizer, max_length=max_length, labels=labels, learn=learn, chat=chat, truncation=truncation
     )
     example = shown.encode(records, rows, how, Tally())[0]
     ids = [*example.input_ids, *(example.target or ())]
@@ -49,11 +49,12 @@ def preview(
     learned += [True] * len(example.target or ())
     if example.span is not None:
         learned = [example.span[0] <= at <= example.span[1] for at in range(len(example))]
+    seen = [(shown.sketch(example), False)] if shown.sketch is not None else []
     told = [(f" → {shown.told(records[0])}", True)] if shown.told is not None else []
-    return [*zip(token_texts(ids, tokenizer), learned, strict=True), *told]
+    return [*seen, *zip(token_texts(ids, how.reader), learned, strict=True), *told]
 
 
-def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Each token's text in its context; the texts of a whole sequence join to its decoding."""
     texts: list[str] = []
     before: list[int] = []  # the last whole token: some tokenizers drop the space of a token that stands first
@@ -72,5 +73,5 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     return texts
 
 
-def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
     return cast("str", tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""

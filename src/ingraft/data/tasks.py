@@ -25,6 +25,7 @@ from ingraft.data.labelled import (
     several_names,
 )
 from ingraft.data.matched import about_related, encode_related, spread_of
+from ingraft.data.pictured import about_pictures, encode_pictured, sketch
 from ingraft.data.preferences import answers_of, encode_judged, encode_preferences
 from ingraft.data.prompts import encode_prompts, with_answer
 from ingraft.data.records import (
@@ -34,6 +35,7 @@ from ingraft.data.records import (
     Labelled,
     Measured,
     Multilabelled,
+    Pictured,
     Preference,
     Ranking,
     Record,
@@ -50,13 +52,16 @@ from ingraft.errors import IngraftError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ingraft.bases.images import ImageReader
+    from ingraft.bases.reading import Reader
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """How records become examples.
 
     Attributes:
-        tokenizer: the base's.
+        reader: what the base reads rows with: a tokenizer or an image processor, as the task needs it.
         max_length: longest sequence in tokens.
         labels: what the model's outputs are called, in their order; empty for a task without such names.
         learn: for sft, `answer` or `all`.
@@ -65,13 +70,18 @@ class Settings:
         truncation: what is left of rows that are longer, see `cutting`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    reader: Reader
     max_length: int
     labels: tuple[str, ...] = ()
     learn: str = "answer"
     chat: bool | None = None
     stride: int = 128
     truncation: str = "keep_answer"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reader of a task on text."""
+        return cast("PreTrainedTokenizerBase", self.reader)
 
 
 Encode = Callable[[Sequence[Any], Sequence[Row], Settings, Tally], list[Example]]
@@ -97,6 +107,8 @@ class Task:
         cuts: the ways of cutting a row between which it makes a difference, of those that keep part of it.
         asks: whether rows are only asked, so that they may lack their answer in training too.
         notes: what is decided about a set of rows and may surprise.
+        counted: what a report calls examples, and what goes through the model.
+        sketch: what the model sees of an example, for people, where that is no tokens.
     """
 
     name: str
@@ -114,6 +126,8 @@ class Task:
     cuts: tuple[str, ...] = ()
     asks: bool = False
     notes: Callable[[Format, Settings], list[str]] | None = None
+    counted: tuple[str, str] = ("sequences", "tokens")
+    sketch: Callable[[Example], str] | None = None
 
     def read(self, rows: Sequence[Row], form: str = "auto") -> tuple[Format, list[Record]]:
         """The form of the rows and what they mean.
@@ -174,6 +188,10 @@ def _lm(records: Sequence[Document], rows: Sequence[Row], how: Settings, tally: 
 
 def _classify(records: Sequence[Labelled], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
     return encode_labelled(records, rows, how.tokenizer, how.labels, how.max_length, how.truncation, tally=tally)
+
+
+def _image_classify(records: Sequence[Pictured], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
+    return encode_pictured(records, rows, cast("ImageReader", how.reader), how.labels, tally=tally)
 
 
 def _regress(records: Sequence[Measured], rows: Sequence[Row], how: Settings, tally: Tally) -> list[Example]:
@@ -346,6 +364,19 @@ TASKS: Mapping[str, Task] = {
             classes=lambda record: (record.label,),
             told=lambda record: record.label,
             unanswered=_unclassified,
+        ),
+        Task(
+            name="image-classify",
+            records=(Pictured,),
+            rows="pictures with a class: a folder of class folders, {image, label} rows, or an .npz with images and labels",
+            encode=_image_classify,
+            labels=label_names,
+            classes=lambda record: (record.label,),
+            about=about_pictures,
+            told=lambda record: record.label,
+            unanswered=_unclassified,
+            counted=("images", "images"),
+            sketch=sketch,
         ),
         Task(
             name="multi-label",

@@ -1,4 +1,4 @@
-"""Examples as tensors, padded on the right. The one module of `data` that needs torch.
+"""Examples as tensors: tokens padded on the right, and what rows give beside them, made now. The one module of `data` that needs torch.
 
 Right padding: positions then count from the first real token without position ids, and under a causal mask no real
 token ever sees padding. Shapes: B rows, T positions of the longest row (rounded up to `multiple`).
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from ingraft.data.examples import IGNORED, Example
 from ingraft.errors import IngraftError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ingraft.bases.reading import Reader
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: Reader) -> int:
     """The id to pad with: the tokenizer's pad token, else its end token, else 0. Padding is masked, so the choice
     is never seen.
     """
@@ -37,11 +38,12 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
 
     Returns:
         `input_ids` and `attention_mask` (B, T) int64; `labels` (B, T) with -100 where nothing is learned, (B, S + 1) what a decoder writes,
-        (B,) classes, (B, K) float32 numbers or (B, 2) first and last token of the answer; `token_type_ids` (B, T) where the rows have them. Position t
+        (B,) classes, (B, K) float32 numbers or (B, 2) first and last token of the answer; `token_type_ids` (B, T) where the rows have them. What is made now
+        (`Example.lazy`) has its own names and B in front; where it is all there is, nothing else but the labels is. Position t
         of a model that writes predicts the label at t + 1: what a decoder writes has a -100 in front, and `decoder_attention_mask` (B, S).
 
     Raises:
-        IngraftError: no rows, or rows of both kinds.
+        IngraftError: no rows, rows of several kinds, or what is made now cannot be, or is not of one size.
     """
     if not examples:
         raise IngraftError("An empty batch has no tensors.")
@@ -54,10 +56,10 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
     def pad(row: Sequence[int], filler: int, width: int = width) -> list[int]:
         return [*row, *[filler] * (width - len(row))]
 
-    batch = {
-        "input_ids": torch.tensor([pad(e.input_ids, pad_id) for e in examples]),
-        "attention_mask": torch.tensor([pad([1] * len(e.input_ids), 0) for e in examples]),
-    }
+    batch = _made(examples)
+    if longest or not batch:
+        batch["input_ids"] = torch.tensor([pad(e.input_ids, pad_id) for e in examples])
+        batch["attention_mask"] = torch.tensor([pad([1] * len(e.input_ids), 0) for e in examples])
     if examples[0].labels is not None:
         batch["labels"] = torch.tensor([pad(e.labels or [], IGNORED) for e in examples])
     elif examples[0].target is not None:
@@ -73,6 +75,21 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple: int = 1) -> d
         batch["labels"] = torch.tensor([e.span for e in examples])
     if examples[0].token_type_ids is not None:
         batch["token_type_ids"] = torch.tensor([pad(e.token_type_ids or [], 0) for e in examples])
+    return batch
+
+
+def _made(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """What the rows give beside tokens."""
+    rows = [example.lazy.arrays() for example in examples if example.lazy is not None]
+    batch: dict[str, Tensor] = {}
+    for name in rows[0] if rows else ():
+        arrays = [row[name] for row in rows]
+        if len(shapes := {array.shape for array in arrays}) > 1:
+            sizes = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+            raise IngraftError(
+                f"{name} of one batch are of several sizes ({sizes}): the base's processor must bring all of them to one. Set its size and crop, or give rows of one size."
+            )
+        batch[name] = torch.from_numpy(np.stack(arrays))
     return batch
 
 

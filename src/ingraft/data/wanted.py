@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from ingraft.data.dataset import DataSet, load
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+    from ingraft.bases.reading import Reader
     from ingraft.recipe import Recipe
 
 
 def load_wanted(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     labels: tuple[str, ...] | None = None,
     scale: tuple[float, float] | None = None,
 ) -> DataSet:

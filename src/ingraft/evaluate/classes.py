@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.data.examples import Example
-from ingraft.evaluate.loss import Poll, by_length, device_of
+from ingraft.data.records import Pictured
+from ingraft.evaluate.loss import Poll, as_computed, by_length, device_of
 from ingraft.evaluate.measures import of_classes
 from ingraft.evaluate.modes import scoring
 from ingraft.evaluate.outputs import texts
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 
 if TYPE_CHECKING:
+    from ingraft.bases.images import ImageReader
     from ingraft.data.dataset import DataSet, Part
     from ingraft.data.rows import Row
 
@@ -63,7 +66,7 @@ def score_classes(
     with scoring(model):
         for positions, batch in by_length(examples, pad_id, batch_size, device_of(model), poll):
             labels_B = batch.pop("labels")
-            logits_BK = model(**batch).logits.float()
+            logits_BK = model(**as_computed(model, batch)).logits.float()
             losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none")
             columns = (
                 losses_B.tolist(),
@@ -124,3 +127,26 @@ class ClassifyScorer(Scorer):
             done(position, {"prediction": self.labels[best], "scores": scores})
 
         score_classes(self.model, self.encoded(rows, asked).examples, self.pad_id, asked.batch_size, done=told)
+
+
+class ImageClassifyScorer(ClassifyScorer):
+    """One class a picture."""
+
+    task: ClassVar[str] = "image-classify"
+
+    def trial(self) -> dict[str, Tensor]:
+        from PIL import Image
+
+        noise = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        picture = Image.fromarray(noise.numpy())
+        return {"pixel_values": torch.from_numpy(cast("ImageReader", self.reader)(picture))[None]}
+
+    def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = []
+        for example in examples:
+            record = part.records[example.row_id]
+            assert isinstance(record, Pictured), "the task's records"
+            size = " x ".join(map(str, record.image.size))
+            asked = {"prompt": f"{record.image.name} ({size})", "picture": record.image.thumbnail()}
+            found.append({**asked, "expected": record.label})
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,12 @@ def by_length(
         positions = order[start : start + batch_size]
         batch = collate([examples[i] for i in positions], pad_id)
         yield positions, {name: value.to(device) for name, value in batch.items()}
+
+
+def as_computed(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's inputs with what is no whole number in the dtype that its base computes in: a convolution takes no other."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:

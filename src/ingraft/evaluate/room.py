@@ -18,7 +18,7 @@ from ingraft.bases.places import places
 from ingraft.methods.contract import AttentionPart, InputPart
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ingraft.bases.reading import Reader
 
 
 def room(model: nn.Module) -> int:
@@ -30,7 +30,7 @@ def room(model: nn.Module) -> int:
     return found - longest(control, control.call, InputPart) - longest(control, control.call, AttentionPart)
 
 
-def hold(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+def hold(tokenizer: Reader, model: nn.Module) -> None:
     """Let the tokenizer declare no more than the model, as it stands, has room for: data are then cut to it."""
     tokenizer.model_max_length = min(tokenizer.model_max_length, max(2, room(model)))
 

@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor
 
 from ingraft import adapt
 from ingraft.data import pad_id
@@ -21,12 +24,13 @@ from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate.files import of_files
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import require
-from ingraft.evaluate.room import hold
+from ingraft.evaluate.room import hold, room
 from ingraft.recipe import Losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ingraft.bases.reading import Reader
     from ingraft.data.dataset import DataSet
     from ingraft.data.rows import Row
     from ingraft.evaluate.rewards import Rewards
@@ -36,6 +40,7 @@ SCORERS: Mapping[str, str] = {
     "lm": "writing:LmScorer",
     "seq2seq": "seq2seq:Seq2SeqScorer",
     "classify": "classes:ClassifyScorer",
+    "image-classify": "classes:ImageClassifyScorer",
     "multi-label": "multi_label:MultiLabelScorer",
     "regress": "regress:RegressScorer",
     "tag": "tags:TagScorer",
@@ -52,6 +57,14 @@ SCORERS: Mapping[str, str] = {
 
 LOWER = frozenset({"loss", "perplexity", "mse", "mae", "brier", "calibration_error"})
 """The metrics of which less is better."""
+
+# Abraham Lincoln's address at Gettysburg, 1863: public domain.
+TEXT = (
+    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and dedicated to the "
+    "proposition that all men are created equal. Now we are engaged in a great civil war, testing whether that nation, or any nation so "
+    "conceived and so dedicated, can long endure. We are met on a great battle-field of that war. We have come to dedicate a portion of "
+    "that field, as a final resting place for those who here gave their lives that that nation might live."
+)
 
 Done = Callable[[int, dict[str, Any]], None]
 """Told of every row as soon as it is answered: its position, and the fields it gets."""
@@ -100,18 +113,24 @@ class Scorer(ABC):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Reader,
         labels: Sequence[str] | None = None,
         losses: Losses | None = None,
     ) -> None:
         """Args:
+        tokenizer: what the base reads the task's rows with.
         labels: what the outputs are called, in their order; None where they have no names.
         losses: settings that only some tasks have; None for the usual ones.
         """
         self.losses = losses or Losses()
-        self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id(tokenizer)
+        self.model, self.reader, self.pad_id = model, tokenizer, pad_id(tokenizer)
         self.labels: tuple[str, ...] = tuple(labels) if labels is not None else ()
         self.rewards: Rewards | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reader of a task on text."""
+        return cast("PreTrainedTokenizerBase", self.reader)
 
     @abstractmethod
     def evaluate(
@@ -148,17 +167,22 @@ class Scorer(ABC):
             IngraftError: rows that cannot be used, by file and line.
         """
 
+    def trial(self) -> dict[str, Tensor]:
+        """The model's inputs of one row that no adapter was trained on, to compare two models on where no data are named."""
+        ids = self.tokenizer(TEXT, truncation=True, max_length=min(self.tokenizer.model_max_length, room(self.model)))
+        return {"input_ids": torch.tensor([ids["input_ids"]])}
+
     def encoded(self, rows: Sequence[Row], asked: Asked) -> Part:
         """Rows to be answered, as examples of this task; the tokenizer then declares no more than the model has room for.
 
         Raises:
             IngraftError: rows that cannot be used, by file and line.
         """
-        hold(self.tokenizer, self.model)
+        hold(self.reader, self.model)
         task, tally = task_of(self.task), Tally()
-        longest = min(asked.max_length, self.tokenizer.model_max_length)
+        longest = min(asked.max_length, self.reader.model_max_length)
         how = Settings(
-            tokenizer=self.tokenizer,
+            reader=self.reader,
             max_length=longest,
             labels=self.labels,
             stride=asked.stride,
@@ -187,7 +211,7 @@ def scorer_of(task: str) -> type[Scorer]:
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     data: DataSet,
     part: str = "eval",
     *,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from ingraft.errors import IngraftError, nearest
-from ingraft.recipe.fields import READY_TASKS, REFERENCE_TASKS, SAMPLING_TASKS, Recipe, Source
+from ingraft.recipe.fields import IMAGE_TASKS, READY_TASKS, REFERENCE_TASKS, SAMPLING_TASKS, Recipe, Source
 from ingraft.recipe.yaml import plain
 
 
@@ -38,6 +38,16 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.neftune_noise_alpha is not None and recipe.task in SAMPLING_TASKS:
         text = f"task {recipe.task!r} compares what the policy says with and without an update, and noise is neither; leave it out."
         yield ("neftune_noise_alpha", "task"), f"neftune_noise_alpha: {text}"
+    if recipe.task in IMAGE_TASKS:
+        noise = recipe.neftune_noise_alpha is not None
+        for key, asked, other in (
+            ("cache_frozen", recipe.cache_frozen, "false"),
+            ("data.packing", recipe.data.packing, "false"),
+            ("neftune_noise_alpha", noise, "out"),
+        ):
+            if asked:
+                text = f"is for tokens, and the rows of task {recipe.task!r} are pictures; leave it {other}."
+                yield (key, "task"), f"{key}: {text}"
     if recipe.learning_rate == "auto" and recipe.task in SAMPLING_TASKS:
         text = f"the loss of task {recipe.task!r} does not tell whether a step was good; give a number, or null."
         yield ("learning_rate", "task"), f"learning_rate: {text}"

@@ -24,9 +24,12 @@ SAMPLING_TASKS = ("ppo", "grpo")
 """Those that learn from answers which the model itself samples."""
 READY_TASKS = (
     *("sft", "lm", "seq2seq", "classify", "multi-label", "regress", "tag", "qa", "embed"),
+    "image-classify",
     *("reward", "dpo", "ipo", "kto"),
     *SAMPLING_TASKS,
 )
+IMAGE_TASKS = ("image-classify", "diffusion")
+"""Those whose rows are pictures and no tokens."""
 REFERENCE_TASKS = ("dpo", "ipo", "kto", *SAMPLING_TASKS)
 """Those that compare a policy with the one it was at first."""
 
@@ -53,10 +56,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """Where the rows come from and how they become token sequences."""
+    """Where the rows come from and how they become what a model reads."""
 
     train: str | list[Source] = _key(
-        "training rows: a file (jsonl, json, csv, tsv, parquet, txt, also .gz), a datasets folder or a hub id; or several, each with a weight if wanted "
+        "training rows: a file (jsonl, json, csv, tsv, parquet, txt, also .gz; npz of pictures), a folder of class folders with pictures, a datasets folder or a hub id; or several, each with a weight if wanted "
         "(FILE=2), its share of an epoch relative to the others'"
     )
     eval: float | int | str | list[Source] = _key(
@@ -167,7 +170,7 @@ class Recipe:
         "how the frozen base is held in memory: nf4, int8, keep (a GGUF's own blocks) or none (dense)", "none"
     )
     task: Task = _key(
-        "what is learned: sft (answers), lm (plain text), seq2seq (answers of a decoder behind an encoder), classify (a label), multi-label (several), regress (a number), tag (a tag a word), "
+        "what is learned: sft (answers), lm (plain text), seq2seq (answers of a decoder behind an encoder), classify (a label), image-classify (the label of a picture), multi-label (several), regress (a number), tag (a tag a word), "
         "qa (the passage that answers a question), embed (vectors, near where texts belong together), reward (which answer is better), dpo, ipo, kto (to give the better one), or ppo, grpo (what "
         "earns a reward)",
         "sft",

@@ -106,6 +106,7 @@ def digest(examples: Sequence[Example]) -> str:
         ):
             found.update(len(part).to_bytes(8, "little"))
             found.update(array("q", part).tobytes())
+        found.update((example.lazy.content if example.lazy is not None else "").encode())
         found.update(array("d", [*(example.values or ()), *(example.span or ())]).tobytes())  # nothing, for most tasks
     return found.hexdigest()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from ingraft.train.session import Order, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ingraft.bases.reading import Reader
     from ingraft.data.dataset import DataSet
     from ingraft.evaluate.rewards import Rewards
     from ingraft.train.checkpoint import Kept
@@ -45,7 +46,7 @@ class Crew:
 def crew_of(
     recipe: Recipe,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     objective: Objective,
     data: DataSet,
     rewards: Rewards | None,
@@ -68,8 +69,9 @@ def crew_of(
         objective.value = ValueObjective(model, objective.pad_id, judge, recipe.losses)
         value = _learner(recipe, model, VALUE, {"head": judge.head_1D})
         learners.append(value)
+    writes_with = cast("PreTrainedTokenizerBase", tokenizer)
     rollouts = Rollouts(
-        recipe, steps, model, tokenizer, data.parts["train"], order.rows, rewards, judge, objective.pad_id
+        recipe, steps, model, writes_with, data.parts["train"], order.rows, rewards, judge, objective.pad_id
     )
     return Crew(learners=learners, source=rollouts, kept=[rollouts])
 

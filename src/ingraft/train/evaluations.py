@@ -52,7 +52,7 @@ def _show(session: Session, progress: Progress) -> None:
     part = session.data.parts[name]
     answers = session.scorer.answers(part, examples, session.stop.check)
     told = [
-        {**question, "answer": answer}
+        {"prompt": question["prompt"], "expected": question["expected"], "answer": answer}
         for question, answer in zip(session.scorer.questions(part, examples), answers, strict=True)
     ]
     session.journal.write(step=progress.step, samples=told)

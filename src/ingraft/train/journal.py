@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ingraft import durable
 
+RATE = "_per_second"
+"""How the names of rates end: what is counted depends on the task."""
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -58,10 +61,11 @@ class Journal:
                 self._shown = f"loss {values['loss']:.3f}"
             self._bar.update(self._task, completed=done, shown=self._shown)
         elif "loss" in values:
+            rate, unit = rate_of(values)
             left = (time.perf_counter() - self._began) / max(1, done - self._first) * (self._total - done)
             self.say(
                 f"step {done}/{self._total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-                f"{values['step_seconds']:.2f} s/step  {values['tokens_per_second']:.0f} tokens/s  {_clock(left)} left"
+                f"{values['step_seconds']:.2f} s/step  {rate:.0f} {unit}/s  {_clock(left)} left"
             )
 
     def begin(self, done: int, total: int) -> None:
@@ -113,6 +117,12 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._journal.say(record.getMessage())
+
+
+def rate_of(line: Mapping[str, Any]) -> tuple[float, str]:
+    """How much a line of steps says was done a second, and of what."""
+    name = next(name for name in line if name.endswith(RATE) and not name.startswith("learned_"))
+    return line[name], name.removesuffix(RATE)
 
 
 def entries(path: Path) -> list[dict[str, Any]]:

@@ -23,11 +23,13 @@ from ingraft import adapt
 from ingraft.adapt.control import child_name, shared_name
 from ingraft.data import row_ids
 from ingraft.data.examples import Example
+from ingraft.data.tasks import task_of
 from ingraft.errors import IngraftError
 from ingraft.methods.registry import record
 from ingraft.train import checkpoint, finder, memory, recompute
 from ingraft.train.evaluations import evaluate
 from ingraft.train.frozen import groups
+from ingraft.train.journal import RATE
 from ingraft.train.learner import Learner
 from ingraft.train.machine import peak_memory
 from ingraft.train.objectives.base import finite
@@ -209,7 +211,7 @@ def fitting_gradients(
             if not memory.exhausted(error):
                 raise
             if size == 1 or not session.recipe.auto_find_batch_size:
-                raise IngraftError(memory.advice(size, max(map(len, rows)))) from error
+                raise IngraftError(memory.advice(size, max(rows, key=len))) from error
         memory.give_back()  # behind the handler: until its end the error holds on to the tensors of the step
         progress.micro_batch = size // 2
         session.journal.say(
@@ -267,6 +269,7 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
     recipe, plan = session.recipe, session.plan
     made = max(1, clock.steps)
     seconds = max(clock.seconds, 1e-9)
+    unit = task_of(recipe.task).counted[1]
     norm = max((norm for norm in norms if norm is not None), default=float("nan"))
     values: dict[str, Any] = {
         "step": progress.step,
@@ -275,8 +278,8 @@ def log_line(session: Session, progress: Progress, clock: Clock, norms: Sequence
         "learning_rate": progress.rate * factor(recipe.lr_scheduler_type, progress.step - 1, plan.total, plan.warmup),
         "grad_norm": norm,
         "step_seconds": clock.seconds / made,
-        "tokens_per_second": clock.tokens / seconds,
-        "learned_tokens_per_second": clock.learned / seconds,
+        f"{unit}{RATE}": clock.tokens / seconds,
+        f"learned_{unit}{RATE}": clock.learned / seconds,
         "peak_memory": peak_memory(),
         "roofline": session.meter.ratio(clock.seconds, clock.work),
     }

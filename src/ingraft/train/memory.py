@@ -130,11 +130,12 @@ def probe(model: nn.Module, objective: Objective, blocks: Sequence[nn.Module], r
 
 
 def plenty(model: nn.Module, rows: int, length: int) -> bool:
-    """Whether a generous guess takes less than a quarter of what is free; False where the base does not tell its size."""
+    """Whether a generous guess takes less than a quarter of what is free; False where the base does not tell its size, or reads no tokens."""
     free = free_memory(next(model.parameters()).device)
     config = cast(Any, model).config.get_text_config() if hasattr(model, "config") else None
     width, depth = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers"))
-    if free is None or not isinstance(width, int) or not isinstance(depth, int):
+    by_token = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    if free is None or not by_token or not isinstance(width, int) or not isinstance(depth, int):
         return False
     size = next(model.parameters()).element_size()
     return rows * length * width * depth * GUESS * max(2, size) + _fixed(model) < free / 4
@@ -193,9 +194,7 @@ def choose(model: nn.Module, objective: Objective, rows: Sequence[Example], reci
     def need(size: int) -> int:
         return forecast(model, kept, size, chosen)
 
-    need_of_all = (
-        f"{asked} rows of {len(longest)} tokens need about {gigabytes(need(asked))}, {gigabytes(free)} are free"
-    )
+    need_of_all = f"{asked} {_rows(longest)} need about {gigabytes(need(asked))}, {gigabytes(free)} are free"
     why: list[str] = []
     if wanted == "auto" and need(asked) > free:
         ways = [part[:n] for n in range(len(part) + 1)]
@@ -207,9 +206,7 @@ def choose(model: nn.Module, objective: Objective, rows: Sequence[Example], reci
     if size != asked:
         why.append(f"{need_of_all}: {size} at a time, and the effective batch as it was.")
     if need(size) > free:
-        why.append(
-            f"{size} rows of {len(longest)} tokens may not fit: about {gigabytes(need(size))} are needed. {LESS}"
-        )
+        why.append(f"{size} {_rows(longest)} may not fit: about {gigabytes(need(size))} are needed. {LESS}")
     return Choice(rows=size, recomputed=chosen, why=tuple(why))
 
 
@@ -218,10 +215,14 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def advice(rows: int, length: int) -> str:
+def _rows(longest: Example) -> str:
+    return f"rows of {len(longest)} tokens" if longest.input_ids else "rows"
+
+
+def advice(rows: int, longest: Example) -> str:
     """What to do where a step runs out of memory and cannot be made smaller."""
     fewer = "" if rows == 1 else " auto_find_batch_size: true takes fewer rows at once."
-    return f"Memory ran out in a step with {rows} rows of up to {length} tokens at a time; the last checkpoint is from before.{fewer} {LESS}"
+    return f"Memory ran out in a step with {rows} {_rows(longest)} at a time; the last checkpoint is from before.{fewer} {LESS}"
 
 
 def exhausted(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from ingraft.evaluate.files import plain_name
 from ingraft.evaluate.scorer import LOWER, scorer_of
 from ingraft.recipe import Recipe, to_yaml
 from ingraft.train.curves import Series, chart
+from ingraft.train.journal import rate_of
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5c6670; --line: #dde2e7; --paper: #ffffff; --card: #f6f8fa;
@@ -43,7 +44,7 @@ th { font-weight: 600; color: var(--soft); font-size: .85rem; } td.n, th.n { tex
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1rem; margin-bottom: .9rem; }
 .sample pre, details pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit; }
 .sample dl { display: grid; grid-template-columns: 6rem 1fr; gap: .45rem .8rem; margin: 0; } .sample dt { color: var(--soft); font-size: .85rem; padding-top: .1rem; }
-.sample dd { margin: 0; } details pre, code { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+.sample img { float: right; min-width: 6rem; image-rendering: pixelated; border-radius: .3rem; } .sample dd { margin: 0; } details pre, code { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 details { margin-top: .6rem; } summary { cursor: pointer; color: var(--soft); }
 details pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; margin-top: .5rem; overflow-x: auto; }
 """
@@ -64,7 +65,7 @@ def write_report(
 
     Args:
         metrics: {"before", "after"}, or empty.
-        samples: rows with prompt, expected, before and after.
+        samples: rows with prompt, expected, before and after; `picture` is the address of what is shown beside them.
         log: the lines of log.jsonl.
         data: the data report, line by line.
         about: what the manifest says of the run.
@@ -114,8 +115,8 @@ def _tiles(
     steps = [line for line in log if "step_seconds" in line]
     if steps:
         seconds = sorted(line["step_seconds"] for line in steps)[len(steps) // 2]
-        speed = sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2]
-        tiles.append((f"{seconds:.2f} s", f"a step, {speed:,.0f} tokens a second"))
+        speed, unit = sorted(map(rate_of, steps))[len(steps) // 2]
+        tiles.append((f"{seconds:.2f} s", f"a step, {speed:,.0f} {unit} a second"))
     if about.get("peak_memory"):
         tiles.append((f"{about['peak_memory'] / 2**30:.2f} GB", "peak memory"))
     cells = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in tiles)
@@ -186,7 +187,8 @@ def _sample(sample: Mapping[str, str], log: Sequence[Mapping[str, Any]]) -> str:
     items = "".join(
         f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in [*ends[:3], *between, *ends[3:]]
     )
-    return f'<div class="sample"><dl>{items}</dl></div>'
+    picture = f'<img src="{escape(sample["picture"])}" alt="">' if "picture" in sample else ""
+    return f'<div class="sample">{picture}<dl>{items}</dl></div>'
 
 
 def _environment(about: Mapping[str, Any]) -> str:

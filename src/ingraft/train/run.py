@@ -20,7 +20,7 @@ import torch
 from ingraft import adapt, durable
 from ingraft.adapt.control import require_control
 from ingraft.adapt.files import CONFIG, WEIGHTS, base_of, save_members, serialised
-from ingraft.bases import load_base, load_tokenizer, reserve
+from ingraft.bases import load_base, load_reader, reserve
 from ingraft.data import collate, pad_id
 from ingraft.data.dataset import DataSet
 from ingraft.data.examples import Example
@@ -48,7 +48,9 @@ from ingraft.train.session import Progress, Session
 from ingraft.train.stop import Stop, Stopped
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from ingraft.bases.reading import Reader
 
 ROWS_TO_START_FROM = 64
 """So many training rows, from the front, are shown to a method that starts from data."""
@@ -65,7 +67,7 @@ class Run:
         steps: optimiser steps made. seconds: of this process.
         skipped, masked: steps left out because something was not finite, or nothing was learned.
         profile: of one step, where it was asked for (see `train.profile`).
-        model, tokenizer: the trained model, adapter active.
+        model, tokenizer: the trained model, adapter active, and what it reads rows with.
     """
 
     folder: Path
@@ -77,7 +79,7 @@ class Run:
     masked: int
     profile: dict[str, Any] | None = None
     model: PreTrainedModel = field(repr=False)
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    tokenizer: Reader = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +88,7 @@ class Prepared:
 
     recipe: Recipe
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Reader
     data: DataSet
     objective: Objective
     scorer: Scorer
@@ -146,7 +148,7 @@ def train(
 
 def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, allow_base_mismatch: bool) -> Prepared:
     """Data, base, adapter and objective, nothing written yet."""
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code, recipe.quantization)
+    tokenizer = load_reader(recipe.model, recipe.task, trust_remote_code, recipe.quantization)
     reserve(tokenizer, virtual_tokens(recipe.method, recipe.method_config, recipe.init_adapter))
     data = load_wanted(recipe, tokenizer)
     for line in data.report.lines():

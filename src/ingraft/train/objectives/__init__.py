@@ -21,6 +21,7 @@ OBJECTIVES: Mapping[str, str] = {
     "lm": "causal:CausalObjective",
     "seq2seq": "causal:CausalObjective",
     "classify": "classify:ClassifyObjective",
+    "image-classify": "classify:ClassifyObjective",
     "multi-label": "multi_label:MultiLabelObjective",
     "regress": "regress:RegressObjective",
     "tag": "tag:TagObjective",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ingraft.data import collate
 from ingraft.data.examples import Example
-from ingraft.evaluate.loss import Poll, device_of
+from ingraft.evaluate.loss import Poll, as_computed, device_of
 from ingraft.recipe import Losses
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Objective(ABC):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the model is given of a batch."""
-        return {name: value for name, value in batch.items() if name not in self.beside}
+        return as_computed(self.model, {name: value for name, value in batch.items() if name not in self.beside})
 
     def notice(self, name: str, total: Tensor, count: Tensor) -> None:
         """Add to a mean that the next line of the log tells, beside the loss."""
