@@ -198,6 +198,7 @@ def test_half_precision_computes_in_the_bases_dtype(of: Make) -> None:
         ({"task": "classify"}, "task classify needs .*image-label rows.*--task image-classify"),
         ({"cache_frozen": True, "num_train_epochs": 2}, "cache_frozen: is for tokens"),
         ({"data_packing": True}, "data.packing: is for tokens"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: is for tokens"),
         ({"data_train": "rows.jsonl"}, "task image-classify needs pictures with a class"),
     ],
 )
