@@ -33,7 +33,7 @@ def main() -> None:
     ask.add_argument("--data", required=True, help="an .npz with images (N, H, W) or (N, H, W, 3) and labels")
     ask.add_argument("--test", required=True, help="another, of the same classes")
     ask.add_argument("--hold-out", nargs="+", default=["4", "9"], help="the classes that pretraining does not see")
-    ask.add_argument("--epochs", type=int, default=20, help="of pretraining")
+    ask.add_argument("--epochs", type=int, default=8, help="of pretraining")
     ask.add_argument("--pictures", type=int, nargs="+", default=[50, 500], help="how many the base is adapted by")
     ask.add_argument("--output", default="runs/vision")
     asked = ask.parse_args()

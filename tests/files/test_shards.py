@@ -176,7 +176,7 @@ class Words:
 
 def verb(source: Path, model: Any, target: Path, bound: float | None) -> tuple[dict[str, Any], list[str]]:
     """What `ingraft merge` finds and says."""
-    recipe = cast(Any, SimpleNamespace(model="base"))
+    recipe = cast(Any, SimpleNamespace(model="base", task="sft"))
     read = Opened(model=model, tokenizer=cast(Any, Words()), recipe=recipe, adapter="a", source=str(source))
     said: list[str] = []
     return merge_and_write(read, target, None, bound=bound, overwrite=False, say=said.append), said
