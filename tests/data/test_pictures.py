@@ -238,6 +238,9 @@ def test_folders_that_are_no_classes_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "parts" / "train" / "dog" / ".hidden").write_text("")
     rows = read_rows(tmp_path / "parts" / "train" / "cat")
     assert [row.values for row in rows] == [{"image": "1.png"}]
+    (tmp_path / "parts" / "train" / "rows.jsonl").write_text("{}")
+    with pytest.raises(IngraftError, match=r"Name one of its files: rows\.jsonl"):
+        read_rows(tmp_path / "parts" / "train")
 
 
 def test_a_processor_that_makes_several_sizes_is_refused(tmp_path: Path, forms: dict[str, Path]) -> None:

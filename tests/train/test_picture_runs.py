@@ -196,6 +196,7 @@ def test_half_precision_computes_in_the_bases_dtype(of: Make) -> None:
     [
         ({"model": "llama"}, "transformers has no image classifier for a llama model"),
         ({"task": "classify"}, "task classify needs .*image-label rows.*--task image-classify"),
+        ({"task": "sft"}, "vit: looks at images, and the task 'sft' reads text"),
         ({"cache_frozen": True, "num_train_epochs": 2}, "cache_frozen: is for tokens"),
         ({"data_packing": True}, "data.packing: is for tokens"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: is for tokens"),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+PROCESSOR = "preprocessor_config.json"
+"""Where a folder of transformers keeps what its image processor does."""
 MODES = {1: "L", 3: "RGB"}
 """Channels of a base, and Pillow's name for such pictures."""
 
@@ -85,10 +87,10 @@ def load_images(name: str, source: str, options: dict[str, Any]) -> ImageReader:
 
     config = AutoConfig.from_pretrained(source, **options)
     if Path(source).is_dir() and not any(
-        (Path(source) / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
+        (Path(source) / file).is_file() for file in (PROCESSOR, "processor_config.json")
     ):
         raise IngraftError(
-            f"{name}: holds no preprocessor_config.json, which says how a picture is cut and scaled for it. Put the one there that the base was trained "
+            f"{name}: holds no {PROCESSOR}, which says how a picture is cut and scaled for it. Put the one there that the base was trained "
             "with, or use a base that looks at images."
         )
     channels = getattr(config, "num_channels", 3)

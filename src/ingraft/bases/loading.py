@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ingraft.bases import dense_gguf
@@ -20,7 +21,7 @@ from ingraft.bases.dtypes import as_dtype, default_device
 from ingraft.bases.generic import saved_class
 from ingraft.bases.heads import HEADS, IMAGES
 from ingraft.bases.hush import quiet
-from ingraft.bases.images import load_images
+from ingraft.bases.images import PROCESSOR, load_images
 from ingraft.bases.naming import find, gguf_of
 from ingraft.bases.places import places
 from ingraft.errors import IngraftError, nearest
@@ -170,7 +171,13 @@ def load_reader(name: str, task: str, trust_remote_code: bool = False, quantizat
 
     head = HEADS[task]
     if head.reads != IMAGES:
-        return load_tokenizer(name, trust_remote_code, quantization)
+        try:
+            return load_tokenizer(name, trust_remote_code, quantization)
+        except IngraftError as error:
+            if not (Path(find(name)[0]) / PROCESSOR).is_file():
+                raise
+            text = f"{name}: looks at images, and the task {task!r} reads text; use --task image-classify, or another base."
+            raise IngraftError(text) from error
     source, options = find(name)
     options["trust_remote_code"] = trust_remote_code
     with quiet(), _explained(name, source):

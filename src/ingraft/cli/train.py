@@ -72,9 +72,11 @@ def show_profile(output: Output, profile: dict[str, Any]) -> None:
     """Two tables: the parts of the step, and its longest operations."""
     seconds = profile["seconds"]
     ratio = "" if profile["roofline"] is None else f", {profile['roofline']:.2f} times its matrix products alone"
+    counted = profile["tokens"] != profile["rows"]  # a picture has none, and counts as one
+    tokens = f", {profile['tokens']:,} tokens" if counted else ""
     output.say(
         "",
-        f"profile of step {profile['step']}: {profile['rows']} rows, {profile['tokens']:,} tokens, {seconds:.2f} s{ratio}",
+        f"profile of step {profile['step']}: {profile['rows']} rows{tokens}, {seconds:.2f} s{ratio}",
     )
     parts = {**profile["phases"], "the rest": max(0.0, seconds - sum(profile["phases"].values()))}
     output.table(

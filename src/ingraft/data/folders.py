@@ -8,6 +8,7 @@ from ingraft.data.rows import Row
 from ingraft.errors import IngraftError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".npz")
 MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
 PARTS = frozenset({"train", "test", "val", "valid", "validation", "dev", "eval"})
 _LITTER = frozenset({"thumbs.db", "desktop.ini"})
@@ -20,7 +21,7 @@ def is_picture(data: bytes, extension: str) -> bool:
 
 
 def picture_rows(path: Path, name: str) -> list[Row]:
-    """A folder's pictures: of a class a folder, or all without a class. Nothing where there are none.
+    """A folder's pictures: of a class a folder, or all without a class. Nothing where there are none, or files of rows beside them.
 
     Everything in a class's folder, and in folders in it, counts as a picture of that class, but for hidden files.
 
@@ -31,6 +32,8 @@ def picture_rows(path: Path, name: str) -> list[Row]:
         IngraftError: its folders are no classes, or cannot all be.
     """
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    if any(entry.suffix.lower() in TABLES for entry in entries):
+        return []  # which of them is meant is for the user to say
     alone = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in PICTURES]
     classes = {entry.name: _files(entry) for entry in entries if entry.is_dir()}
     if not any(file.suffix.lower() in PICTURES for files in classes.values() for file in files):
