@@ -14,7 +14,8 @@ from ingraft.data.examples import Example, Tally
 from ingraft.data.formats import Format
 from ingraft.data.mixing import Mixture, Origin, Part, joined, short_names
 from ingraft.data.readers import read_rows
-from ingraft.data.records import Record, given
+from ingraft.data.records import Record
+from ingraft.data.repeats import leaks_of
 from ingraft.data.report import UNKNOWN_LIMIT, DataReport, PartReport, report_of_files, shares_of
 from ingraft.data.rows import Row, refuse
 from ingraft.data.splits import Eval, choose, evaluation_size
@@ -161,16 +162,16 @@ def load(
         [(file.source, file.unknown_share) for report in reports for file in report.files or (report,)], tokenizer
     )
     mixture = Mixture(parts["train"].origins, seed)
-    seen = {given(record) for record in parts["train"].records}
+    behind = parts["train"].rows, parts["train"].records
+    leaks = {name: leaks_of(part.rows, part.records, behind) for name, part in parts.items() if name != "train"}
     report = DataReport(
         format=", ".join(each.name for each in forms),
         task=task,
         max_length=max_length,
         parts=tuple(reports),
         shares=shares_of(parts["train"], mixture),
-        shared=sum(given(r) in seen for name in parts if name != "train" for r in parts[name].records)
-        if forms[0].name != "lines"
-        else 0,
+        shared=sum(each.same.count for each in leaks.values()),
+        leaks=leaks,
         notes=tuple(notes),
     )
     return DataSet(

@@ -180,6 +180,31 @@ def given(record: Record) -> str:
             return f"{record.context}\x1e{record.question}"
 
 
+def told(record: Record) -> str:
+    """What a record says beside what is `given`, as one string; the turns of a conversation that are given are no part of it."""
+    match record:
+        case Chat():
+            return "\x1e".join(m["content"] for m in record.messages[-1:] if m["role"] == "assistant")
+        case Labelled():
+            return record.label
+        case Multilabelled():
+            return "\x1f".join(sorted(record.labels))
+        case Measured() | Related():  # a text that belongs to another is part of what is given
+            return "" if record.value is None else repr(record.value)
+        case Document():
+            return ""
+        case Preference():
+            return f"{record.chosen}\x1e{record.rejected}"
+        case Ranking():
+            return "\x1e".join(f"{place}\x1f{text}" for text, place in zip(record.answers, record.places, strict=True))
+        case Judged():
+            return f"{record.completion}\x1e{record.good}"
+        case Tagged():
+            return "\x1f".join(record.tags)
+        case Span():
+            return "\x1e".join(text for text, _ in record.answers)
+
+
 def kept_together(record: Record) -> str:
     """What may not stand on both sides of a split: what the model is given, the context that several questions share, the text that several others
     belong to."""

@@ -6,12 +6,13 @@ Every branch of encoding that loses or changes a row has a number here, and a nu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ingraft.data.examples import Tally
 from ingraft.data.mixing import Mixture, Part
+from ingraft.data.repeats import Leaks, Repeats, repeats_of
 from ingraft.data.rows import LISTED
 from ingraft.data.tasks import Task
 
@@ -32,6 +33,7 @@ class PartReport:
         examples: sequences made of them (blocks, for plain text).
         tokens: tokens the model reads per epoch, after cutting.
         lengths: shortest, median, 95 % and longest sequence in tokens, before cutting.
+        spread: how many sequences have up to so many tokens, and more than the entry before; each entry is twice the one before.
         learned_share: share of the tokens that the loss counts; 1 where it counts rows.
         labels: rows per class, largest first; empty for language models.
         cut: rows that were cut at `max_length`.
@@ -39,7 +41,7 @@ class PartReport:
         long: rows left out because they are longer than `max_length`; by place.
         dropped: rows without a learned token, mostly because their whole answer was cut away; by place.
         same: rows dropped because their answers are the same, as written or within `max_length`; by place.
-        duplicates: rows that repeat an earlier row entirely.
+        duplicates: rows that repeat an earlier row entirely. repeats: these and others by place, see `repeats`.
         unknown_share: share of tokens that the tokenizer does not know.
         about: lines on what only some tasks have: numbers, tags, windows.
         counted: what examples and what goes through the model are called.
@@ -52,6 +54,7 @@ class PartReport:
     examples: int
     tokens: int
     lengths: tuple[int, int, int, int]
+    spread: tuple[tuple[int, int], ...]
     learned_share: float
     labels: dict[str, int]
     cut: int
@@ -60,6 +63,7 @@ class PartReport:
     dropped: tuple[str, ...]
     same: tuple[str, ...]
     duplicates: int
+    repeats: Repeats
     unknown_share: float
     about: tuple[str, ...] = ()
     counted: tuple[str, str] = ("sequences", "tokens")
@@ -71,6 +75,9 @@ class PartReport:
         out = [f"{self.name}: {self.rows:,} rows from {self.source}, {self._counts()}"]
         if longest:
             out.append(f"  length in tokens: shortest {least}, median {median}, 95 % below {most}, longest {longest}")
+        if longest and len(self.spread) > 1:
+            total = sum(count for _, count in self.spread)
+            out.append("    up to " + ", ".join(f"{size}: {count / total:.0%}" for size, count in self.spread))
         if self.labels:
             shown = [f"{name} {count} ({count / self.rows:.0%})" for name, count in list(self.labels.items())[:LISTED]]
             rest = len(self.labels) - len(shown)
@@ -89,8 +96,14 @@ class PartReport:
         ):
             if places:
                 out.append(f"  dropped, {why}: {len(places)} rows {_some(places)}")
-        if self.duplicates:
-            out.append(f"  duplicates: {self.duplicates} rows repeat an earlier one")
+        found = self.repeats
+        for pairs, what in (
+            (found.same, "duplicates: {} rows repeat an earlier one"),
+            (found.alike, "near duplicates: {} rows repeat an earlier one but for case, spaces or punctuation"),
+            (found.contrary, "{} rows give the model what an earlier one gives, with another answer"),
+        ):
+            if pairs.count:
+                out.append(f"  {what.format(pairs.count)} {pairs.shown}")
         if self.unknown_share:
             out.append(f"  unknown tokens: {self.unknown_share:.2%}")
         return out + [f"  {file.line()}" for file in self.files]
@@ -165,6 +178,7 @@ class DataReport:
         parts: train, then eval and test where there are any.
         shares: what an epoch holds of each file, where there are several.
         shared: rows of eval and test whose text also stands in train (possible only with files of their own).
+        leaks: these, and such as differ from one in train by case, spaces or punctuation alone, by part.
         notes: what was decided on the way and may surprise.
     """
 
@@ -173,6 +187,7 @@ class DataReport:
     max_length: int
     parts: tuple[PartReport, ...]
     shared: int
+    leaks: Mapping[str, Leaks]
     shares: tuple[Share, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -186,6 +201,10 @@ class DataReport:
                 out += ["  an epoch:", *(f"    {share.line()}" for share in self.shares)]
         if self.shared:
             out.append(f"warning: {self.shared} evaluation rows give the model what is also in the training data")
+        for name, leaks in self.leaks.items():
+            for pairs, how in ((leaks.same, "the text"), (leaks.alike, "but for case, spaces or punctuation the text")):
+                if pairs.count:
+                    out.append(f"  {name}: {pairs.count} rows have {how} of a training row {pairs.shown}")
         return out + [f"note: {note}" for note in self.notes]
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,6 +215,15 @@ class DataReport:
 def _some(places: Sequence[str]) -> str:
     """The first of them, in brackets."""
     return f"({', '.join(places[:LISTED])}{', ...' if len(places) > LISTED else ''})"
+
+
+def spread_of(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Counts by size, each size a power of two and at least 8; without sizes below the first that has any."""
+    counts = Counter(max(8, 1 << (length - 1).bit_length()) if length else 8 for length in lengths)
+    if not counts:
+        return ()
+    sizes = [8 << n for n in range(40) if min(counts) <= 8 << n <= max(counts)]
+    return tuple((size, counts[size]) for size in sizes)
 
 
 def quantiles(lengths: Sequence[int]) -> tuple[int, int, int, int]:
@@ -227,7 +255,7 @@ def part_report(name: str, part: Part, tally: Tally, task: Task) -> PartReport:
     classes = Counter(name for record in records for name in (task.classes(record) if task.classes is not None else ()))
     by_token = bool(examples) and (examples[0].labels is not None or examples[0].target is not None)
     about = task.about(records) if task.about is not None and records else []
-    distinct = len({repr(record) for record in records})
+    repeats = repeats_of(rows, records)
     return PartReport(
         name=name,
         source=rows[0].file,
@@ -235,6 +263,7 @@ def part_report(name: str, part: Part, tally: Tally, task: Task) -> PartReport:
         examples=sum(len(example.sequences) for example in examples),
         tokens=tokens,
         lengths=quantiles(tally.lengths),
+        spread=spread_of(tally.lengths),
         learned_share=learned / max(1, tokens) if by_token else 1.0,
         labels=dict(classes.most_common()),
         cut=tally.cut,
@@ -242,7 +271,8 @@ def part_report(name: str, part: Part, tally: Tally, task: Task) -> PartReport:
         long=tuple(tally.long),
         dropped=tuple(tally.dropped),
         same=tuple(tally.same),
-        duplicates=0 if rows[0].reader == "txt" else len(records) - distinct,
+        duplicates=repeats.same.count,
+        repeats=repeats,
         unknown_share=tally.unknown / max(1, tally.tokens),
         counted=task.counted,
         about=(*about, *(f"{what}: {count:,}" for what, count in tally.more.items() if count)),
