@@ -375,6 +375,19 @@ def detect(rows: Sequence[Row]) -> str:
     )
 
 
+def _fields(names: Sequence[str]) -> str:
+    return f"field {names[0]!r} is" if len(names) == 1 else f"fields {' and '.join(map(repr, names))} are"
+
+
+def _other_form(row: Row, chosen: Format) -> str:
+    """What else the row could be."""
+    fits = (form.name for form in FORMATS.values() if form.detected and not missing(row.values, form))
+    other = next((name for name in fits if name != chosen.name), None)
+    if other is None:
+        return ""
+    return f"; as it is, it is of form {other}: rows of another form belong in a file of their own (--data FILE --data FILE)"
+
+
 def _partly(found: Mapping[str, int]) -> str:
     """The form of which most is there, and what it lacks; nothing where no field is known."""
     known = [name for name in found if name in FIELDS]
@@ -417,7 +430,7 @@ def read_records(
             if lacking:
                 others = [name for name in row.values if name not in chosen.fields]
                 hint = next((f"; it has '{name}'" for name in others if nearest(name, lacking, count=1)), "")
-                raise RowProblem(f"field {' and '.join(repr(name) for name in lacking)} is missing{hint}")
+                raise RowProblem(f"{_fields(lacking)} missing{hint or _other_form(row, chosen)}")
             record = chosen.read(row.values)
             records.append(record if chosen.opens is None else chosen.opens(record, row))
         except RowProblem as problem:
