@@ -12,7 +12,7 @@ looks like a bad model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -31,6 +31,9 @@ IGNORED = -100
 """The label of a token that is read but not learned, as torch's cross entropy understands it."""
 
 LEARN = ("answer", "all")
+
+CHUNK = 2048
+"""Texts in one call of a tokenizer."""
 
 
 class Lazy(Protocol):
@@ -292,10 +295,17 @@ def _adds_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each text, without added special tokens and without the warning about long sequences."""
-    if not texts:
-        return []
-    return cast("list[list[int]]", tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    """Token ids without the tokenizer's own special tokens."""
+    found: list[list[int]] = []
+    for some in chunks(texts):
+        found += cast("list[list[int]]", tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
+    return found
+
+
+def chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """So many at once as keep all cores busy. What a tokenizer returns beside the ids takes several times their room, and is given back after each chunk."""
+    for start in range(0, len(texts), CHUNK):
+        yield list(texts[start : start + CHUNK])
 
 
 def count_unknown(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ingraft.data.cutting import cutting
-from ingraft.data.examples import Example, Tally, count_unknown
+from ingraft.data.examples import CHUNK, Example, Tally, count_unknown
 from ingraft.data.formats import read_records
 from ingraft.data.records import Labelled, Measured, Multilabelled, Record, label_of
 from ingraft.data.rows import Row, refuse
@@ -127,25 +127,39 @@ def _encode(
     """Examples of the records' texts, each with its goal, which fields of `Example` hold."""
     if not records:
         return []
-    firsts = [record.text for record in records]
     paired = any(record.text2 is not None for record in records)
-    seconds = [record.text2 or "" for record in records] if paired else None
-    whole = cast("list[list[int]]", tokenizer(firsts, seconds, verbose=False)["input_ids"])
-    both = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)] if seconds else firsts
-    count_unknown(both, whole, tokenizer, tally)
-    tally.tokens -= len(both) * tokenizer.num_special_tokens_to_add(pair=paired)  # they are no part of the text
-    with cutting(tokenizer, truncation):
-        short = tokenizer(firsts, seconds, truncation=True, max_length=max_length, verbose=False)
-    types = cast("list[list[int]] | None", short.get("token_type_ids"))
     examples: list[Example] = []
-    for number, (ids, full, goal) in enumerate(
-        zip(cast("list[list[int]]", short["input_ids"]), whole, goals, strict=True)
-    ):
-        tally.lengths.append(len(full))
-        if len(ids) < len(full):
-            tally.shortened.append(number)
-        kinds = types[number] if types is not None else None
-        examples.append(Example(input_ids=ids, token_type_ids=kinds, row_id=number, **goal))
+    for start in range(0, len(records), CHUNK):
+        some = records[start : start + CHUNK]
+        firsts = [record.text for record in some]
+        seconds = [record.text2 or "" for record in some] if paired else None
+        whole = tokenizer(firsts, seconds, verbose=False)
+        ids = cast("list[list[int]]", whole["input_ids"])
+        kinds = cast("list[list[int]] | None", whole.get("token_type_ids"))
+        both = [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)] if seconds else firsts
+        count_unknown(both, ids, tokenizer, tally)
+        tally.tokens -= len(both) * tokenizer.num_special_tokens_to_add(pair=paired)  # they are no part of the text
+        tally.lengths += map(len, ids)
+        if long := [at for at, one in enumerate(ids) if len(one) > max_length]:
+            tally.shortened += [start + at for at in long]
+            others = [seconds[at] for at in long] if seconds is not None else None
+            with cutting(tokenizer, truncation):
+                short = tokenizer(
+                    [firsts[at] for at in long], others, truncation=True, max_length=max_length, verbose=False
+                )
+            for number, at in enumerate(long):
+                ids[at] = cast("list[list[int]]", short["input_ids"])[number]
+                if kinds is not None:
+                    kinds[at] = cast("list[list[int]]", short["token_type_ids"])[number]
+        examples += [
+            Example(
+                input_ids=one,
+                token_type_ids=kinds[at] if kinds is not None else None,
+                row_id=start + at,
+                **goals[start + at],
+            )
+            for at, one in enumerate(ids)
+        ]
     return examples
 
 
