@@ -185,7 +185,7 @@ def told(record: Record) -> str:
     match record:
         case Chat():
             return "\x1e".join(m["content"] for m in record.messages[-1:] if m["role"] == "assistant")
-        case Labelled():
+        case Labelled() | Pictured():
             return record.label
         case Multilabelled():
             return "\x1f".join(sorted(record.labels))

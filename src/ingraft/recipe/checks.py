@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from ingraft.errors import IngraftError, nearest
-from ingraft.recipe.fields import IMAGE_TASKS, READY_TASKS, REFERENCE_TASKS, SAMPLING_TASKS, Recipe, Source
+from ingraft.recipe.fields import (
+    IMAGE_TASKS,
+    READY_TASKS,
+    REFERENCE_TASKS,
+    SAMPLING_TASKS,
+    Recipe,
+    Source,
+    sources_of,
+)
 from ingraft.recipe.yaml import plain
 
 
@@ -51,6 +59,8 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.learning_rate == "auto" and recipe.task in SAMPLING_TASKS:
         text = f"the loss of task {recipe.task!r} does not tell whether a step was good; give a number, or null."
         yield ("learning_rate", "task"), f"learning_rate: {text}"
+    if recipe.meta.inner_steps:
+        yield from _rounds(recipe)
     if recipe.max_steps == 0:
         yield ("max_steps",), "max_steps: 0 steps train nothing; use -1 to follow num_train_epochs."
     if recipe.cache_frozen and recipe.max_steps == -1 and recipe.num_train_epochs <= 1:
@@ -91,6 +101,23 @@ def _sources(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                 (f"data.{key}",),
                 f"data.{key}: {', '.join(weighted)}: a weight is for training files only; leave it out.",
             )
+
+
+def _rounds(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What rounds over files cannot be combined with."""
+    files = sources_of(recipe.data.train)
+    if len(files) < 2:
+        yield (
+            ("meta.inner_steps", "data.train"),
+            "meta.inner_steps: each file is a task, and data.train names one; name several.",
+        )
+    if any(source.weight is not None for source in files):
+        text = "every file has as many rounds as the others, so weights would mean nothing; leave them out."
+        yield ("meta.inner_steps", "data.train"), f"meta.inner_steps: {text}"
+    if recipe.task in (*SAMPLING_TASKS, *REFERENCE_TASKS):
+        yield ("meta.inner_steps", "task"), f"meta.inner_steps: not for task {recipe.task!r}; leave it 0."
+    if recipe.cache_frozen:
+        yield ("meta.inner_steps", "cache_frozen"), "cache_frozen: not with meta.inner_steps; leave it false."
 
 
 def _rewards(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -98,6 +98,19 @@ def sources_of(value: str | list[Source]) -> list[Source]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetaRecipe:
+    """How an adapter becomes one to start from (several files in data.train, each a task)."""
+
+    inner_steps: Annotated[int, Ge(0)] = _key(
+        "Reptile: steps on one file, after which the adapter goes part of the way from where it was; 0 trains as usual",
+        0,
+    )
+    step_size: Annotated[float, Gt(0), Le(1)] = _key(
+        "the part of the way in the first round; it falls evenly to 0", 1.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceRecipe:
     """How preferences become a loss (tasks dpo, ipo and kto)."""
 
@@ -193,6 +206,7 @@ class Recipe:
     )
     rl: RlRecipe = _key("see the rl.* keys", factory=RlRecipe)
     embed: EmbedRecipe = _key("see the embed.* keys", factory=EmbedRecipe)
+    meta: MetaRecipe = _key("see the meta.* keys", factory=MetaRecipe)
 
     learning_rate: Annotated[float, Gt(0)] | Literal["auto"] | None = _key(
         "peak learning rate; null takes the method's own, see `ingraft methods`; auto looks for it ahead of the first step",
@@ -259,7 +273,13 @@ class Recipe:
         return Losses(preference=self.preference, rl=self.rl, embed=self.embed)
 
 
-GROUPS: Mapping[str, type] = {"data": DataRecipe, "preference": PreferenceRecipe, "rl": RlRecipe, "embed": EmbedRecipe}
+GROUPS: Mapping[str, type] = {
+    "data": DataRecipe,
+    "preference": PreferenceRecipe,
+    "rl": RlRecipe,
+    "embed": EmbedRecipe,
+    "meta": MetaRecipe,
+}
 """The keys that hold keys of their own."""
 
 

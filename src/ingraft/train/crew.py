@@ -16,6 +16,7 @@ from ingraft.train.attached import ADAPTER, attach_value
 from ingraft.train.learner import Learner, make_learner
 from ingraft.train.objectives import Objective
 from ingraft.train.objectives.sampled import PpoObjective, ValueObjective
+from ingraft.train.reptile import Rounds
 from ingraft.train.rollouts import Rollouts
 from ingraft.train.schedule import plan
 from ingraft.train.session import Order, Source
@@ -61,6 +62,9 @@ def crew_of(
     order = Order(data.train, steps, recipe.seed, data.mixture)
     policy = _learner(recipe, model, ADAPTER)
     if recipe.task not in SAMPLING_TASKS:
+        if recipe.meta.inner_steps:
+            rounds = Rounds(recipe, steps, data.parts["train"], policy)
+            return Crew(learners=[policy], source=rounds, kept=[rounds])
         return Crew(learners=[policy], source=order)
     assert isinstance(objective, PpoObjective) and rewards is not None
     learners, judge = [policy], None

@@ -67,6 +67,7 @@ def fit(session: Session, progress: Progress) -> None:
             progress.notice(session.source.taken())
             norms = watched_step(session, progress, clock, rows)
             progress.step += 1
+            session.source.behind(progress.step)
             values: dict[str, float] = {}
             if _due(progress.step, recipe.logging_steps) or progress.step == plan.total:
                 values = log_line(session, progress, clock, norms)

@@ -110,6 +110,9 @@ class Rollouts:
         noticed, self._noticed = self._noticed, {}
         return noticed
 
+    def behind(self, step: int) -> None:
+        """Nothing: the next rows are asked for when they are wanted."""
+
     def _make(self, number: int, poll: Poll) -> None:
         began, recipe, settings = time.perf_counter(), self._recipe, self._recipe.rl
         asked = [row for row in self._prompts(number * self._plan.repeats) for _ in range(self.generations)]

@@ -123,6 +123,10 @@ class Source(Protocol):
         """Sums and counts of what it noticed since the last call."""
         ...
 
+    def behind(self, step: int) -> None:
+        """Called when so many steps are made."""
+        ...
+
 
 class Order:
     """Which rows of the data each step sees; the batches of the epoch at hand are kept."""
@@ -137,6 +141,9 @@ class Order:
 
     def taken(self) -> Mapping[str, tuple[float, float]]:
         return {}
+
+    def behind(self, step: int) -> None:
+        del step
 
     def rows(self, step: int, poll: Callable[[], None] = lambda: None) -> list[Example]:
         epoch, index = self._plan.position(step)
