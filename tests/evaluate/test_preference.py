@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,9 +146,30 @@ def test_losses_of_pairs_are_trl_s(policy: Any, task: str, theirs: str, beta: fl
     if (task, beta) == ("dpo", 0.1):
         assert {name: noticed[name] for name in TRL["metrics 0.1"]} == pytest.approx(TRL["metrics 0.1"], abs=1e-6)
     scorer: Any = scorer_of(task)(policy, TOKENIZER, losses=Losses(preference=PreferenceRecipe(beta=beta)))
-    told = scorer.of(examples, ratios(policy, examples))
+    told = scorer.of(examples, ratios(policy, examples)).metrics()
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert {name: told[name] for name in noticed} == pytest.approx(noticed, abs=1e-5)
+
+
+def test_a_reference_is_asked_once_a_sequence(policy: Any) -> None:
+    """It is frozen: a part that was scored, or a file of it, costs the policy's forwards alone and has the figures of its own rows."""
+    examples = rows("chosen_ids", "rejected_ids")
+    data: Any = SimpleNamespace(
+        parts={"eval": SimpleNamespace(examples=examples), "one": SimpleNamespace(examples=examples[1:2])}
+    )
+    scorer = scorer_of("dpo")(policy, TOKENIZER)
+    calls: list[Any] = []
+    handle = policy.register_forward_hook(lambda *args: calls.append(args))
+    counts: list[int] = []
+    for _ in range(2):
+        whole = scorer.evaluate(data, "eval")
+        counts.append(len(calls))
+        calls.clear()
+    own = scorer.evaluate(data, "one")
+    handle.remove()
+    assert counts[0] == 2 * counts[1]
+    assert own == pytest.approx(scorer_of("dpo")(policy, TOKENIZER).evaluate(data, "one"), abs=1e-5)
+    assert own["loss"] != whole["loss"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +183,7 @@ def test_kto_is_trl_s(policy: Any, beta: float, weights: tuple[float, float], be
     assert noticed["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
     check(policy, loss, theirs)
     scorer: Any = scorer_of("kto")(policy, TOKENIZER, losses=Losses(preference=PreferenceRecipe(**settings)))
-    told = scorer.of(examples, ratios(policy, examples))
+    told = scorer.of(examples, ratios(policy, examples)).metrics()
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert {name: told[name] for name in noticed} == pytest.approx(noticed, abs=1e-5)
     assert (TRL["kto 0.1"]["kl"] == 0) is not (TRL["kto 0.5"]["kl"] == 0)

@@ -34,7 +34,7 @@ from ingraft.evaluate import (
     score_loss,
     scorer_of,
 )
-from ingraft.evaluate.writing import metrics_of_text
+from ingraft.evaluate.writing import outcomes_of_text
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +240,14 @@ def test_the_loss_of_classes_equals_scikit_learns() -> None:
 
 def test_evaluate_names_its_metrics(llama: Any) -> None:
     examples = sequences(5)
-    choices = [ChoiceRow(prompt=e.input_ids, choices=((5,), (6,)), answer=0, row_id=0) for e in examples]
-    plain = metrics_of_text(llama, examples, 0)
+    choices = [ChoiceRow(prompt=e.input_ids, choices=((5,), (6,)), answer=0, row_id=e.row_id) for e in examples]
+    plain = outcomes_of_text(llama, examples, 0).metrics()
     assert set(plain) == {"loss", "perplexity"}
-    both = metrics_of_text(llama, examples, 0, choices=choices)
+    both = outcomes_of_text(llama, examples, 0, choices=choices).metrics()
     assert set(both) == {"loss", "perplexity", "accuracy", "macro_f1"}
     assert both["loss"] == plain["loss"]
     with pytest.raises(IngraftError, match="no rows"):
-        metrics_of_text(llama, [], 0)
+        outcomes_of_text(llama, [], 0)
     with pytest.raises(IngraftError, match="no evaluation yet"):
         scorer_of("diffusion")
 

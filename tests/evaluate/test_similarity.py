@@ -11,7 +11,7 @@ import torch
 from ingraft.data import Example
 from ingraft.data.matched import Matched
 from ingraft.evaluate import measures
-from ingraft.evaluate.embed import retrieval
+from ingraft.evaluate.embed import places, retrieval
 from ingraft.evaluate.similarity import cosent, info_nce, info_nce_of_matches, layout, loss_of
 from ingraft.recipe import EmbedRecipe
 
@@ -83,19 +83,19 @@ def test_matches_are_found_among_all_texts_of_the_part(monkeypatch: pytest.Monke
         for one, v in zip(each.sequences, some, strict=True)
     }
     right = {1: {11, 14}, 2: {12}, 3: {11}, 5: {15}}
-    places: list[int] = []
+    wanted: list[int] = []
     for query, match in [(1, 11), (2, 12), (3, 11), (1, 14), (5, 15)]:
         wrong = {11, 21, 12, 22, 23, 14, 15} - right[query]
-        places.append(1 + sum(float(at[query] @ at[text]) > float(at[query] @ at[match]) for text in wrong))
-    found = retrieval(ROWS, e)
-    assert found["recall@1"] == pytest.approx(sum(place == 1 for place in places) / 5)
-    assert found["mrr"] == pytest.approx(sum(1 / place for place in places) / 5)
+        wanted.append(1 + sum(float(at[query] @ at[text]) > float(at[query] @ at[match]) for text in wrong))
+    found = retrieval(places(ROWS, e))
+    assert found["recall@1"] == pytest.approx(sum(place == 1 for place in wanted) / 5)
+    assert found["mrr"] == pytest.approx(sum(1 / place for place in wanted) / 5)
 
 
 def test_vectors_that_are_all_the_same_find_nothing() -> None:
     """A model that tells nothing apart is not right by being first among equals."""
     rows = [row(i, i, 50 + i) for i in range(5)]
-    found = retrieval(rows, [torch.ones(2, 3) for _ in rows])
+    found = retrieval(places(rows, [torch.ones(2, 3) for _ in rows]))
     assert found == {"recall@1": 0.0, "mrr": pytest.approx(1 / 3)}
 
 

@@ -7,7 +7,12 @@ import random
 
 import pytest
 
-from ingraft.evaluate.texts import Words, of_texts
+from ingraft.evaluate.texts import Words, compare_texts
+from ingraft.evaluate.texts import of_texts as of_compared
+
+
+def of_texts(said: list[str], right: list[list[str]]) -> dict[str, float]:
+    return of_compared(compare_texts(said, right))
 
 
 def test_bleu_is_its_definition() -> None:

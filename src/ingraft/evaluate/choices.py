@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ingraft.data.examples import IGNORED, Example, as_chat, encode_chats
-from ingraft.data.records import Labelled
+from ingraft.data.records import Chat, Labelled
 from ingraft.data.rows import Row
 from ingraft.evaluate.classes import macro_f1
 from ingraft.evaluate.head import CausalHead, Seen
@@ -90,23 +90,32 @@ def choice_rows(
 
     A row whose answer is cut away at `max_length`, or at what the base reads, for some label is left out, as in training.
     """
-    max_length = min(max_length, tokenizer.model_max_length)
-    options = []
-    for label in labels:
-        chats = [as_chat(replace(record, label=label)) for record in records]
-        options.append({example.row_id: example for example in encode_chats(chats, rows, tokenizer, max_length)})
+    options = [[as_chat(replace(record, label=label)) for record in records] for label in labels]
+    right = [labels.index(record.label) for record in records]
+    return choices_between(options, right, rows, tokenizer, min(max_length, tokenizer.model_max_length))
+
+
+def choices_between(
+    options: Sequence[Sequence[Chat | None]],
+    right: Sequence[int],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[ChoiceRow]:
+    """Conversations that differ in their last answer, as choices between that.
+
+    Args:
+        options: by answer, each row's conversation that ends in it. right: by row, the position of its answer. rows: where they come from.
+    """
+    encoded = [{e.row_id: e for e in encode_chats(chats, rows, tokenizer, max_length)} for chats in options]
     found: list[ChoiceRow] = []
-    for number, record in enumerate(records):
-        examples = [option.get(number) for option in options]
+    for number, answer in enumerate(right):
+        examples = [option.get(number) for option in encoded]
         whole = [e for e in examples if e is not None and len(e) < max_length]
-        if len(whole) == len(labels):
+        if len(whole) == len(options):
             prompt = whole[0].input_ids[: _start(whole[0])]
             answers = [tuple(e.input_ids[_start(e) : _end(e)]) for e in whole]
-            found.append(
-                ChoiceRow(
-                    prompt=prompt, choices=_without_tail(answers), answer=labels.index(record.label), row_id=number
-                )
-            )
+            found.append(ChoiceRow(prompt=prompt, choices=_without_tail(answers), answer=answer, row_id=number))
     return found
 
 

@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ingraft.data.examples import Example
 from ingraft.data.records import Pictured
+from ingraft.evaluate import weighted
 from ingraft.evaluate.loss import Poll, as_computed, by_length, device_of
 from ingraft.evaluate.measures import of_classes
 from ingraft.evaluate.modes import scoring
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, mean
 from ingraft.evaluate.outputs import texts
 from ingraft.evaluate.scorer import Asked, Done, Scorer
+from ingraft.evaluate.weighted import one_hot
 
 if TYPE_CHECKING:
     from ingraft.bases.images import ImageReader
@@ -96,20 +100,48 @@ def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
     return sum(scores) / max(1, len(scores))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassOutcomes(Outcomes):
+    """Of a classifier, as in `ClassScores`."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"accuracy", "micro_f1"})
+
+    losses: Sequence[float] = column()
+    labels: Sequence[int] = column()
+    predictions: Sequence[int] = column()
+
+    def metrics(self) -> dict[str, float]:
+        loss = math.fsum(self.losses) / max(1, len(self.losses))
+        return {"loss": loss, **of_classes(self.labels, self.predictions)}
+
+    def ratios(self) -> dict[str, Ratio]:
+        right = mean(np.equal(self.labels, self.predictions))
+        return {"loss": mean(self.losses), "accuracy": right, "micro_f1": right}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        kinds = 1 + max(*self.labels, *self.predictions)
+        right_NK, said_NK = (one_hot(np.asarray(x, np.int64), kinds) for x in (self.labels, self.predictions))
+        return {
+            "macro_f1": weighted.macro_f1(right_NK, said_NK, right_NK * said_NK, times_RN),
+            "matthews": weighted.matthews(right_NK, said_NK, times_RN),
+        }
+
+
 class ClassifyScorer(Scorer):
     """One class a row."""
 
     task: ClassVar[str] = "classify"
+    prompted: ClassVar[str | None] = "sft"
     cheap: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "micro_f1", "matthews")
     needs: ClassVar[tuple[str, ...]] = ("sklearn",)
     adds: ClassVar[tuple[str, ...]] = ("prediction", "scores")
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> ClassOutcomes:
         del whole
         scores = score_classes(self.model, data.parts[part].examples, self.pad_id, batch_size, poll)
-        return {"loss": scores.loss, **of_classes(scores.labels, scores.predictions)}
+        return ClassOutcomes(losses=scores.losses, labels=scores.labels, predictions=scores.predictions)
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
         asked = zip(texts(part, examples), examples, strict=True)
@@ -133,6 +165,7 @@ class ImageClassifyScorer(ClassifyScorer):
     """One class a picture."""
 
     task: ClassVar[str] = "image-classify"
+    prompted: ClassVar[str | None] = None
 
     def trial(self) -> dict[str, Tensor]:
         from PIL import Image

@@ -9,12 +9,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ingraft.data.prompts import expected, prompt_text, prompt_tokens
 from ingraft.errors import IngraftError
 from ingraft.evaluate.generation import end_tokens, sample
 from ingraft.evaluate.loss import Poll, score_loss
+from ingraft.evaluate.outcomes import Outcomes, Ratio, column, mean
 from ingraft.evaluate.rewards import answered
 from ingraft.evaluate.roles import as_reference
 from ingraft.evaluate.writing import SftScorer
@@ -25,16 +27,43 @@ if TYPE_CHECKING:
     from ingraft.data.records import Record
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EarnedOutcomes(Outcomes):
+    """Of a policy: by row what its answer earns, its distance from the reference in nats, its tokens, and whether it ends."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"ended"})
+
+    rewards: Sequence[float] = column()
+    kl: Sequence[float] = column()
+    lengths: Sequence[int] = column()
+    ended: Sequence[float] = column()
+
+    def metrics(self) -> dict[str, float]:
+        columns = {"reward": self.rewards, "kl": self.kl, "length": self.lengths, "ended": self.ended}
+        return {name: statistics.fmean(values) for name, values in columns.items()}
+
+    def bounds(self) -> dict[str, float]:
+        mean, count = statistics.fmean(self.rewards), self.count
+        error = statistics.stdev(self.rewards) / math.sqrt(count) if count > 1 else 0.0
+        return {"reward_low": mean - 1.96 * error, "reward_high": mean + 1.96 * error}
+
+    def ratios(self) -> dict[str, Ratio]:
+        columns = {"reward": self.rewards, "kl": self.kl, "length": self.lengths, "ended": self.ended}
+        return {name: mean(values) for name, values in columns.items()}
+
+
 class PpoScorer(SftScorer):
     """The mean reward of greedy answers with its 95 % interval, their distance from the reference in nats an answer, their length, and how many of them end."""
 
     task: ClassVar[str] = "ppo"
     headline: ClassVar[str] = "reward"
     cheap: ClassVar[tuple[str, ...]] = ("reward", "reward_low", "reward_high", "kl", "length", "ended")
+    rewarded: ClassVar[bool] = True
+    prompted: ClassVar[str | None] = None
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> EarnedOutcomes:
         del whole
         if self.rewards is None:
             raise IngraftError(
@@ -49,16 +78,12 @@ class PpoScorer(SftScorer):
         own = score_loss(self.model, sequences, self.pad_id, batch_size, poll).sums
         with as_reference(self.model):
             theirs = score_loss(self.model, sequences, self.pad_id, batch_size, poll).sums
-        mean = statistics.fmean(earned)
-        error = statistics.stdev(earned) / math.sqrt(len(earned)) if len(earned) > 1 else 0.0
-        return {
-            "reward": mean,
-            "reward_low": mean - 1.96 * error,
-            "reward_high": mean + 1.96 * error,
-            "kl": statistics.fmean(reference - policy for policy, reference in zip(own, theirs, strict=True)),
-            "length": statistics.fmean(map(len, said)),
-            "ended": statistics.fmean(float(one.ended) for one in answers),
-        }
+        return EarnedOutcomes(
+            rewards=earned,
+            kl=[reference - policy for policy, reference in zip(own, theirs, strict=True)],
+            lengths=[len(tokens) for tokens in said],
+            ended=[float(one.ended) for one in answers],
+        )
 
     def before(self) -> AbstractContextManager[None]:
         return as_reference(self.model)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ingraft.data.examples import Example, Tally
 from ingraft.data.matched import Matched, encode_texts
 from ingraft.data.records import Related
 from ingraft.data.rows import refuse
+from ingraft.evaluate import weighted
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import of_similarities
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, floats, mean
 from ingraft.evaluate.room import hold
 from ingraft.evaluate.scorer import Asked, Done, Scorer
-from ingraft.evaluate.similarity import embed, layout, loss_of, matched
+from ingraft.evaluate.similarity import embed, layout, losses_of_pairs, matched
 
 if TYPE_CHECKING:
     from ingraft.data.dataset import DataSet, Part
@@ -31,6 +37,65 @@ SEARCHED = 1024
 FIRST, SECOND = ("text", "query", "prompt"), ("text2", "positive", "completion")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FoundOutcomes(Outcomes):
+    """Of rows that simply belong together: by row its loss among its neighbours, and the place of its match. Whom a row is told apart from stays as it was."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"recall@1"})
+
+    losses: Floats = column()
+    places: Floats = column()
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": math.fsum(self.losses) / self.count, **retrieval(self.places)}
+
+    def ratios(self) -> dict[str, Ratio]:
+        return {"loss": mean(self.losses), "recall@1": mean(self.places == 1), "mrr": mean(1 / self.places)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RelatedOutcomes(Outcomes):
+    """Of rows with numbers: by row the number, the cosine, and which rows its loss is taken over.
+
+    Attributes:
+        temperature: of the loss. binary: whether the numbers of all rows are 0 and 1.
+    """
+
+    together: ClassVar[frozenset[str]] = frozenset({"loss"})
+
+    values: Floats = column()
+    cosines: Floats = column()
+    groups: NDArray[np.int64] = column()
+    temperature: float
+    binary: bool
+
+    def metrics(self) -> dict[str, float]:
+        loss = float(self._loss(np.ones((1, self.count)))[0])
+        return {"loss": loss, **of_similarities(self.values.tolist(), self.cosines.tolist(), self.binary)}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        found = {"loss": self._loss(times_RN), "spearman": weighted.spearman(self.values, self.cosines, times_RN)}
+        if self.binary:
+            columns = self.values, self.cosines, times_RN
+            found["average_precision"] = weighted.average_precision(*columns)
+            found["best_accuracy"] = weighted.best_accuracy(*columns)
+        return found
+
+    def _loss(self, times_RN: Floats) -> Floats:
+        """(R,) CoSENT (see `similarity`) of each group, as often as it has rows. A row that is there twice makes twice the pairs."""
+        total_R = np.zeros(len(times_RN))
+        for group in np.unique(self.groups):
+            here = np.flatnonzero(self.groups == group)
+            z_BB = (self.cosines[None, here] - self.cosines[here, None]) / self.temperature
+            wrong_BB = self.values[here, None] > self.values[None, here]
+            top = max(0.0, float(np.where(wrong_BB, z_BB, -np.inf).max()))
+            e_BB = np.where(wrong_BB, np.exp(np.minimum(z_BB - top, 0.0)), 0.0)
+            times_RB = times_RN[:, here]
+            sums_R = ((times_RB @ e_BB) * times_RB).sum(1)
+            total_R += times_RB.sum(1) * (top + np.log(math.exp(-top) + sums_R))
+        return total_R / times_RN.sum(1)
+
+
 class EmbedScorer(Scorer):
     """The training loss; Spearman's correlation of cosines and numbers, for 0 and 1 average precision and the best accuracy too; else `recall@1` and
     `mrr` of each match among all matches of the part and the texts that do not belong."""
@@ -41,22 +106,27 @@ class EmbedScorer(Scorer):
     adds: ClassVar[tuple[str, ...]] = ("embedding", "embedding2", "similarity")
     needs: ClassVar[tuple[str, ...]] = ("sklearn", "scipy")
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> Outcomes:
         del whole
         rows = matched(data.parts[part].examples)
         vectors = self._vectors(rows, batch_size, poll)
-        total = 0.0
+        if rows[0].values is not None:
+            values = [row.values[0] for row in rows if row.values is not None]
+            return RelatedOutcomes(
+                values=floats(values),
+                cosines=floats([float(e_SD[0] @ e_SD[1]) for e_SD in vectors]),
+                groups=np.arange(len(rows)) // TOGETHER,
+                temperature=self.losses.embed.temperature,
+                binary=set(values) == {0.0, 1.0},
+            )
+        losses: list[float] = []
         for start in range(0, len(rows), TOGETHER):
-            some = rows[start : start + TOGETHER]
-            where = layout(some)
-            total += loss_of(torch.cat(vectors[start : start + TOGETHER]), where, self.losses.embed).item()
-        found = {"loss": total / len(rows)}
-        if rows[0].values is None:
-            return found | retrieval(rows, vectors)
-        values = [row.values[0] for row in rows if row.values is not None]
-        return found | of_similarities(values, [float(e_SD[0] @ e_SD[1]) for e_SD in vectors])
+            where = layout(rows[start : start + TOGETHER])
+            e_SD = torch.cat(vectors[start : start + TOGETHER])
+            losses += losses_of_pairs(e_SD, where, self.losses.embed).tolist()
+        return FoundOutcomes(losses=floats(losses), places=floats(places(rows, vectors)))
 
     def _vectors(self, rows: Sequence[Matched], batch_size: int = 8, poll: Poll | None = None) -> list[Tensor]:
         """By row, the vectors of its sequences."""
@@ -109,9 +179,16 @@ class EmbedScorer(Scorer):
             at += count
 
 
-def retrieval(rows: Sequence[Matched], vectors: Sequence[Tensor]) -> dict[str, float]:
-    """`recall@1`, the share of queries nearest to whose vector is their match, and `mrr`, the mean of 1 / the match's place; half of what is exactly as
-    near counts as nearer.
+def retrieval(places: Sequence[float] | Floats) -> dict[str, float]:
+    """`recall@1`, the share of queries nearest to whose vector is their match, and `mrr`, the mean of 1 / the match's place."""
+    return {
+        "recall@1": sum(place == 1 for place in places) / len(places),
+        "mrr": sum(1 / place for place in places) / len(places),
+    }
+
+
+def places(rows: Sequence[Matched], vectors: Sequence[Tensor]) -> list[float]:
+    """By row the place of its match among all texts, the nearest having place 1; half of what is exactly as near counts as nearer.
 
     Args:
         rows: without numbers. vectors: by row, of its sequences. Texts that occur more than once are one; those that other rows give the same query are
@@ -125,7 +202,7 @@ def retrieval(rows: Sequence[Matched], vectors: Sequence[Tensor]) -> dict[str, f
     own_B = torch.tensor([column[first[tokens[place]]] for place in where.match_B.tolist()])
     e_SD = torch.cat(list(vectors))
     candidates_KD = e_SD[where.candidate_C[kept_K]]
-    places: list[float] = []
+    found: list[float] = []
     for start in range(0, len(rows), SEARCHED):
         piece = slice(start, start + SEARCHED)
         z_PK = e_SD[where.query_B[piece]] @ candidates_KD.T
@@ -134,8 +211,5 @@ def retrieval(rows: Sequence[Matched], vectors: Sequence[Tensor]) -> dict[str, f
         wrong_PK = ~where.excused_BC[piece][:, kept_K]
         wrong_PK.scatter_(1, own_P1, False)
         nearer_P = ((z_PK > mine_P1) & wrong_PK).sum(1) + 0.5 * ((z_PK == mine_P1) & wrong_PK).sum(1)
-        places += (1 + nearer_P).tolist()
-    return {
-        "recall@1": sum(place == 1 for place in places) / len(places),
-        "mrr": sum(1 / place for place in places) / len(places),
-    }
+        found += (1 + nearer_P).tolist()
+    return found

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from ingraft.data.examples import Example
 from ingraft.errors import IngraftError
 from ingraft.evaluate.head import Seen, head_of
 from ingraft.evaluate.modes import scoring
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, floats, quotient
 
 Poll = Callable[[], None]
 """Called between batches; it stops the evaluation by raising."""
@@ -40,6 +42,25 @@ class LossScores:
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossOutcomes(Outcomes):
+    """Of a model that writes: by row as in `LossScores`."""
+
+    sums: Sequence[float] = column()
+    counts: Sequence[int] = column()
+
+    def metrics(self) -> dict[str, float]:
+        scores = LossScores(sums=tuple(self.sums), counts=tuple(self.counts))
+        return {"loss": scores.loss, "perplexity": scores.perplexity}
+
+    def ratios(self) -> dict[str, Ratio]:
+        return {"loss": (floats(self.sums), floats(self.counts))}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        loss_R = quotient(times_RN @ floats(self.sums), times_RN @ floats(self.counts))
+        return {"perplexity": np.exp(np.minimum(loss_R, 700.0))}
 
 
 Visit = Callable[[Sequence[int], Seen], None]

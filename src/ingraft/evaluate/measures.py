@@ -11,6 +11,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ingraft.data.tagged import names_entities
 from ingraft.errors import IngraftError
 
@@ -49,11 +52,13 @@ def of_classes(labels: Sequence[int], predictions: Sequence[int]) -> dict[str, f
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
         "macro_f1": float(metrics.f1_score(labels, predictions, labels=occurring, average="macro", zero_division=0)),
         "micro_f1": float(metrics.f1_score(labels, predictions, labels=occurring, average="micro", zero_division=0)),
-        "matthews": float(metrics.matthews_corrcoef(labels, predictions)),
+        "matthews": float(metrics.matthews_corrcoef(labels, predictions)) if len(occurring) > 1 else 0.0,
     }
 
 
-def of_several(labels: Sequence[Sequence[int]], predictions: Sequence[Sequence[int]]) -> dict[str, float]:
+def of_several(
+    labels: Sequence[Sequence[int]] | NDArray[np.int64], predictions: Sequence[Sequence[int]] | NDArray[np.int64]
+) -> dict[str, float]:
     """`micro_f1`, `macro_f1` over all classes, and `exact_match`, the share of rows whose every class is right.
 
     Args:
@@ -87,17 +92,19 @@ def of_numbers(labels: Sequence[float], predictions: Sequence[float]) -> dict[st
     return found
 
 
-def of_tags(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, float]:
+def of_tags(
+    labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], entities: bool | None = None
+) -> dict[str, float]:
     """`accuracy` of the words; where tags mark entities (BIO, BIOES) `precision`, `recall` and `f1` of whole entities as CoNLL counts them, elsewhere
     `macro_f1` over the tags.
 
     Args:
-        labels, predictions: per row, a tag for each word.
+        labels, predictions: per row, a tag for each word. entities: whether tags mark those, where that is known from more rows than these.
     """
     metrics = _sklearn()
     right, said = ([tag for row in rows for tag in row] for rows in (labels, predictions))
     found = {"accuracy": float(metrics.accuracy_score(right, said))}
-    if not names_entities({*right, *said}):
+    if not (names_entities({*right, *said}) if entities is None else entities):
         return found | {"macro_f1": float(metrics.f1_score(right, said, average="macro", zero_division=0))}
     seqeval: Any = import_module("seqeval.metrics.sequence_labeling")
     rows = [list(row) for row in labels], [list(row) for row in predictions]
@@ -105,12 +112,24 @@ def of_tags(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]
     return found | {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
 
 
-def of_similarities(labels: Sequence[float], similarities: Sequence[float]) -> dict[str, float]:
-    """`spearman`; for labels of 0 and 1 `average_precision` and `best_accuracy` too, that of the threshold which suits these very rows best."""
+def entities_of(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The entities of a row, each by its kind and its first and last word."""
+    seqeval: Any = import_module("seqeval.metrics.sequence_labeling")
+    return {tuple(entity) for entity in seqeval.get_entities(list(tags))}
+
+
+def of_similarities(
+    labels: Sequence[float], similarities: Sequence[float], binary: bool | None = None
+) -> dict[str, float]:
+    """`spearman`; for labels of 0 and 1 `average_precision` and `best_accuracy` too, that of the threshold which suits these very rows best.
+
+    Args:
+        binary: whether labels are 0 and 1, where that is known from more rows than these.
+    """
     found = {"spearman": of_numbers(labels, similarities)["spearman"]}
-    if set(labels) != {0.0, 1.0}:
+    if not (set(labels) == {0.0, 1.0} if binary is None else binary):
         return found
-    precision = float(_sklearn().average_precision_score(labels, similarities))
+    precision = float(_sklearn().average_precision_score(labels, similarities)) if any(labels) else 0.0
     ordered = sorted(zip(similarities, labels, strict=True), reverse=True)
     right = best = int(
         len(labels) - sum(labels)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from ingraft.data.examples import Example
+from ingraft.evaluate import weighted
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import of_several
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, floats, mean
 from ingraft.evaluate.outputs import outputs, texts
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 
@@ -20,6 +25,32 @@ if TYPE_CHECKING:
 
 Shares = tuple[float, ...]
 """The probability of each class."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeveralOutcomes(Outcomes):
+    """Of a classifier that may name several classes: by row its loss, and 0 or 1 for each class that is right, and that is said."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"exact_match"})
+
+    losses: Sequence[float] = column()
+    labels: NDArray[np.int64] = column()
+    said: NDArray[np.int64] = column()
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": math.fsum(self.losses) / len(self.losses), **of_several(self.labels, self.said)}
+
+    def ratios(self) -> dict[str, Ratio]:
+        hits, named = (self.labels * self.said).sum(1), (self.labels + self.said).sum(1)
+        return {
+            "loss": mean(self.losses),
+            "micro_f1": (floats(2 * hits), floats(named)),
+            "exact_match": mean((self.labels == self.said).all(1)),
+        }
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        right, said = floats(self.labels), floats(self.said)
+        return {"macro_f1": weighted.macro_f1(right, said, right * said, times_RN, every=True)}
 
 
 class MultiLabelScorer(Scorer):
@@ -54,15 +85,14 @@ class MultiLabelScorer(Scorer):
         """The classes that are likelier than not."""
         return [name for name, share in zip(self.labels, shares, strict=True) if share >= 0.5]
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> SeveralOutcomes:
         del whole
         examples = data.parts[part].examples
         losses, found = self.shares(examples, batch_size, poll)
-        labels = [[int(value) for value in example.values or ()] for example in examples]
-        said = [[int(share >= 0.5) for share in shares] for shares in found]
-        return {"loss": math.fsum(losses) / len(losses), **of_several(labels, said)}
+        labels = np.array([[int(value) for value in example.values or ()] for example in examples])
+        return SeveralOutcomes(losses=losses, labels=labels, said=(np.array(found) >= 0.5).astype(int))
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
         asked = zip(texts(part, examples), examples, strict=True)

@@ -132,23 +132,36 @@ class PairScores:
     Attributes:
         margins, weights: by pair, as in `Pairs`.
         chosen, rejected: by pair, the numbers of the better and of the worse answer.
-        rows: how many.
+        row: by pair, which row it is of. rows: how many.
     """
 
     margins: tuple[float, ...]
     weights: tuple[float, ...]
     chosen: tuple[float, ...]
     rejected: tuple[float, ...]
+    row: tuple[int, ...]
     rows: int
 
     def mean(self, values: Sequence[float]) -> float:
         """Of something by pair, every row counting once."""
         return math.fsum(w * x for w, x in zip(self.weights, values, strict=True)) / max(1, self.rows)
 
+    def by_row(self, values: Sequence[float]) -> list[float]:
+        """The mean of something by pair, in each row."""
+        found = [0.0] * self.rows
+        for row, weight, value in zip(self.row, self.weights, values, strict=True):
+            found[row] += weight * value
+        return found
+
+    @property
+    def right(self) -> list[float]:
+        """By pair whether the better answer has the larger number; a half where both have the same."""
+        return [0.5 if m == 0 else float(m > 0) for m in self.margins]
+
     @property
     def accuracy(self) -> float:
-        """The share of pairs whose better answer has the larger number; half a pair where both have the same."""
-        return self.mean([0.5 if m == 0 else float(m > 0) for m in self.margins])
+        """The share of pairs that are right."""
+        return self.mean(self.right)
 
     @property
     def margin(self) -> float:
@@ -161,22 +174,30 @@ class PairScores:
         return wilson(self.accuracy, self.rows)
 
     @property
+    def lacking(self) -> list[float]:
+        """By pair the square of what sigmoid(margin) lacks to 1."""
+        return [(1 - _sigmoid(m)) ** 2 for m in self.margins]
+
+    @property
     def brier(self) -> float:
-        """The mean square of what sigmoid(margin) lacks to 1; 0.25 says nothing, 0 is always sure and right."""
-        return self.mean([(1 - _sigmoid(m)) ** 2 for m in self.margins])
+        """The mean of that; 0.25 says nothing, 0 is always sure and right."""
+        return self.mean(self.lacking)
+
+    def surer_than_right(self, bins: int = 10) -> list[list[float]]:
+        """By row and part of sureness (see `calibration_error`), by how much sureness is above truth, each pair by its weight."""
+        found = [[0.0] * bins for _ in range(self.rows)]
+        for row, weight, margin, right in zip(self.row, self.weights, self.margins, self.right, strict=True):
+            sure = _sigmoid(abs(margin))
+            found[row][min(bins - 1, int((sure - 0.5) * 2 * bins))] += weight * (sure - right)
+        return found
 
     def calibration_error(self, bins: int = 10) -> float:
         """By how much sureness and truth differ on average (expected calibration error, Naeini et al. 2015).
 
         How sure a pair is lies between 0.5 and 1; over `bins` equal parts of that, the distance of mean sureness and share of right pairs.
         """
-        parts: dict[int, list[tuple[float, float, float]]] = {}
-        for margin, weight in zip(self.margins, self.weights, strict=True):
-            sure = _sigmoid(abs(margin))
-            right = 0.5 if margin == 0 else float(margin > 0)
-            parts.setdefault(min(bins - 1, int((sure - 0.5) * 2 * bins)), []).append((weight, sure, right))
-        gaps = [abs(math.fsum(w * (sure - right) for w, sure, right in part)) for part in parts.values()]
-        return math.fsum(gaps) / max(1, self.rows)
+        parts = zip(*self.surer_than_right(bins), strict=True)
+        return math.fsum(abs(math.fsum(part)) for part in parts) / max(1, self.rows)
 
 
 def score_pairs(numbers: Sequence[Sequence[float]], places: Sequence[Sequence[int]]) -> PairScores:
@@ -193,6 +214,7 @@ def score_pairs(numbers: Sequence[Sequence[float]], places: Sequence[Sequence[in
         weights=tuple(weight),
         chosen=chosen,
         rejected=rejected,
+        row=tuple(number for number, row in enumerate(places) for a in row for b in row if a < b),
         rows=len(places),
     )
 

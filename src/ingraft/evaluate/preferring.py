@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,9 @@ from ingraft.data.preferences import Compared, answers_of, encode_answers
 from ingraft.data.records import Judged, Preference, Ranking, Record
 from ingraft.evaluate.loss import Poll, by_length, device_of, score_loss
 from ingraft.evaluate.modes import scoring
-from ingraft.evaluate.preference import PairScores, bradley_terry, dpo, ipo, kto, kto_baseline, score_pairs
+from ingraft.evaluate.outcomes import Outcomes, floats
+from ingraft.evaluate.preference import dpo, ipo, score_pairs
+from ingraft.evaluate.preferred import JudgedOutcomes, PairOutcomes, RewardOutcomes
 from ingraft.evaluate.roles import as_reference
 from ingraft.evaluate.room import hold
 from ingraft.evaluate.scorer import Asked, Done, Scorer
@@ -33,16 +36,13 @@ if TYPE_CHECKING:
 
     from ingraft.data.dataset import DataSet, Part
     from ingraft.data.rows import Row
-
-
-def interval(scores: PairScores) -> dict[str, float]:
-    """The ends of the 95 % interval of the accuracy."""
-    low, high = scores.interval
-    return {"accuracy_low": low, "accuracy_high": high}
+    from ingraft.evaluate.rewards import Rewards
 
 
 class PolicyScorer(SftScorer):
     """Compares a policy with its reference. Abstract."""
+
+    prompted: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -50,28 +50,34 @@ class PolicyScorer(SftScorer):
         tokenizer: PreTrainedTokenizerBase,
         labels: Sequence[str] | None = None,
         losses: Losses | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, labels, losses)
-        self._reference: dict[str, Tensor] = {}
+        super().__init__(model, tokenizer, labels, losses, rewards)
+        self._reference: dict[tuple[int, ...], float] = {}
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> Outcomes:
         del whole
         rows = cast("list[Compared]", data.parts[part].examples)
-        if part not in self._reference:  # it is frozen, and says the same every time
-            with as_reference(self.model):
-                self._reference[part] = self._log_probs(rows, batch_size, poll)
-        return self.of(rows, self._log_probs(rows, batch_size, poll) - self._reference[part])
-
-    def _log_probs(self, rows: Sequence[Compared], batch_size: int, poll: Poll | None) -> Tensor:
-        """(S,) of the answers of all rows, in their order."""
         sequences = [one for row in rows for one in row.sequences]
-        return -torch.tensor(score_loss(self.model, sequences, self.pad_id, batch_size, poll).sums)
+        keys = [(one.learned, *one.input_ids) for one in sequences]
+        # It is frozen, and says the same of a sequence every time.
+        unknown = [one for one, key in zip(sequences, keys, strict=True) if key not in self._reference]
+        if unknown:
+            with as_reference(self.model):
+                said = self._log_probs(unknown, batch_size, poll)
+            self._reference |= {(one.learned, *one.input_ids): x for one, x in zip(unknown, said, strict=True)}
+        reference_S = torch.tensor([self._reference[key] for key in keys])
+        return self.of(rows, torch.tensor(self._log_probs(sequences, batch_size, poll)) - reference_S)
+
+    def _log_probs(self, sequences: Sequence[Example], batch_size: int, poll: Poll | None) -> list[float]:
+        """Of the answers, in their order."""
+        return [-total for total in score_loss(self.model, sequences, self.pad_id, batch_size, poll).sums]
 
     @abstractmethod
-    def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> dict[str, float]:
-        """The metrics.
+    def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> Outcomes:
+        """What the metrics are computed from.
 
         Args:
             ratios_S: log policy - log reference, of the answers of all rows.
@@ -98,26 +104,21 @@ class DpoScorer(PolicyScorer):
         *("accuracy_low", "accuracy_high"),
     )
 
-    def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> dict[str, float]:
-        places = [row.places for row in rows]
-        rewards = score_pairs(_by_row(self.losses.preference.beta * ratios_S, rows), places)
-        return {
-            "loss": self.loss(rows, ratios_S),
-            "rewards/chosen": rewards.mean(rewards.chosen),
-            "rewards/rejected": rewards.mean(rewards.rejected),
-            "rewards/accuracies": rewards.accuracy,
-            "rewards/margins": rewards.margin,
-            "kl": ratios_S.mean().item(),
-            **interval(rewards),
-        }
+    def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> PairOutcomes:
+        return PairOutcomes(
+            ratios_of=_by_row(ratios_S, rows),
+            rewards=_by_row(self.losses.preference.beta * ratios_S, rows),
+            places=[row.places for row in rows],
+            losses=self.loss(rows, ratios_S),
+        )
 
-    def loss(self, rows: Sequence[Compared], ratios_S: Tensor) -> float:
-        """The mean over rows."""
+    def loss(self, rows: Sequence[Compared], ratios_S: Tensor) -> list[float]:
+        """By row."""
         scores = score_pairs(_by_row(ratios_S, rows), [row.places for row in rows])
         losses_P = dpo(
             torch.tensor(scores.margins), self.losses.preference.beta, self.losses.preference.label_smoothing
         )
-        return scores.mean(losses_P.tolist())
+        return scores.by_row(losses_P.tolist())
 
 
 class IpoScorer(DpoScorer):
@@ -125,10 +126,10 @@ class IpoScorer(DpoScorer):
 
     task: ClassVar[str] = "ipo"
 
-    def loss(self, rows: Sequence[Compared], ratios_S: Tensor) -> float:
+    def loss(self, rows: Sequence[Compared], ratios_S: Tensor) -> list[float]:
         lengths_S = torch.tensor([one.learned for row in rows for one in row.sequences])
         scores = score_pairs(_by_row(ratios_S / lengths_S, rows), [row.places for row in rows])
-        return scores.mean(ipo(torch.tensor(scores.margins), self.losses.preference.beta).tolist())
+        return scores.by_row(ipo(torch.tensor(scores.margins), self.losses.preference.beta).tolist())
 
 
 class KtoScorer(PolicyScorer):
@@ -139,23 +140,14 @@ class KtoScorer(PolicyScorer):
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "kl"),
     )
 
-    def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> dict[str, float]:
-        by_row, settings = _by_row(ratios_S, rows), self.losses.preference
-        own_B = torch.tensor([row[0] for row in by_row])
-        good_B = torch.tensor([row.label == 1 for row in rows])
-        baseline = kto_baseline(torch.tensor([row[1] for row in by_row if len(row) > 1]))
-        weights = settings.desirable_weight, settings.undesirable_weight
-        right_B = torch.where(good_B, own_B > baseline, own_B < baseline).float()
-        chosen, rejected = (settings.beta * own_B[kind_B].mean().item() for kind_B in (good_B, ~good_B))
-        found = {
-            "loss": kto(own_B, good_B, baseline, settings.beta, *weights).mean().item(),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": right_B.mean().item(),
-            "rewards/margins": chosen - rejected,
-            "kl": baseline.item(),
-        }
-        return {name: value for name, value in found.items() if not math.isnan(value)}  # answers of one kind only
+    def of(self, rows: Sequence[Compared], ratios_S: Tensor) -> JudgedOutcomes:
+        by_row = _by_row(ratios_S, rows)
+        return JudgedOutcomes(
+            own=floats([row[0] for row in by_row]),
+            beside=floats([row[1] if len(row) > 1 else math.nan for row in by_row]),
+            good=np.array([row.label == 1 for row in rows]),
+            how=self.losses.preference,
+        )
 
 
 class RewardScorer(Scorer):
@@ -167,21 +159,13 @@ class RewardScorer(Scorer):
     )
     adds: ClassVar[tuple[str, ...]] = ("reward",)
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> RewardOutcomes:
         del whole
         rows = cast("list[Compared]", data.parts[part].examples)
         numbers = score_answers(self.model, [row.sequences for row in rows], self.pad_id, batch_size, poll)
-        scores = score_pairs(numbers, [row.places for row in rows])
-        return {
-            "loss": scores.mean(bradley_terry(torch.tensor(scores.margins)).tolist()),
-            "accuracy": scores.accuracy,
-            **interval(scores),
-            "margin": scores.margin,
-            "brier": scores.brier,
-            "calibration_error": scores.calibration_error(),
-        }
+        return RewardOutcomes(numbers=numbers, places=[row.places for row in rows])
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
         found: list[dict[str, str]] = []

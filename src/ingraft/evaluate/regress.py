@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from ingraft.bases.heads import scale_of
 from ingraft.data.examples import Example
+from ingraft.evaluate import weighted
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import of_numbers
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, floats, mean
 from ingraft.evaluate.outputs import outputs, texts
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 
 if TYPE_CHECKING:
     from ingraft.data.dataset import DataSet, Part
     from ingraft.data.rows import Row
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NumberOutcomes(Outcomes):
+    """Of a model that says numbers: by row its loss, the right number, and the one that is said."""
+
+    losses: Sequence[float] = column()
+    labels: Sequence[float] = column()
+    said: Sequence[float] = column()
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": math.fsum(self.losses) / len(self.losses), **of_numbers(self.labels, self.said)}
+
+    def ratios(self) -> dict[str, Ratio]:
+        wrong = floats(self.said) - floats(self.labels)
+        return {"loss": mean(self.losses), "mse": mean(wrong**2), "mae": mean(np.abs(wrong))}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        columns = floats(self.labels), floats(self.said)
+        return {"pearson": weighted.pearson(*columns, times_RN), "spearman": weighted.spearman(*columns, times_RN)}
 
 
 class RegressScorer(Scorer):
@@ -43,14 +68,14 @@ class RegressScorer(Scorer):
                     done(position, found[position])
         return found
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> NumberOutcomes:
         del whole
         examples = data.parts[part].examples
         said, labels = self.numbers(examples, batch_size, poll), [_label(example) for example in examples]
         squares = [((y - x) / scale_of(self.model)[1]) ** 2 for x, y in zip(said, labels, strict=True)]
-        return {"loss": math.fsum(squares) / len(squares), **of_numbers(labels, said)}
+        return NumberOutcomes(losses=squares, labels=labels, said=said)
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
         asked = zip(texts(part, examples), examples, strict=True)

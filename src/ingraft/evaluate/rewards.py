@@ -19,7 +19,7 @@ from ingraft.data.prompts import expected, prompt_text
 from ingraft.errors import IngraftError
 from ingraft.evaluate.judges import REWARD, Judge, judged, load_judge
 from ingraft.evaluate.loss import Poll
-from ingraft.recipe import SAMPLING_TASKS
+from ingraft.evaluate.scorer import scorer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +193,7 @@ def check_rewards(recipe: Recipe) -> None:
     Raises:
         IngraftError: what is missing.
     """
-    if recipe.task not in SAMPLING_TASKS:
+    if not scorer_of(recipe.task).rewarded:
         return
     given = {
         "reward_adapter": recipe.reward_adapter,

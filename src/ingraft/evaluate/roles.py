@@ -21,6 +21,16 @@ REFERENCE = "reference"
 
 
 @contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model answers as if it had no adapters."""
+    if control_of(model) is None:
+        yield
+    else:
+        with adapt.disabled(model):
+            yield
+
+
+@contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
     """Inside the block the model answers as the reference."""
     control = control_of(model)

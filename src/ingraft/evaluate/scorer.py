@@ -24,6 +24,7 @@ from ingraft.errors import IngraftError, nearest
 from ingraft.evaluate.files import of_files
 from ingraft.evaluate.loss import Poll
 from ingraft.evaluate.measures import require
+from ingraft.evaluate.outcomes import Outcomes
 from ingraft.evaluate.room import hold, room
 from ingraft.recipe import Losses
 
@@ -94,13 +95,15 @@ class Scorer(ABC):
     """Asks a model, as it stands, with whatever adapters act. Abstract.
 
     Attributes:
+        notes: what was done and may surprise, after `outcomes`.
         task: its name.
         headline: the metric that a report shows first, where it was measured.
         cheap: the metrics that an evaluation has even if it is not whole.
         adds: the fields that a predicted row gets.
         needs: what its metrics are computed with, as it is imported; see `measures.PACKAGES`.
         writes: whether the model answers in text, so that one can talk to it.
-        rewards: what answers earn, told by whoever opened it, where the task learns from that.
+        rewarded: whether answers earn something here, so that it has to be told what.
+        prompted: the task for which a base that writes can be asked for the same in words (`evaluate.shots`); None where it cannot.
     """
 
     task: ClassVar[str]
@@ -109,6 +112,8 @@ class Scorer(ABC):
     adds: ClassVar[tuple[str, ...]] = ("prediction",)
     needs: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = False
+    rewarded: ClassVar[bool] = False
+    prompted: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -116,16 +121,19 @@ class Scorer(ABC):
         tokenizer: Reader,
         labels: Sequence[str] | None = None,
         losses: Losses | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
         """Args:
         tokenizer: what the base reads the task's rows with.
         labels: what the outputs are called, in their order; None where they have no names.
         losses: settings that only some tasks have; None for the usual ones.
+        rewards: what answers earn, for a task that is `rewarded`.
         """
         self.losses = losses or Losses()
         self.model, self.reader, self.pad_id = model, tokenizer, pad_id(tokenizer)
         self.labels: tuple[str, ...] = tuple(labels) if labels is not None else ()
-        self.rewards: Rewards | None = None
+        self.rewards = rewards
+        self.notes: list[str] = []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,15 +141,22 @@ class Scorer(ABC):
         return cast("PreTrainedTokenizerBase", self.reader)
 
     @abstractmethod
+    def outcomes(
+        self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
+    ) -> Outcomes:
+        """What the model does with a part that has rows: all that its metrics are computed from.
+
+        Args:
+            whole: for every metric of the task; False leaves out what takes further passes over the rows.
+            poll: called between batches; may raise to stop.
+        """
+
     def evaluate(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
     ) -> dict[str, float]:
-        """The metrics of a part that has rows, by name; `loss` among them.
-
-        Args:
-            whole: every metric of the task; False leaves out what takes further passes over the rows.
-            poll: called between batches; may raise to stop.
-        """
+        """The metrics of these outcomes, by name, and ends of intervals that cost nothing."""
+        found = self.outcomes(data, part, batch_size, whole=whole, poll=poll)
+        return found.metrics() | found.bounds()
 
     def before(self) -> AbstractContextManager[None]:
         """Inside it the model is what training is compared with: the base alone."""
@@ -229,11 +244,26 @@ def evaluate(
     Raises:
         IngraftError: there are no rows in it, or the task has no evaluation.
     """
+    scorer = ready(model, tokenizer, data, part, losses, rewards)
+    found = scorer.evaluate(data, part, batch_size, poll=poll)
+    return found | of_files(scorer, data, part, batch_size, poll=poll)
+
+
+def ready(
+    model: PreTrainedModel,
+    tokenizer: Reader,
+    data: DataSet,
+    part: str,
+    losses: Losses | None = None,
+    rewards: Rewards | None = None,
+) -> Scorer:
+    """The scorer of a part of the data, for the task that it was read for; as `evaluate`.
+
+    Raises:
+        IngraftError: there are no rows in it, or the task has no evaluation, or what its metrics are computed with is not installed.
+    """
     if part not in data.parts or not data.parts[part].examples:
         raise IngraftError("There are no rows to evaluate on.")
     kind = scorer_of(data.report.task)
     require(kind.task, kind.needs)
-    scorer = kind(model, tokenizer, data.labels, losses)
-    scorer.rewards = rewards
-    found = scorer.evaluate(data, part, batch_size, poll=poll)
-    return found | of_files(scorer, data, part, batch_size, poll=poll)
+    return kind(model, tokenizer, data.labels, losses, rewards)

@@ -5,16 +5,19 @@ Rows that ask the same (several people's answers to one question) are one questi
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ingraft.data.examples import Example, as_chat
 from ingraft.data.seq2seq import question_and_answer
 from ingraft.evaluate.generation import generate
-from ingraft.evaluate.loss import Poll, score_loss
+from ingraft.evaluate.loss import LossOutcomes, Poll, score_loss
+from ingraft.evaluate.outcomes import Floats, Ratio, column, floats, mean
 from ingraft.evaluate.scorer import Asked, Done, Scorer
-from ingraft.evaluate.texts import NEEDS, of_texts
+from ingraft.evaluate.texts import NEEDS, Compared, bleu_of, compare_texts, of_texts
 
 if TYPE_CHECKING:
     from ingraft.data.dataset import DataSet, Part
@@ -22,6 +25,27 @@ if TYPE_CHECKING:
 
 LONGEST_ANSWER = 256
 """In tokens. An evaluation writes no more than this, and no more than one and a half times the longest right answer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WrittenOutcomes(LossOutcomes):
+    """Of what is written as well; a row here is a question, with all its answers. By question as in `texts.Compared`."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"exact_match"})
+
+    bleu: Floats = column()
+    rouge: Floats = column()
+    exact: Floats = column()
+
+    def metrics(self) -> dict[str, float]:
+        return super().metrics() | of_texts(Compared(bleu_N10=self.bleu, rouge_N=self.rouge, exact_N=self.exact))
+
+    def ratios(self) -> dict[str, Ratio]:
+        return super().ratios() | {"rouge_l": mean(self.rouge), "exact_match": mean(self.exact)}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        bleu_R = floats([bleu_of(counts) for counts in times_RN @ self.bleu])
+        return super().others(times_RN) | {"bleu": bleu_R}
 
 
 class Seq2SeqScorer(Scorer):
@@ -32,19 +56,21 @@ class Seq2SeqScorer(Scorer):
     cheap: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     needs: ClassVar[tuple[str, ...]] = NEEDS
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> LossOutcomes:
         examples = data.parts[part].examples
         losses = score_loss(self.model, examples, self.pad_id, batch_size, poll)
-        metrics = {"loss": losses.loss, "perplexity": losses.perplexity}
+        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for position, example in enumerate(examples):
+            asked[tuple(example.input_ids)].append(position)
+        sums = [math.fsum(losses.sums[i] for i in rows) for rows in asked.values()]
+        counts = [sum(losses.counts[i] for i in rows) for rows in asked.values()]
         if not whole:
-            return metrics
-        right: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for example in examples:
-            right[tuple(example.input_ids)].append(_texts(data.parts[part], example)[1])
-        said = self.written(list(right), examples, batch_size, poll)
-        return metrics | of_texts(said, list(right.values()))
+            return LossOutcomes(sums=sums, counts=counts)
+        right = [[_texts(data.parts[part], examples[i])[1] for i in rows] for rows in asked.values()]
+        found = compare_texts(self.written(list(asked), examples, batch_size, poll), right)
+        return WrittenOutcomes(sums=sums, counts=counts, bleu=found.bleu_N10, rouge=found.rouge_N, exact=found.exact_N)
 
     def written(
         self,

@@ -38,8 +38,13 @@ Text = tuple[int, ...]
 def embeddings(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """(S, D) a float32 vector of length one for each sequence. Differentiable."""
     x_STD = model(**inputs).last_hidden_state.float()
-    mask_ST1 = inputs["attention_mask"][:, :, None].to(x_STD.dtype)
-    return F.normalize((x_STD * mask_ST1).sum(1) / mask_ST1.sum(1), dim=-1)
+    return F.normalize(pooled(x_STD, inputs["attention_mask"]), dim=-1)
+
+
+def pooled(x_STD: Tensor, mask_ST: Tensor) -> Tensor:
+    """(S, D) the mean over each sequence's own tokens."""
+    mask_ST1 = mask_ST[:, :, None].to(x_STD.dtype)
+    return (x_STD * mask_ST1).sum(1) / mask_ST1.sum(1)
 
 
 def embed(
@@ -121,10 +126,15 @@ def loss_of(e_SD: Tensor, where: Layout, how: EmbedRecipe) -> Tensor:
     """
     if where.value_B is not None:
         return len(where.query_B) * cosent(e_SD, where, how.temperature)
+    return losses_of_pairs(e_SD, where, how).sum()
+
+
+def losses_of_pairs(e_SD: Tensor, where: Layout, how: EmbedRecipe) -> Tensor:
+    """(B,) the loss of each row that simply belongs together, in nats."""
     losses_B = info_nce(e_SD, where, how.temperature)
     if how.symmetric:
         losses_B = (losses_B + info_nce_of_matches(e_SD, where, how.temperature)) / 2
-    return losses_B.sum()
+    return losses_B
 
 
 def info_nce(e_SD: Tensor, where: Layout, temperature: float) -> Tensor:

@@ -17,6 +17,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ from ingraft.data.spans import ELSEWHERE
 from ingraft.data.tagged import UNSPACED
 from ingraft.evaluate.loss import Poll, by_length, device_of
 from ingraft.evaluate.modes import scoring
+from ingraft.evaluate.outcomes import Outcomes, Ratio, column, floats, mean
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 
 if TYPE_CHECKING:
@@ -65,6 +67,29 @@ def best_span(start_T: Tensor, end_T: Tensor, places: Sequence[tuple[int, int]])
     return value, places[int(inside_C[first])][0], places[int(inside_C[last])][1]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpanOutcomes(Outcomes):
+    """Of a model that finds answers: by row the losses of its windows, and how right the answer is."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"exact_match"})
+
+    losses: Sequence[Sequence[float]] = column()
+    exact: Sequence[float] = column()
+    f1: Sequence[float] = column()
+
+    def metrics(self) -> dict[str, float]:
+        losses = [loss for row in self.losses for loss in row]
+        return {
+            "loss": math.fsum(losses) / max(1, len(losses)),
+            "exact_match": sum(self.exact) / len(self.exact),
+            "f1": sum(self.f1) / len(self.f1),
+        }
+
+    def ratios(self) -> dict[str, Ratio]:
+        loss = floats([math.fsum(row) for row in self.losses]), floats([len(row) for row in self.losses])
+        return {"loss": loss, "exact_match": mean(self.exact), "f1": mean(self.f1)}
+
+
 class QaScorer(Scorer):
     """Cross entropy of the windows as the loss; exact match and F1 of the rows."""
 
@@ -80,8 +105,8 @@ class QaScorer(Scorer):
         batch_size: int = 8,
         poll: Poll | None = None,
         done: Callable[[int, str, int], None] | None = None,
-    ) -> tuple[float, list[str]]:
-        """The mean loss of the windows in nats, and the answer to each row.
+    ) -> tuple[list[list[float]], list[str]]:
+        """By row the losses of its windows in nats, and the answer.
 
         Args:
             rows: their numbers in the part.
@@ -91,6 +116,7 @@ class QaScorer(Scorer):
         windows = [example for example in part.examples if example.row_id in wanted]
         left = Counter(window.row_id for window in windows)
         losses, best, said = [0.0] * len(windows), dict[int, tuple[float, int, int, int]](), dict[int, str]()
+        by_row: dict[int, list[float]] = {row: [] for row in rows}
         with scoring(self.model):
             for positions, batch in by_length(windows, self.pad_id, batch_size, device_of(self.model), poll):
                 ends_B2 = batch.pop("labels")
@@ -113,21 +139,23 @@ class QaScorer(Scorer):
                         said[row] = context[start:end].strip()
                         if done is not None:
                             done(row, said[row], start + len(context[start:end]) - len(context[start:end].lstrip()))
-        return math.fsum(losses) / max(1, len(losses)), [said[row] for row in rows]
+        for window, loss in zip(windows, losses, strict=True):
+            by_row[window.row_id].append(loss)
+        return [by_row[row] for row in rows], [said[row] for row in rows]
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> SpanOutcomes:
         del whole
         rows = data.parts[part]
-        loss, said = self.spans(rows, range(len(rows.records)), batch_size, poll)
-        right = [[text for text, _ in _span(rows, number).answers] for number in range(len(said))]
+        losses, said = self.spans(rows, range(len(rows.records)), batch_size, poll)
+        right = ([text for text, _ in _span(rows, number).answers] for number in range(len(said)))
         pairs = list(zip(said, right, strict=True))
-        return {
-            "loss": loss,
-            "exact_match": sum(exact_match(answer, texts) for answer, texts in pairs) / len(pairs),
-            "f1": sum(f1(answer, texts) for answer, texts in pairs) / len(pairs),
-        }
+        return SpanOutcomes(
+            losses=losses,
+            exact=[float(exact_match(answer, texts)) for answer, texts in pairs],
+            f1=[f1(answer, texts) for answer, texts in pairs],
+        )
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
         asked = [_span(part, example.row_id) for example in examples]

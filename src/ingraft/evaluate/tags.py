@@ -4,21 +4,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import eq
 from typing import TYPE_CHECKING, ClassVar
 
 from torch.nn import functional as F
 
 from ingraft.data.examples import IGNORED, Example
 from ingraft.data.records import Tagged
-from ingraft.data.tagged import OUTSIDE, sentence
+from ingraft.data.tagged import OUTSIDE, names_entities, sentence
+from ingraft.evaluate import weighted
 from ingraft.evaluate.loss import Poll
-from ingraft.evaluate.measures import of_tags
+from ingraft.evaluate.measures import entities_of, of_tags
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, floats
 from ingraft.evaluate.outputs import outputs
 from ingraft.evaluate.scorer import Asked, Done, Scorer
 
 if TYPE_CHECKING:
     from ingraft.data.dataset import DataSet, Part
     from ingraft.data.rows import Row
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TagOutcomes(Outcomes):
+    """Of a tagger.
+
+    Attributes:
+        losses, counts: by row the summed loss of the words that the model saw, and how many these are.
+        right, said: by row a tag for each word.
+        entities: whether the tags of all rows mark entities.
+    """
+
+    losses: Sequence[float] = column()
+    counts: Sequence[int] = column()
+    right: Sequence[Sequence[str]] = column()
+    said: Sequence[Sequence[str]] = column()
+    entities: bool
+
+    def metrics(self) -> dict[str, float]:
+        loss = math.fsum(self.losses) / max(1, sum(self.counts))
+        return {"loss": loss, **of_tags(self.right, self.said, self.entities)}
+
+    def ratios(self) -> dict[str, Ratio]:
+        hits = [sum(map(eq, right, said)) for right, said in zip(self.right, self.said, strict=True)]
+        found = {
+            "loss": (floats(self.losses), floats(self.counts)),
+            "accuracy": (floats(hits), floats([*map(len, self.right)])),
+        }
+        if not self.entities:
+            return found
+        right, said = ([entities_of(tags) for tags in rows] for rows in (self.right, self.said))
+        both = floats([len(one & other) for one, other in zip(right, said, strict=True)])
+        right_N, said_N = (floats([*map(len, rows)]) for rows in (right, said))
+        return found | {"precision": (both, said_N), "recall": (both, right_N), "f1": (2 * both, right_N + said_N)}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        if self.entities:
+            return {}
+        names = sorted({tag for rows in (self.right, self.said) for tags in rows for tag in tags})
+        pairs = [list(zip(right, said, strict=True)) for right, said in zip(self.right, self.said, strict=True)]
+        hits = [[one for one, other in row if one == other] for row in pairs]
+        right_NK, said_NK, hits_NK = (
+            floats([[tags.count(name) for name in names] for tags in rows]) for rows in (self.right, self.said, hits)
+        )
+        return {"macro_f1": weighted.macro_f1(right_NK, said_NK, hits_NK, times_RN)}
 
 
 class TagScorer(Scorer):
@@ -36,33 +85,35 @@ class TagScorer(Scorer):
         batch_size: int = 8,
         poll: Poll | None = None,
         done: Callable[[int, list[str]], None] | None = None,
-    ) -> tuple[float, list[list[str]]]:
-        """The mean loss of the words in nats, and the likeliest tag of each word of each row."""
-        losses, counted = [0.0] * len(examples), 0
+    ) -> tuple[list[float], list[int], list[list[str]]]:
+        """By row the summed loss of its words in nats, how many these are, and the likeliest tag of each word that the row has."""
+        losses, counts = [0.0] * len(examples), [0] * len(examples)
         found: list[list[str]] = [[] for _ in examples]
         nothing = OUTSIDE if OUTSIDE in self.labels else self.labels[0]
         for positions, logits_BTK, labels_BT in outputs(self.model, examples, self.pad_id, batch_size, poll):
             losses_BT = F.cross_entropy(logits_BTK.transpose(1, 2), labels_BT, reduction="none")  # 0 where ignored
-            counted += int((labels_BT != IGNORED).sum())
-            columns = zip(positions, losses_BT.double().sum(1).tolist(), logits_BTK.argmax(-1).tolist(), strict=True)
-            for position, loss, best in columns:
+            counts_B, losses_B = (labels_BT != IGNORED).sum(1), losses_BT.double().sum(1)
+            columns = zip(positions, losses_B.tolist(), counts_B.tolist(), logits_BTK.argmax(-1).tolist(), strict=True)
+            for position, loss, count, best in columns:
                 example = examples[position]
                 said = [nothing] * len(_words(part, example))
                 for word, tag in zip(example.words or (), best, strict=False):  # behind the row is padding
                     if word >= 0:
                         said[word] = self.labels[tag]
-                losses[position], found[position] = loss, said
+                losses[position], counts[position], found[position] = loss, count, said
                 if done is not None:
                     done(position, said)
-        return math.fsum(losses) / max(1, counted), found
+        return losses, counts, found
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> TagOutcomes:
         del whole
         rows = data.parts[part]
-        loss, said = self.tags(rows, rows.examples, batch_size, poll)
-        return {"loss": loss, **of_tags([_tags(rows, example) for example in rows.examples], said)}
+        losses, counts, said = self.tags(rows, rows.examples, batch_size, poll)
+        right = [_tags(rows, example) for example in rows.examples]
+        entities = names_entities(tag for rows in (right, said) for tags in rows for tag in tags)
+        return TagOutcomes(losses=losses, counts=counts, right=right, said=said, entities=entities)
 
     def questions(self, part: Part, examples: Sequence[Example]) -> list[dict[str, str]]:
         found: list[dict[str, str]] = []
@@ -72,7 +123,7 @@ class TagScorer(Scorer):
         return found
 
     def answers(self, part: Part, examples: Sequence[Example], poll: Poll | None = None) -> list[str]:
-        said = self.tags(part, examples, poll=poll)[1]
+        said = self.tags(part, examples, poll=poll)[2]
         return [marked(_words(part, example), tags) for example, tags in zip(examples, said, strict=True)]
 
     def predict(self, rows: Sequence[Row], asked: Asked, done: Done) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from ingraft.data.tagged import UNSPACED
+from ingraft.evaluate.outcomes import Floats, floats
 
 NEEDS = ("sacrebleu", "rouge_score")
 """What these metrics are computed with, as it is imported."""
@@ -31,25 +33,56 @@ class Words:
         return _WORD.findall(UNSPACED.sub(lambda found: f" {found.group()} ", plain))
 
 
-def of_texts(said: Sequence[str], right: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu` of the whole, 0 to 100 as everybody states it; `rouge_l` (F1) and `exact_match`, means over the answers, 0 to 1.
+BLEU_COUNTS = 10
+"""Numbers that BLEU is computed from: how many words are said, how many there should be, then of stretches of one to four words those that are right and all."""
 
-    Args:
-        said: answers. right: for each the ways in which it would be right, at least one.
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Answers against those they should be, one by one.
+
+    Attributes:
+        bleu_N10: see `BLEU_COUNTS`. rouge_N, exact_N: of each answer, 0 to 1.
+    """
+
+    bleu_N10: Floats
+    rouge_N: Floats
+    exact_N: Floats
+
+
+def bleu_of(counts_10: Floats) -> float:
+    """BLEU of answers together, 0 to 100, from the sums of their counts."""
+    said, right, *pairs = (int(x) for x in counts_10)
+    bleu: Any = import_module("sacrebleu.metrics").BLEU
+    return float(bleu.compute_bleu(pairs[:4], pairs[4:], said, right, smooth_method="exp").score)
+
+
+def of_texts(compared: Compared) -> dict[str, float]:
+    """`bleu` of the whole, 0 to 100 as everybody states it; `rouge_l` (F1) and `exact_match`, means over the answers, 0 to 1."""
+    count = len(compared.rouge_N)
+    return {
+        "bleu": bleu_of(compared.bleu_N10.sum(0)),
+        "rouge_l": sum(compared.rouge_N.tolist()) / count,
+        "exact_match": sum(compared.exact_N.tolist()) / count,
+    }
+
+
+def compare_texts(said: Sequence[str], right: Sequence[Sequence[str]]) -> Compared:
+    """Args:
+    said: answers. right: for each the ways in which it would be right, at least one.
     """
     letters = "".join(text for texts in right for text in texts)
     chinese = len(_CHINESE.findall(letters)) * 2 > sum(map(str.isalnum, letters))
-    sacrebleu: Any = import_module("sacrebleu")
-    most = max(map(len, right))
-    columns = [[texts[i] if i < len(texts) else None for texts in right] for i in range(most)]
-    bleu = sacrebleu.corpus_bleu(list(said), columns, tokenize="zh" if chinese else "13a").score
+    bleu: Any = import_module("sacrebleu.metrics").BLEU(tokenize="zh" if chinese else "13a", effective_order=True)
+    each = [bleu.sentence_score(answer, list(texts)) for answer, texts in zip(said, right, strict=True)]
     scorer: Any = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=Words())
     rouge = [
         max(scorer.score(text, answer)["rougeL"].fmeasure for text in texts)
         for answer, texts in zip(said, right, strict=True)
     ]
     exact = [_folded(answer) in map(_folded, texts) for answer, texts in zip(said, right, strict=True)]
-    return {"bleu": float(bleu), "rouge_l": sum(rouge) / len(rouge), "exact_match": sum(exact) / len(exact)}
+    counts = [[one.sys_len, one.ref_len, *one.counts, *one.totals] for one in each]
+    return Compared(bleu_N10=floats(counts).reshape(-1, BLEU_COUNTS), rouge_N=floats(rouge), exact_N=floats(exact))
 
 
 def _folded(text: str) -> str:

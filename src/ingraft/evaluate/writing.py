@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from ingraft.data.chat import begins_with_bos, encode_prompt, has_template, prompt_messages
@@ -14,11 +17,15 @@ from ingraft.data.records import Chat, Document, Record
 from ingraft.data.rows import refuse
 from ingraft.data.tasks import task_of
 from ingraft.errors import IngraftError
-from ingraft.evaluate.choices import ChoiceRow, choices_of, score_along
+from ingraft.evaluate import weighted
+from ingraft.evaluate.choices import ChoiceRow, ChoiceScores, choices_of, score_along
+from ingraft.evaluate.classes import macro_f1
 from ingraft.evaluate.generation import generate
-from ingraft.evaluate.loss import Poll, score_loss
+from ingraft.evaluate.loss import LossOutcomes, LossScores, Poll, score_loss
+from ingraft.evaluate.outcomes import Floats, Outcomes, Ratio, column, floats
 from ingraft.evaluate.room import room
 from ingraft.evaluate.scorer import Asked, Done, Scorer
+from ingraft.evaluate.weighted import one_hot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,12 +43,13 @@ class SftScorer(Scorer):
     task: ClassVar[str] = "sft"
     cheap: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     writes: ClassVar[bool] = True
+    prompted: ClassVar[str | None] = "sft"
 
-    def evaluate(
+    def outcomes(
         self, data: DataSet, part: str, batch_size: int = 8, *, whole: bool = True, poll: Poll | None = None
-    ) -> dict[str, float]:
+    ) -> Outcomes:
         choices = self.choices(data, part) if whole else ()
-        return metrics_of_text(self.model, data.parts[part].examples, self.pad_id, batch_size, choices, poll)
+        return outcomes_of_text(self.model, data.parts[part].examples, self.pad_id, batch_size, choices, poll)
 
     def choices(self, data: DataSet, part: str) -> Sequence[ChoiceRow]:
         """The rows as choices between label words, where they are that."""
@@ -109,6 +117,7 @@ class LmScorer(SftScorer):
     """Loss and perplexity of running text, which is continued from where it ends."""
 
     task: ClassVar[str] = "lm"
+    prompted: ClassVar[str | None] = None
 
     def choices(self, data: DataSet, part: str) -> Sequence[ChoiceRow]:
         return ()
@@ -120,15 +129,40 @@ class LmScorer(SftScorer):
         return _plain_prompt(record.text, self.tokenizer) if isinstance(record, Document) else super().prompt(record)
 
 
-def metrics_of_text(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChosenOutcomes(LossOutcomes):
+    """With the answer that is likeliest and the right one, by their numbers; -1 for a row whose answers could not be compared."""
+
+    yes_or_no: ClassVar[frozenset[str]] = frozenset({"accuracy"})
+
+    chosen: NDArray[np.int64] = column()
+    right: NDArray[np.int64] = column()
+
+    def metrics(self) -> dict[str, float]:
+        said, right = (x[self.right >= 0].tolist() for x in (self.chosen, self.right))
+        hits = sum(p == y for p, y in zip(said, right, strict=True))
+        accuracy = hits / max(1, len(right))
+        return super().metrics() | {"accuracy": accuracy, "macro_f1": macro_f1(said, right)}
+
+    def ratios(self) -> dict[str, Ratio]:
+        there = self.right >= 0
+        return super().ratios() | {"accuracy": (floats(there & (self.chosen == self.right)), floats(there))}
+
+    def others(self, times_RN: Floats) -> dict[str, Floats]:
+        kinds = 1 + int(max(self.chosen.max(), self.right.max(), 0))
+        said, right = one_hot(self.chosen, kinds), one_hot(self.right, kinds)
+        return super().others(times_RN) | {"macro_f1": weighted.macro_f1(right, said, right * said, times_RN)}
+
+
+def outcomes_of_text(
     model: nn.Module,
     examples: Sequence[Example],
     pad_id: int,
     batch_size: int = 8,
     choices: Sequence[ChoiceRow] = (),
     poll: Poll | None = None,
-) -> dict[str, float]:
-    """`loss` (nats) and `perplexity`; with the same rows as choices between label words, `accuracy` and `macro_f1` too.
+) -> LossOutcomes:
+    """For `loss` (nats) and `perplexity`; with the same rows as choices between label words, for `accuracy` and `macro_f1` too.
 
     Raises:
         IngraftError: no rows.
@@ -137,10 +171,20 @@ def metrics_of_text(
         raise IngraftError("There are no rows to evaluate on.")
     if not choices:
         losses = score_loss(model, examples, pad_id, batch_size, poll)
-        return {"loss": losses.loss, "perplexity": losses.perplexity}
+        return LossOutcomes(sums=losses.sums, counts=losses.counts)
     losses, scores = score_along(model, examples, choices, pad_id, batch_size, poll)
-    metrics = {"loss": losses.loss, "perplexity": losses.perplexity}
-    return metrics | {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+    return outcomes_of(examples, losses, choices, scores)
+
+
+def outcomes_of(
+    examples: Sequence[Example], losses: LossScores, choices: Sequence[ChoiceRow], scores: ChoiceScores
+) -> ChosenOutcomes:
+    """Losses of rows and scores of the same rows as choices, each choice beside the example of its row."""
+    said, right = (np.full(len(examples), -1, dtype=np.int64) for _ in range(2))
+    place = {example.row_id: position for position, example in enumerate(examples)}
+    for row, prediction in zip(choices, scores.predictions, strict=True):
+        said[place[row.row_id]], right[place[row.row_id]] = prediction, row.answer
+    return ChosenOutcomes(sums=losses.sums, counts=losses.counts, chosen=said, right=right)
 
 
 def _plain_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

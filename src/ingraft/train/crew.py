@@ -11,7 +11,7 @@ import torch
 
 from ingraft import adapt
 from ingraft.evaluate.judges import VALUE
-from ingraft.recipe import SAMPLING_TASKS, Recipe
+from ingraft.recipe import Recipe
 from ingraft.train.attached import ADAPTER, attach_value
 from ingraft.train.learner import Learner, make_learner
 from ingraft.train.objectives import Objective
@@ -61,14 +61,14 @@ def crew_of(
     steps = plan(recipe, len(data.train))
     order = Order(data.train, steps, recipe.seed, data.mixture)
     policy = _learner(recipe, model, ADAPTER)
-    if recipe.task not in SAMPLING_TASKS:
+    if not isinstance(objective, PpoObjective):
         if recipe.meta.inner_steps:
             rounds = Rounds(recipe, steps, data.parts["train"], policy)
             return Crew(learners=[policy], source=rounds, kept=[rounds])
         return Crew(learners=[policy], source=order)
-    assert isinstance(objective, PpoObjective) and rewards is not None
+    assert rewards is not None, "an objective that samples has a scorer that is rewarded"
     learners, judge = [policy], None
-    if recipe.task == "ppo":
+    if objective.valued:
         judge = attach_value(model, recipe, allow_base_mismatch)
         objective.value = ValueObjective(model, objective.pad_id, judge, recipe.losses)
         value = _learner(recipe, model, VALUE, {"head": judge.head_1D})

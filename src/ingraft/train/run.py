@@ -30,7 +30,7 @@ from ingraft.evaluate import Scorer, scorer_of, virtual_tokens
 from ingraft.evaluate.files import of_files
 from ingraft.evaluate.rewards import rewards_of
 from ingraft.methods import registry
-from ingraft.recipe import SAMPLING_TASKS, Recipe, as_recipe, plain, to_yaml
+from ingraft.recipe import Recipe, as_recipe, plain, to_yaml
 from ingraft.train import checkpoint, journal, place, recompute, samples
 from ingraft.train.attached import ADAPTER, attach, keep_reference, keep_roles
 from ingraft.train.crew import crew_of
@@ -170,9 +170,10 @@ def _prepare(recipe: Recipe, notes: journal.Journal, trust_remote_code: bool, al
     objective = objective_for(recipe.task, model, pad_id(tokenizer), recipe.losses)
     if objective.reference:
         keep_reference(model, recipe, allow_base_mismatch)
-    scorer = scorer_of(recipe.task)(model, tokenizer, data.labels, recipe.losses)
-    if recipe.task in SAMPLING_TASKS:
-        scorer.rewards = rewards_of(recipe, model, objective.pad_id, allow_base_mismatch=allow_base_mismatch)
+    kind, rewards = scorer_of(recipe.task), None
+    if kind.rewarded:
+        rewards = rewards_of(recipe, model, objective.pad_id, allow_base_mismatch=allow_base_mismatch)
+    scorer = kind(model, tokenizer, data.labels, recipe.losses, rewards)
     with _packed(recipe, model):  # a base that cannot is refused before anything is written
         frozen = frozen_of(recipe, model, objective, data.train, steps)
     return Prepared(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ingraft.recipe import SAMPLING_TASKS, Recipe
+from ingraft.recipe import Recipe
+from ingraft.train.objectives import objective_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Plan:
 def plan(recipe: Recipe, rows: int) -> Plan:
     """The length of a run over so many rows."""
     effective = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    repeats = recipe.rl.num_epochs * recipe.rl.num_mini_batches if recipe.task in SAMPLING_TASKS else 1
+    repeats = recipe.rl.num_epochs * recipe.rl.num_mini_batches if objective_kind(recipe.task).samples else 1
     steps_per_epoch = max(1, math.ceil(rows / effective)) * repeats
     total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * steps_per_epoch)
     warmup = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ingraft.recipe import Losses
 
-__all__ = ["OBJECTIVES", "Objective", "objective_for"]
+__all__ = ["OBJECTIVES", "Objective", "objective_for", "objective_kind"]
 
 OBJECTIVES: Mapping[str, str] = {
     "sft": "causal:CausalObjective",
@@ -51,9 +51,18 @@ def objective_for(
     Raises:
         IngraftError: a task that cannot be trained yet.
     """
+    return objective_kind(task)(model, pad_id, losses)
+
+
+def objective_kind(task: str) -> type[Objective]:
+    """The class of a task's objective.
+
+    Raises:
+        IngraftError: a task that cannot be trained yet.
+    """
     if task not in OBJECTIVES:
         raise IngraftError(
             f"task: {task!r} comes later{nearest(task, OBJECTIVES)}; today {', '.join(OBJECTIVES)} can be trained."
         )
     module, name = OBJECTIVES[task].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)(model, pad_id, losses)
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -28,10 +28,12 @@ class Objective(ABC):
     Attributes:
         beside: what a batch holds that the model is not given.
         reference: whether a policy is compared with what it was at first.
+        samples: whether it learns from answers that the model itself samples, several times from the same ones.
     """
 
     beside: ClassVar[frozenset[str]] = frozenset({"labels"})
     reference: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, pad_id: int, losses: Losses | None = None) -> None:
         """Args:

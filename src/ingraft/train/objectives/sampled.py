@@ -72,9 +72,15 @@ class SampledObjective(Objective):
 
 
 class PpoObjective(SampledObjective):
-    """The clipped surrogate; the distance from the reference is in the advantages."""
+    """The clipped surrogate; the distance from the reference is in the advantages.
+
+    Attributes:
+        valued: whether a value function is trained along.
+    """
 
     reference: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
+    valued: ClassVar[bool] = True
 
     value: ValueObjective | None = None
 
@@ -108,6 +114,8 @@ class GrpoObjective(PpoObjective):
     """The same with advantages among the answers to a prompt, and the distance from the reference as a term of the loss (Shao et al. 2024, equation 3).
 
     Averaged over the tokens of the step and not over answers first: short answers do not weigh more by the token (Yu et al. 2025, section 3.3)."""
+
+    valued: ClassVar[bool] = False
 
     def penalty(self, logps_BT: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return self.losses.rl.kl_coef * kl_of_samples(logps_BT - batch["reference"])
