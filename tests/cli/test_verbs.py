@@ -4,137 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ingraft
 from ingraft.cli.main import main
 
-WORDS = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "user",
-    "assistant",
-    "system",
-    "good",
-    "bad",
-    "very",
-    "a",
-    "film",
-    "was",
-    "the",
-    "plot",
-    "it",
-    "i",
-]
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-
-Call = Callable[..., dict[str, Any]]
-
-
-def tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>", model_max_length=64
-    )
-    made.chat_template = TEMPLATE
-    made.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`llama/`, `bert/`, `rows.jsonl` (text and label, the label a word of the text), `new.jsonl` (no labels), and two trained runs."""
-    home = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
-    size = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 3}
-    LlamaForCausalLM(LlamaConfig(**size, eos_token_id=2, bos_token_id=1)).save_pretrained(home / "llama")
-    BertForMaskedLM(BertConfig(**size)).save_pretrained(home / "bert")
-    for name in ("llama", "bert"):
-        tokenizer(home / name)
-    rng = random.Random(0)
-    texts = [[*rng.choices(WORDS[9:], k=rng.randint(2, 12)), rng.choice(["good", "bad"]), "film"] for _ in range(60)]
-    rows = [{"text": " ".join(words), "label": words[-2]} for words in texts]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (home / "new.jsonl").write_text(
-        "".join(json.dumps({"id": i, "text": row["text"]}) + "\n" for i, row in enumerate(rows[:9]))
-    )
-    common = [
-        "--data",
-        str(home / "rows.jsonl"),
-        "--max-steps",
-        "30",
-        "--learning-rate",
-        "1e-2",
-        "--dtype",
-        "float32",
-        "--eval-steps",
-        "0",
-    ]
-    for name, base, task in (("talk", "llama", "sft"), ("sort", "bert", "classify")):
-        words = ["--model", str(home / base), "--task", task, "--data.eval", "12", "--output-dir", str(home / name)]
-        assert main(["train", *common, *words, "--json"]) == 0
-    return home
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a verb with --json and return its document."""
-
-    def run(*words: object, code: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert main([*map(str, words), "--json"]) == code
-        return json.loads(capsys.readouterr().out) if code == 0 else {}
-
-    return run
-
-
-@pytest.mark.parametrize("run", ["talk", "sort"])
-def test_eval_gives_the_numbers_of_the_run(
-    run: str, home: Path, call: Call, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`ingraft eval --adapter RUN` scores the run's held-out rows to the bits that the run recorded, and says so to people too."""
-    metrics = json.loads((home / run / "metrics.json").read_text())
-    found = call("eval", "--adapter", home / run)["eval"]
-    assert {name: found[name] for name in metrics["after"]} == metrics["after"]
-    assert metrics["after"]["loss"] != metrics["before"]["loss"]
-    assert main(["eval", "--adapter", str(home / run)]) == 0
-    assert f"{metrics['after']['loss']:.6f}" in capsys.readouterr().out
-
-
-def test_eval_of_the_same_rows_in_a_file(home: Path, call: Call, tmp_path: Path) -> None:
-    """The held-out rows written to a file of their own have the loss that the split had; the base has the one from before training."""
-    from ingraft.bases import load_tokenizer
-    from ingraft.cli.sources import load_data, settle
-
-    recipe = settle({}, adapter=str(home / "talk"))
-    rows = load_data(recipe, load_tokenizer(recipe.model)).parts["eval"].rows
-    file = tmp_path / "held.jsonl"
-    file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows))
-    metrics = json.loads((home / "talk" / "metrics.json").read_text())
-    tuned = call("eval", "--model", home / "llama", "--adapter", home / "talk", "--data", file)["train"]
-    assert tuned["loss"] == metrics["after"]["loss"]
-    base = call("eval", "--model", home / "llama", "--data", file, "--dtype", "float32")["train"]
-    assert base["loss"] == metrics["before"]["loss"]
+from .conftest import WORDS, Call
 
 
 def test_predict_keeps_order_and_rows(home: Path, call: Call, tmp_path: Path) -> None:

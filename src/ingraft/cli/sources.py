@@ -171,7 +171,7 @@ def open_model(
     if announce:
         output.say(f"base {recipe.model}" + (f", adapter {adapter}" if adapter else ""))
     facts = manifest_facts(adapter_folder(adapter)) if adapter is not None else {}
-    run: dict[str, Any] = facts.get("run") or facts.get("extra", {}).get("run", {})
+    run = run_facts(facts)
     labels, scale = run.get("labels"), run.get("scale")
     dtype = recipe.dtype
     if dtype == "auto" and facts.get("dtype"):  # the dtype the adapter was trained in, not what is fast here today
@@ -194,6 +194,11 @@ def open_model(
                 ingraft.load(model, kept, name=REFERENCE, allow_base_mismatch=allow_base_mismatch)
     model.eval()
     return Opened(model=model, tokenizer=tokenizer, recipe=recipe, adapter=name, source=base.source)
+
+
+def run_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the facts of an adapter folder tell of the run that it comes from."""
+    return facts.get("run") or facts.get("extra", {}).get("run", {})
 
 
 def manifest_facts(folder: Path) -> dict[str, Any]:
