@@ -54,7 +54,9 @@ def test_each_form_is_recognised_and_read(
 
 
 def test_every_form_of_the_registry_is_tried_above() -> None:
-    assert {name for name, _, _ in SAMPLES} == {name for name, form in FORMATS.items() if form.detected}
+    """But for those that name files, which are tried in test_pictures.py."""
+    forms = {name for name, form in FORMATS.items() if form.detected and form.opens is None}
+    assert {name for name, _, _ in SAMPLES} == forms
 
 
 def test_lines_of_a_text_file(make_rows: Callable[..., Any]) -> None:

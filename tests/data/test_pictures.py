@@ -41,7 +41,7 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def forms(tmp_path: Path) -> dict[str, Path]:
-    """The same twelve pictures as an .npz, as class folders, and as rows that name files."""
+    """The same twelve pictures as an .npz, as class folders, and as rows that name files in one field or another."""
     np.savez(tmp_path / "many.npz", images=PIXELS, labels=LABELS, names=NAMES)
     lines = []
     for number, pixels in enumerate(PIXELS):
@@ -49,8 +49,11 @@ def forms(tmp_path: Path) -> dict[str, Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
         lines.append(json.dumps({"image": str(file.relative_to(tmp_path)), "label": str(NAMES[LABELS[number]])}))
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    return {"npz": tmp_path / "many.npz", "folder": tmp_path / "folder", "rows": tmp_path / "rows.jsonl"}
+    text = "\n".join(lines) + "\n"
+    (tmp_path / "rows.jsonl").write_text(text)
+    (tmp_path / "files.jsonl").write_text(text.replace('"image"', '"file"'))
+    found = {"npz": "many.npz", "folder": "folder", "rows": "rows.jsonl", "files": "files.jsonl"}
+    return {form: tmp_path / name for form, name in found.items()}
 
 
 def test_what_the_base_is_given_is_its_processors_own_output(reader: ImageReader, forms: dict[str, Path]) -> None:
