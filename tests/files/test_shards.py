@@ -166,6 +166,7 @@ class Words:
     """As much of a tokenizer as the verb asks for."""
 
     model_max_length = 32
+    pad_token_id = eos_token_id = 0
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [len(word) for word in text.split()[:32]]}

@@ -23,8 +23,7 @@ Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 SAMPLING_TASKS = ("ppo", "grpo")
 """Those that learn from answers which the model itself samples."""
 READY_TASKS = (
-    *("sft", "lm", "seq2seq", "classify", "multi-label", "regress", "tag", "qa", "embed"),
-    "image-classify",
+    *("sft", "lm", "seq2seq", "classify", "image-classify", "multi-label", "regress", "tag", "qa", "embed"),
     *("reward", "dpo", "ipo", "kto"),
     *SAMPLING_TASKS,
 )
