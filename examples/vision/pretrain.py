@@ -86,14 +86,19 @@ def recipe(model: Path, data: str, test: str, output: Path, **more: Any) -> dict
     )
 
 
-def pretrain(home: Path, data: str, test: str, shape: tuple[int, ...], epochs: int) -> Path:
+def pretrain(home: Path, data: str, test: str, shape: Any, epochs: int) -> Path:
     """The base: random at first, then trained in full."""
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     torch.manual_seed(0)
     channels, side = (shape[2] if len(shape) > 2 else 1), shape[0]
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     config = ViTConfig(**size, image_size=side, patch_size=side // 4, num_channels=channels)
     ViTForImageClassification(config).save_pretrained(home / "random")
     half = [0.5] * channels
