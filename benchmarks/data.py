@@ -39,7 +39,7 @@ def main() -> int:
         rows = measured("read", lambda: read_rows(file))
         records = measured("records", lambda: task.read(rows)[1])
         labels = task.labels(records) if task.labels is not None else ()
-        how = Settings(tokenizer=tokenizer, max_length=512, labels=labels)
+        how = Settings(reader=tokenizer, max_length=512, labels=labels)
         examples = measured("encode", lambda: task.encode(records, rows, how, tally))
         measured("repetitions", lambda: repeats_of(rows, records))
     tokens = sum(map(len, examples))
