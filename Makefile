@@ -11,7 +11,7 @@ INSTALL := $(PIP) install -q --no-compile -c constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 JOBS ?= auto
 
-.PHONY: help setup demo test lint format types pytest bench study study-methods study-laws study-scale bench-qlora docs clean
+.PHONY: help setup demo test lint format types pytest bench study study-methods study-tasks study-laws study-scale bench-qlora docs clean
 
 help:
 	@echo "make demo    install, tune a real language model on real reviews, show accuracy before and after"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   speed, memory and loss against PEFT + Trainer"
 	@echo "make study   the long measurements             make docs     write docs/methods.md from the registry"
 	@echo "make study-methods   every method on one base and data set, one table (DATA=folder MODEL=smollm2 STEPS=60)"
+	@echo "make study-tasks     every kind of task by train and eval, one table (DATA_SETS=folder SETS=sst2,mrpc)"
 	@echo "make study-laws      the whole matrix: method x law x layer kind x base precision"
 
 # torch goes in first and alone, so that nothing else can choose its version.
@@ -100,6 +101,12 @@ study-methods: $(VENV)/.test
 	@echo "== study: every method of the catalogue on $(MODEL), $(STEPS) steps each, one table"
 	@$(BIN)/python benchmarks/methods.py --data $(DATA) --model $(MODEL) --steps $(STEPS) --runs runs/methods-$(MODEL) \
 		--output docs/study-methods-$(MODEL).md
+
+# Hours; goes on where it was. DATA_SETS: a folder of data sets, SETS: some of them. Chinese sets need Gemma (`ingraft models` says how to get it).
+DATA_SETS ?= ../shared/data
+study-tasks: $(VENV)/.test
+	@echo "== study: every kind of task by ingraft train and ingraft eval, beside full tuning and a base that is only asked"
+	@$(BIN)/python benchmarks/tasks.py --data $(DATA_SETS) $(if $(SETS),--sets $(SETS)) --runs runs/tasks --output docs/study-tasks.md
 
 study-scale: $(VENV)/.test
 	@echo "== study: QLoRA on a 1.1B and a 7B Llama of random nf4 blocks, peak memory and time"
