@@ -62,6 +62,9 @@ def test_data_shows_rows_that_are_used(home: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     words = ["data", "--model", str(home / "gpt2"), "--data.eval", "0", "--data", str(tmp_path / "rows.jsonl")]
     assert main(words) == 0
+    assert "dropped" not in capsys.readouterr().out, "the prompt loses its middle before an answer goes"
+    words += ["--data.truncation", "keep_start"]
+    assert main(words) == 0
     said = capsys.readouterr().out
     assert f"dropped, nothing to learn within max_length: 1 rows ({tmp_path / 'rows.jsonl'}:1)" in said
     assert f"{tmp_path / 'rows.jsonl'}:2  (2 learned)" in said
