@@ -16,7 +16,7 @@ from torch import nn
 
 from ingraft.errors import IngraftError
 from ingraft.recipe import as_recipe
-from ingraft.train import train
+from ingraft.train import finder, loop, train
 from ingraft.train.finder import DECADES, STEPS, fastest, range_test, rates
 from ingraft.train.learner import make_learner
 from ingraft.train.stop import Stop
@@ -76,6 +76,20 @@ def test_a_run_finds_its_rate_and_is_the_run_at_that_rate(recipe: Make, tmp_path
     assert _weights(first.folder) == _weights(second.folder), "the range test left a trace"
     again = train(first.folder / "recipe.yaml", overwrite_output_dir=True, quiet=True)
     assert _weights(again.folder) == _weights(second.folder)
+
+
+def test_a_step_of_the_test_that_is_not_finite_leaves_no_gradient(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(10_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finite", lambda total: next(calls) != finder.STEPS - 1)  # the last step of the test
+        first = train(recipe(learning_rate="auto", output_dir=str(tmp_path / "a")), quiet=True)
+    log = [json.loads(line) for line in (first.folder / "log.jsonl").read_text().splitlines()]
+    told = next(line for line in log if "range_test" in line)
+    assert len(told["range_test"]) == finder.STEPS, "the test was cut short, and nothing is tried here"
+    second = train(recipe(learning_rate=told["found_learning_rate"], output_dir=str(tmp_path / "b")), quiet=True)
+    assert _weights(first.folder) == _weights(second.folder)
 
 
 def test_a_killed_run_goes_on_at_the_rate_it_found(

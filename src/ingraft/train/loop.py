@@ -115,8 +115,12 @@ def _peak_rate(session: Session, progress: Progress) -> float:
         batch = session.source.rows(number, poll)
         units = sum(map(objective.units, batch))
         for learner in session.learners:
-            if units and finite(fitting_gradients(session, progress, learner, batch, units)):
+            if not units:
+                continue
+            if finite(fitting_gradients(session, progress, learner, batch, units)):
                 learner.apply(rate, recipe.max_grad_norm)
+            else:
+                learner.skip()
 
     def watched() -> float:
         adapting(session.model, session.learners, False)
