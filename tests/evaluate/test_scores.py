@@ -195,8 +195,13 @@ def test_labels_become_choices_as_training_encodes_them(tokenizer: PreTrainedTok
     ]
     rows = [Row(values={}, file="f", line=n, reader="jsonl") for n in range(3)]
     found = choice_rows(records, rows, tokenizer, ["good", "very bad"], max_length=32)
-    assert [row.row_id for row in found] == [0, 1], "a row whose answer is cut away is left out"
-    assert [row.answer for row in found] == [0, 1]
+    assert [row.row_id for row in found] == [0, 1, 2]
+    assert [row.answer for row in found] == [0, 1, 0]
+    longest = max(len(choice) for choice in found[2].choices)
+    assert 32 - 2 - longest <= len(found[2].prompt) <= 32 - longest, (
+        "a long prompt loses its middle, the answers stay whole"
+    )
+    assert [WORDS[token] for token in found[2].prompt[-2:]] == ["</s>", "assistant"]
     assert [WORDS[token] for token in found[0].prompt] == ["user", "a", "good", "film", "</s>", "assistant"]
     assert [[WORDS[token] for token in choice] for choice in found[0].choices] == [["good"], ["very", "bad"]]
 

@@ -112,3 +112,21 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(IngraftError, match=r"rows\.jsonl:1: is no ranked row"):
             Desk(target, ["a?"])
         assert target.read_text() == text
+
+
+def test_separators_of_unicode_are_letters_like_others(tmp_path: Path) -> None:
+    target = tmp_path / "ranked.jsonl"
+    desk = Desk(target, ["a?", "b?"])
+    for prompt in ("a?", "b?"):
+        desk.put(Question(prompt=prompt, responses=["x\u2028y", "z\x85w", "u\u2029v"]))
+    _rank(desk, ("x\u2028y", "z\x85w", "u\u2029v"))
+    before = target.read_bytes()
+    _rank(desk, ("x\u2028y", "z\x85w", "u\u2029v"))
+    desk.undo()
+    assert target.read_bytes() == before
+    assert len(Desk(target, ["a?", "b?"]).known) == 1
+
+
+def test_a_folder_that_is_not_there_is_told_of_first(tmp_path: Path) -> None:
+    with pytest.raises(IngraftError, match="there is no folder"):
+        Desk(tmp_path / "nowhere" / "ranked.jsonl", ["a?"])

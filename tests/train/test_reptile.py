@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from ingraft.cli.sources import settle
 from ingraft.data.examples import Example
 from ingraft.data.mixing import Origin, Part
 from ingraft.errors import IngraftError
@@ -109,6 +110,8 @@ def test_a_stopped_run_ends_with_the_same_bits(several: Make, tmp_path: Path, mo
         patch.setattr(loop, "step", dying)
         train(values, quiet=True)
     cut = train(values, resume_from_checkpoint="last", quiet=True)
+    settled = settle({"data.train": values["data"]["train"][0]["file"]}, adapter=str(cut.folder))
+    assert not settled.meta.inner_steps, "what a run was made with is nothing to a verb that only asks"
     paths = [folder / "adapter_model.safetensors" for folder in (whole.folder, cut.folder)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -139,6 +142,9 @@ def test_what_has_no_meaning_is_refused(several: Make, home: Path) -> None:
     values["data"]["train"][0]["weight"] = 2
     values["data"]["train"][1]["weight"] = values["data"]["train"][2]["weight"] = 1
     with pytest.raises(IngraftError, match="weights would mean nothing"):
+        as_recipe(values)
+    values["eval_steps"] = 4
+    with pytest.raises(IngraftError, match="4 is no multiple of 3"):
         as_recipe(values)
     values["data"]["train"] = str(home / "rows.jsonl")
     with pytest.raises(IngraftError, match="names one; name several"):

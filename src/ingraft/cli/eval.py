@@ -136,7 +136,7 @@ def command(
     asked = _shots(recipe, shots, shots_from, shots_select, question, label_words, calibrate)
     if asked is not None:
         recipe = _prompted(recipe)
-    split = shots is not None and "data.eval" in overrides
+    split = "data.eval" in overrides
     parts = _parts(recipe, whole="data.train" in overrides and not split)
     if asked is not None and asked.count and parts == ["train"] and shots_from is None:
         raise IngraftError(
@@ -171,7 +171,9 @@ def command(
                     outcomes.append(scorer.outcomes(some, part, size))
             for values, each in zip(told, outcomes, strict=True):
                 values |= _told(each, how, at)
-            if two is not None:
+            if two is not None and at and len(some.parts[part].examples) < 2:
+                output.say(f"note: {at[1:]} has a single row, so nothing is compared on it alone")
+            elif two is not None:
                 apart = compared(outcomes[0], outcomes[1], how)
                 differences = {f"{name}{at}": dataclasses.asdict(difference) for name, difference in apart.items()}
                 told[0]["difference"] = told[0].get("difference", {}) | differences
@@ -269,11 +271,15 @@ def _scorer(
     recipe = opened.recipe
     if asked is not None:
         pool = (
-            data.parts["train"].records if shots_from is None else task_of(recipe.task).read(read_rows(shots_from))[1]
+            data.parts["train"].records
+            if shots_from is None
+            else task_of(recipe.task).read(read_rows(shots_from), recipe.data.format)[1]
         )
-        return ShotScorer(
-            opened.model, cast("PreTrainedTokenizerBase", opened.tokenizer), asked, pool if asked.count else []
-        )
+        known = [
+            record for one in data.parts.values() for record in one.records
+        ]  # what may be chosen, whatever is shown
+        tokenizer = cast("PreTrainedTokenizerBase", opened.tokenizer)
+        return ShotScorer(opened.model, tokenizer, asked, pool if asked.count else [], [*known, *pool])
     rewards = None
     if scorer_of(recipe.task).rewarded:
         run = Path(folder) if folder is not None else None

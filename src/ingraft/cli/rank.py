@@ -148,16 +148,15 @@ def command(
             recipe, adapter, output, trust_remote_code=trust_remote_code, allow_base_mismatch=allow_base_mismatch
         )
     how = Sampling(count=num_answers, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    questions = _questions(entries, opened, how, output)
+    questions = _questions(_asked(entries, opened, output), opened, how, output)
     if sample_only:
-        lines = [
-            json.dumps({"prompt": one.prompt, "responses": one.responses}, ensure_ascii=False) for one in questions
-        ]
-        durable.write_file(target, "".join(line + "\n" for line in lines))
-        output.result({"output": target, "rows": len(lines)})
-        output.say(
-            f"{len(lines)} rows written to {target}; rank them with `ingraft rank --data {target} --output FILE`"
-        )
+        count = 0
+        for one in questions:
+            row = {"prompt": one.prompt, "responses": one.responses}
+            durable.append_line(target, json.dumps(row, ensure_ascii=False))
+            count += 1
+        output.result({"output": target, "rows": count})
+        output.say(f"{count} rows written to {target}; rank them with `ingraft rank --data {target} --output FILE`")
         return
     try:
         with serving(desk, host, port) as address:
@@ -231,20 +230,47 @@ def _prompt(turns: Sequence[Message]) -> Prompt:
     return turns[0]["content"] if lone else [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _questions(entries: Sequence[Entry], opened: Opened | None, how: Sampling, output: Output) -> Iterator[Question]:
-    """The prompts with their answers, as these are there."""
+def _asked(entries: Sequence[Entry], opened: Opened | None, output: Output) -> list[tuple[Entry, list[int] | None]]:
+    """The entries with the tokens after which a model answers; those that it cannot answer are told of and left out, before anybody begins."""
     from ingraft.data.prompts import prompt_tokens
+    from ingraft.data.rows import RowProblem
+    from ingraft.evaluate.room import room
+
+    found: list[tuple[Entry, list[int] | None]] = []
+    for entry in entries:
+        if entry.record is None or opened is None:
+            found.append((entry, None))
+            continue
+        try:
+            tokens = prompt_tokens(entry.record, cast("PreTrainedTokenizerBase", opened.tokenizer))
+        except RowProblem as problem:
+            output.say(f"note: left out, {problem}: {_short(entry.prompt)}")
+            continue
+        if len(tokens) < room(opened.model):
+            found.append((entry, tokens))
+        else:
+            output.say(f"note: left out, for it leaves no room for an answer: {_short(entry.prompt)}")
+    return found
+
+
+def _short(prompt: Prompt) -> str:
+    return shorten(json.dumps(prompt, ensure_ascii=False)[:100])
+
+
+def _questions(
+    entries: Sequence[tuple[Entry, list[int] | None]], opened: Opened | None, how: Sampling, output: Output
+) -> Iterator[Question]:
+    """The prompts with their answers, as these are there."""
     from ingraft.ranking.answers import different_answers
     from ingraft.ranking.desk import Question
 
-    for entry in entries:
+    for entry, tokens in entries:
         responses = entry.responses
         if responses is None:
-            assert opened is not None and entry.record is not None
+            assert opened is not None and tokens is not None
             tokenizer = cast("PreTrainedTokenizerBase", opened.tokenizer)
-            prompt = prompt_tokens(entry.record, tokenizer)
-            responses = different_answers(opened.model, tokenizer, prompt, how)
+            responses = different_answers(opened.model, tokenizer, tokens, how)
         if len(responses) < 2:
-            output.say(f"note: left out, for there were no two different answers: {shorten(json.dumps(entry.prompt))}")
+            output.say(f"note: left out, for there were no two different answers: {_short(entry.prompt)}")
             continue
         yield Question(prompt=entry.prompt, responses=responses)

@@ -32,6 +32,9 @@ _TRAINING_ONLY = (
     "load_best_model_at_end",
     "early_stopping_patience",
     "warmup_steps",
+    "eval_samples",
+    "neftune_noise_alpha",
+    "meta",
 )
 _UNUSED = "unused"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from ingraft.data.cutting import middle_out
 from ingraft.data.examples import IGNORED, Example, as_chat, encode_chats
 from ingraft.data.records import Chat, Labelled
 from ingraft.data.rows import Row
@@ -88,7 +89,7 @@ def choice_rows(
 ) -> list[ChoiceRow]:
     """Rows of text and label as prompts with one answer a label, encoded as training encodes them.
 
-    A row whose answer is cut away at `max_length`, or at what the base reads, for some label is left out, as in training.
+    A long prompt loses its middle, so that every label stays whole within `max_length`. A row that is longer than what the base reads is left out.
     """
     options = [[as_chat(replace(record, label=label)) for record in records] for label in labels]
     right = [labels.index(record.label) for record in records]
@@ -107,14 +108,16 @@ def choices_between(
     Args:
         options: by answer, each row's conversation that ends in it. right: by row, the position of its answer. rows: where they come from.
     """
-    encoded = [{e.row_id: e for e in encode_chats(chats, rows, tokenizer, max_length)} for chats in options]
+    most = max(max_length, tokenizer.model_max_length)
+    encoded = [{e.row_id: e for e in encode_chats(chats, rows, tokenizer, most)} for chats in options]
     found: list[ChoiceRow] = []
     for number, answer in enumerate(right):
         examples = [option.get(number) for option in encoded]
-        whole = [e for e in examples if e is not None and len(e) < max_length]
-        if len(whole) == len(options):
-            prompt = whole[0].input_ids[: _start(whole[0])]
-            answers = [tuple(e.input_ids[_start(e) : _end(e)]) for e in whole]
+        whole = [e for e in examples if e is not None and len(e) < most]
+        answers = [tuple(e.input_ids[_start(e) : _end(e)]) for e in whole]
+        room = max_length - max(map(len, answers), default=0)
+        if len(whole) == len(options) and room > 0:
+            prompt = middle_out(whole[0].input_ids[: _start(whole[0])], room)  # one for all answers, the longest too
             found.append(ChoiceRow(prompt=prompt, choices=_without_tail(answers), answer=answer, row_id=number))
     return found
 

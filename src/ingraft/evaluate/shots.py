@@ -55,11 +55,13 @@ class ShotScorer(SftScorer):
         tokenizer: PreTrainedTokenizerBase,
         shots: Shots,
         pool: Sequence[Record],
+        known: Sequence[Record] = (),
     ) -> None:
         """Args:
-        pool: rows to show.
+        pool: rows to show. known: rows whose labels can be chosen beside those of the pool and of the rows that are scored.
         """
         super().__init__(model, tokenizer)
+        self.known = known
         self.shots, self.pool = shots, distinct(pool)
 
     def outcomes(
@@ -69,7 +71,7 @@ class ShotScorer(SftScorer):
         self.notes = []
         rows, records = data.parts[part].rows, data.parts[part].records
         shown = self.demonstrations(records, batch_size, poll)
-        labels = labels_of([*records, *self.pool])
+        labels = labels_of([*records, *self.pool, *self.known])
         self.shots.check(labels)
         own = [self.shots.chat(record, labels) for record in records]
         examples, shown = self.encoded_behind(own, rows, shown, labels)

@@ -38,8 +38,10 @@ class Desk:
         prompts: those that are to be ranked.
 
         Raises:
-            IngraftError: the file holds something else.
+            IngraftError: the file holds something else, or its folder is not there.
         """
+        if not target.parent.is_dir():
+            raise IngraftError(f"--output {target}: there is no folder {target.parent}.")
         self.target = target
         self.complete = threading.Event()
         self.known = {as_key(row["prompt"]) for row in _ranked(target)}
@@ -127,8 +129,8 @@ class Desk:
         with self._lock:
             if not self._given:
                 raise IngraftError("There is no ranking to take back.")
-            lines = durable.read_bytes(self.target).decode().splitlines(keepends=True)
-            durable.write_file(self.target, "".join(lines[:-1]))
+            held = durable.read_bytes(self.target).rstrip(b"\n")
+            durable.write_file(self.target, held[: held.rfind(b"\n") + 1])
             number, question = self._given.pop()
             self._open = {number: question, **self._open}
 
@@ -156,7 +158,7 @@ def _ranked(target: Path) -> list[dict[str, Any]]:
     if not target.exists():
         return []
     found: list[dict[str, Any]] = []
-    for number, line in enumerate(durable.read_bytes(target).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(durable.read_bytes(target).decode("utf-8", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:

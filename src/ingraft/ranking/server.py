@@ -36,7 +36,7 @@ def serving(desk: Desk, host: str, port: int) -> Iterator[str]:
     """
     secret = secrets.token_urlsafe(16)
     try:
-        server = ThreadingHTTPServer((host, port), _handler(desk, secret))
+        server = ThreadingHTTPServer((host, port), _handler(desk, secret, host))
     except OSError as error:
         raise IngraftError(f"--host {host} --port {port}: {error.strerror}; `--port 0` takes a free one.") from None
     server.daemon_threads = False
@@ -50,7 +50,7 @@ def serving(desk: Desk, host: str, port: int) -> Iterator[str]:
         thread.join()
 
 
-def _handler(desk: Desk, secret: str) -> type[BaseHTTPRequestHandler]:
+def _handler(desk: Desk, secret: str, host: str) -> type[BaseHTTPRequestHandler]:
     def rank(told: dict[str, Any]) -> None:
         desk.rank(told["number"], told["places"])
 
@@ -100,8 +100,9 @@ def _handler(desk: Desk, secret: str) -> type[BaseHTTPRequestHandler]:
 
         def _asked(self) -> str | None:
             """What is wanted below the secret; None where the request is not the page's."""
-            name, _, port = self.headers.get("Host", "").rpartition(":")
-            ours = {cast("tuple[str, int]", self.server.server_address)[0], "localhost"}
+            said = self.headers.get("Host", "")
+            name, _, port = (said if ":" in said else f"{said}:80").rpartition(":")
+            ours = {cast("tuple[str, int]", self.server.server_address)[0], "localhost", host}
             anywhere = "0.0.0.0" in ours
             if not (anywhere or name in ours) or port != str(cast(ThreadingHTTPServer, self.server).server_port):
                 return None

@@ -74,6 +74,7 @@ def impossible(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     for key, asked in (
         ("load_best_model_at_end", recipe.load_best_model_at_end),
         ("early_stopping_patience", recipe.early_stopping_patience is not None),
+        ("eval_samples", recipe.eval_samples > 0),
     ):
         if asked and not held_out:
             yield (key, "data.eval"), f"{key}: needs rows to evaluate on; data.eval is {held_out!r}."
@@ -116,6 +117,9 @@ def _rounds(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("meta.inner_steps", "data.train"), f"meta.inner_steps: {text}"
     if recipe.task in (*SAMPLING_TASKS, *REFERENCE_TASKS):
         yield ("meta.inner_steps", "task"), f"meta.inner_steps: not for task {recipe.task!r}; leave it 0."
+    if recipe.data.eval and recipe.eval_steps % recipe.meta.inner_steps:
+        text = f"within a round the adapter is one file's, so evaluations belong at its end; {recipe.eval_steps} is no multiple of {recipe.meta.inner_steps}."
+        yield ("meta.inner_steps", "eval_steps"), f"eval_steps: {text}"
     if recipe.cache_frozen:
         yield ("meta.inner_steps", "cache_frozen"), "cache_frozen: not with meta.inner_steps; leave it false."
 

@@ -27,6 +27,7 @@ def evaluate(session: Session, progress: Progress) -> None:
         size, poll = recipe.per_device_eval_batch_size, session.stop.check
         found = scorer.evaluate(session.data, "eval", size, whole=whole, poll=poll)
         results.append(found | of_files(scorer, session.data, "eval", size, whole=whole, poll=poll))
+    told = _answered(session)  # nothing below may be cut short: what is considered is considered once
     lower = plain_name(session.metric) in LOWER
     for learner, metrics in zip(judged, results, strict=True):
         best = learner.consider(metrics[session.metric], progress.step, lower=lower, keep=recipe.load_best_model_at_end)
@@ -37,8 +38,10 @@ def evaluate(session: Session, progress: Progress) -> None:
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
         session.journal.say(f"step {progress.step}/{session.plan.total}  {shown}{'  (best)' if best else ''}")
-    if session.shown[1]:
-        _show(session, progress)
+    if told:
+        session.journal.write(step=progress.step, samples=told)
+    for sample in told:
+        session.journal.say(f"step {progress.step}  {_short(sample['prompt'])}  ->  {_short(sample['answer'])}")
     progress.evaluated = progress.step
     patience = recipe.early_stopping_patience
     if patience is not None and all(learner.waited >= patience for learner in judged):
@@ -46,18 +49,17 @@ def evaluate(session: Session, progress: Progress) -> None:
         session.journal.say(f"Stopped early: no better {session.metric} in {patience} evaluations.")
 
 
-def _show(session: Session, progress: Progress) -> None:
-    """What the first adapter, which acts, answers to the rows that are shown."""
+def _answered(session: Session) -> list[dict[str, str]]:
+    """The rows that are shown, with what the first adapter, which acts, answers."""
     name, examples = session.shown
+    if not examples:
+        return []
     part = session.data.parts[name]
     answers = session.scorer.answers(part, examples, session.stop.check)
-    told = [
+    return [
         {"prompt": question["prompt"], "expected": question["expected"], "answer": answer}
         for question, answer in zip(session.scorer.questions(part, examples), answers, strict=True)
     ]
-    session.journal.write(step=progress.step, samples=told)
-    for sample in told:
-        session.journal.say(f"step {progress.step}  {_short(sample['prompt'])}  ->  {_short(sample['answer'])}")
 
 
 def _short(text: str) -> str:
