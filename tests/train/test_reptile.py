@@ -134,6 +134,12 @@ def test_what_is_learned_lies_between_the_tasks(several: Make) -> None:
     assert away < 0.5 * (goals - goals.mean(0)).norm(dim=1).min()
 
 
+def test_a_method_that_keeps_books_is_refused(several: Make, tmp_path: Path) -> None:
+    with pytest.raises(IngraftError, match=r"meta\.inner_steps: adalora counts"):
+        train(several(method="adalora", method_config={}, output_dir=str(tmp_path / "run")), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_has_no_meaning_is_refused(several: Make, home: Path) -> None:
     values = several(task="dpo")
     with pytest.raises(IngraftError, match="not for task 'dpo'"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ingraft import adapt
+from ingraft.errors import IngraftError
 from ingraft.evaluate.judges import VALUE
 from ingraft.recipe import Recipe
 from ingraft.train.attached import ADAPTER, attach_value
@@ -63,6 +64,9 @@ def crew_of(
     policy = _learner(recipe, model, ADAPTER)
     if not isinstance(objective, PpoObjective):
         if recipe.meta.inner_steps:
+            if adapt.training_state(model, ADAPTER):
+                text = "counts what it saw while training, which does not go part of a way; choose another method"
+                raise IngraftError(f"meta.inner_steps: {recipe.method} {text}.")
             rounds = Rounds(recipe, steps, data.parts["train"], policy)
             return Crew(learners=[policy], source=rounds, kept=[rounds])
         return Crew(learners=[policy], source=order)
