@@ -33,10 +33,11 @@ def test_eval_gives_the_numbers_of_the_run(
 def test_eval_of_the_same_rows_in_a_file(home: Path, call: Call, tmp_path: Path) -> None:
     """The held-out rows written to a file of their own have the loss that the split had; the base has the one from before training."""
     from ingraft.bases import load_tokenizer
-    from ingraft.cli.sources import load_data, settle
+    from ingraft.cli.sources import settle
+    from ingraft.data.wanted import load_wanted
 
     recipe = settle({}, adapter=str(home / "talk"))
-    rows = load_data(recipe, load_tokenizer(recipe.model)).parts["eval"].rows
+    rows = load_wanted(recipe, load_tokenizer(recipe.model)).parts["eval"].rows
     file = tmp_path / "held.jsonl"
     file.write_text("".join(json.dumps(dict(row.values)) + "\n" for row in rows))
     metrics = json.loads((home / "talk" / "metrics.json").read_text())

@@ -59,7 +59,7 @@ def bits(shape: torch.Size, keys_B: Tensor) -> Tensor:
     n = math.prod(shape[1:]) if shape[0] else 0
     pair_N = torch.arange((n + 1) // 2, dtype=torch.int32, device=keys_B.device)
     bits_BN = mixed(keys_B[:, None] ^ (pair_N * 0x3C6EF372)[None, :]).view(torch.int16)[:, :n]
-    return bits_BN.view(shape) if n % 2 == 0 else bits_BN.reshape(shape)
+    return bits_BN.reshape(shape)
 
 
 def _kept_by_token(shape: torch.Size, p: float, keys_N2: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     Only the base's tokenizer, or image processor, is loaded. In colour on a terminal, elsewhere what is learned stands in ⟦brackets⟧.
     """
     from ingraft.bases import load_reader
-    from ingraft.cli.sources import load_data, settle
+    from ingraft.cli.sources import settle
     from ingraft.data import preview, task_of
+    from ingraft.data.wanted import load_wanted
     from ingraft.errors import IngraftError
     from ingraft.train.place import absent
 
@@ -40,7 +41,7 @@ def command(config: str | None, as_json: bool, trust_remote_code: bool, rows: in
     if problems := absent(recipe):  # before seconds go into what would be read first
         raise IngraftError(*problems)
     tokenizer = load_reader(recipe.model, recipe.task, trust_remote_code)
-    data = load_data(recipe, tokenizer)
+    data = load_wanted(recipe, tokenizer)
     part = data.parts["train"]
     used = {example.row_id for example in part.examples}  # a dropped row has nothing to show; the report names it
     rows_to_show = [row for n, row in enumerate(part.rows) if task_of(recipe.task).blocks or n in used][:rows]

@@ -124,7 +124,8 @@ def command(
     from ingraft.bases import HEADS
     from ingraft.bases.heads import scale_of
     from ingraft.cli.contenders import contenders, folders
-    from ingraft.cli.sources import load_data, model_labels, open_model, settle
+    from ingraft.cli.sources import model_labels, open_model, settle
+    from ingraft.data.wanted import load_wanted
     from ingraft.evaluate import hold
     from ingraft.evaluate.resampling import Resampling, compared
 
@@ -156,7 +157,7 @@ def command(
         if HEADS[recipe.task].fresh and any(one.name is None for one in two):
             output.say("note: the base has no head of its own for this task; it is asked with the head as it was drawn")
     hold(opened.tokenizer, opened.model)
-    data = load_data(recipe, opened.tokenizer, model_labels(opened), scale_of(opened.model))
+    data = load_wanted(recipe, opened.tokenizer, model_labels(opened), scale_of(opened.model))
     output.say(*(f"note: {note}" for note in data.report.notes))
     scorers = {part: _scorer(opened, data, part, first, asked, shots_from, allow_base_mismatch) for part in parts}
     found: dict[str, Any] = {}

@@ -199,7 +199,8 @@ def input_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[di
     """What the model is given to compare on, a row each: the task's built-in row, or the first rows of the user's data as the task encodes them."""
     import dataclasses
 
-    from ingraft.cli.sources import load_data, model_labels
+    from ingraft.cli.sources import model_labels
+    from ingraft.data.wanted import load_wanted
     from ingraft.evaluate import scorer_of
 
     recipe, device = opened.recipe, opened.model.device
@@ -212,7 +213,7 @@ def input_batches(opened: Opened, data: str | None, *, rows: int = 8) -> list[di
 
         wanted = dataclasses.replace(recipe.data, train=data, eval=0, test=None)
         described = dataclasses.replace(recipe, data=wanted)
-        examples = load_data(described, opened.tokenizer, labels, scale_of(opened.model)).train[:rows]
+        examples = load_wanted(described, opened.tokenizer, labels, scale_of(opened.model)).train[:rows]
         found = [collate([example.sequences[0]], 0) for example in examples]
     learned = ("labels", "decoder_attention_mask")
     return [{name: x.to(device) for name, x in batch.items() if name not in learned} for batch in found]

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from ingraft.bases.reading import Reader
     from ingraft.cli.output import Output
-    from ingraft.data import DataSet
     from ingraft.recipe import Recipe
 
 _TRAINING_ONLY = (
@@ -215,22 +214,3 @@ def model_labels(opened: Opened) -> tuple[str, ...] | None:
 
     names = opened.model.config.id2label if HEADS[opened.recipe.task].named else None
     return None if names is None else tuple(name for _, name in sorted(names.items()))
-
-
-def load_data(
-    recipe: Recipe,
-    tokenizer: Reader,
-    labels: tuple[str, ...] | None = None,
-    scale: tuple[float, float] | None = None,
-) -> DataSet:
-    """The recipe's data, encoded the way training encodes it.
-
-    Args:
-        labels: what the outputs of the model that is to score them are called.
-
-    Raises:
-        IngraftError: see `ingraft.data.load`.
-    """
-    from ingraft.data.wanted import load_wanted
-
-    return load_wanted(recipe, tokenizer, labels, scale)
